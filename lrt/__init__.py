@@ -1,0 +1,21 @@
+"""The Latent Recurrent Transformer: train it in parallel passes, decode it exactly with memory."""
+
+from lrt.config import DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lrt.loss import ScheduledLoss
+from lrt.model import LRT
+from lrt.schedule import Pass, Schedule, exact_prefix
+
+__version__ = "0.1.0"
+__all__ = [
+    "LRT",
+    "DataConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Pass",
+    "RunConfig",
+    "Schedule",
+    "ScheduledLoss",
+    "TrainConfig",
+    "exact_prefix",
+]

@@ -1,0 +1,89 @@
+"""The training objective: a schedule folded into one loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrt.fold import fold
+from lrt.model import LRT
+from lrt.schedule import Pass, Passes, Schedule
+from lrt.shapes import StreamBND, TokensBN
+
+IGNORE = -100
+"""Target that no loss counts."""
+
+
+class LossOutput(NamedTuple):
+    """A step's loss and its parts."""
+
+    loss: Tensor
+    """Weighted mean over the passes with loss, in nats; weights normalised to sum to 1."""
+    per_pass: Tensor
+    """Mean loss of each pass that has one, in order, detached, [P]."""
+    passes: Passes
+    """The passes that were run (the schedule with its ranges drawn)."""
+
+
+def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
+    """Cross-entropy of each position in nats, [B, N], float32 at least; 0 where the target is IGNORE."""
+    logits = model.logits(hidden)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(
+        targets
+    )
+
+
+class ScheduledLoss(nn.Module):
+    """Model and schedule as one module, so that DDP, FSDP and the optimizer see one forward a step."""
+
+    def __init__(self, model: LRT, schedule: Schedule, seed: int = 0):
+        super().__init__()
+        self.model, self.schedule, self.seed = model, schedule, seed
+
+    def passes(self, step: int, length: int) -> Passes:
+        """The passes of optimizer step `step` over rows of `length` positions."""
+        return self.schedule.draw(self.seed, step).passes(length)
+
+    def forward(
+        self,
+        tokens: TokensBN,
+        targets: TokensBN,
+        starts: Tensor | None = None,
+        step: int = 0,
+        counts: Tensor | None = None,
+    ) -> LossOutput:
+        """The schedule's loss on a batch.
+
+        Args:
+            tokens, targets: int64 [B, T]; IGNORE in `targets` leaves a position out of every mean.
+            starts: boolean [B, T], True where a document starts; by default at the model's BOS token.
+            step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
+            counts: per pass with loss, the targets its mean runs over, [P]; give the whole step's (see `targets_per_pass`)
+                when accumulating micro-batches. By default those of this batch.
+        """
+        passes = self.passes(step, tokens.shape[1])
+        starts = self.model.starts(tokens) if starts is None else starts
+        counts = targets_per_pass(targets, passes) if counts is None else counts
+        total = sum(p.weight for p in passes)
+        losses, memory_read = [], False
+        for p, written, _ in fold(self.model, tokens, passes, starts):
+            memory_read |= p.grad and p is not passes[0]
+            if p.weight > 0:
+                assert written.hidden is not None
+                here = targets[:, p.positions.start : p.positions.stop : p.positions.step]
+                losses.append(token_nats(self.model, written.hidden, here).sum() / counts[len(losses)])
+        weights = [p.weight / total for p in passes if p.weight > 0]
+        loss = torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum()
+        if not memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
+            loss = loss + sum(0.0 * p.sum() for p in self.model.memory_parameters())
+        return LossOutput(loss, torch.stack(losses).detach(), passes)
+
+
+def targets_per_pass(targets: TokensBN, passes: tuple[Pass, ...]) -> Tensor:
+    """How many targets each pass with loss counts, float [P], at least 1."""
+    kept = (targets != IGNORE).sum(0)
+    counts = [kept[p.positions.start : p.positions.stop : p.positions.step].sum() for p in passes if p.weight > 0]
+    return torch.stack(counts).clamp(min=1).float()
