@@ -1,0 +1,30 @@
+"""Text to tokens to batches: tokenizers, text sources, token shards on disk, and the resumable loader."""
+
+from lrt.data.loader import Batch, Loader, RowSource, prefetch
+from lrt.data.prepare import Prepared, prepare
+from lrt.data.shards import Manifest, Shard, TokenStream, open_split, split_documents, write_shards
+from lrt.data.sources import documents, source_bytes, source_fingerprint
+from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+__all__ = [
+    "BPETokenizer",
+    "Batch",
+    "ByteTokenizer",
+    "Loader",
+    "Manifest",
+    "Prepared",
+    "RowSource",
+    "Shard",
+    "TokenStream",
+    "Tokenizer",
+    "documents",
+    "load_tokenizer",
+    "open_split",
+    "prefetch",
+    "prepare",
+    "source_bytes",
+    "source_fingerprint",
+    "split_documents",
+    "train_bpe",
+    "write_shards",
+]

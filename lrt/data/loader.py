@@ -1,0 +1,117 @@
+"""The loader: batches as a pure function of (seed, step, rank), so that resuming needs nothing but the step."""
+
+import collections
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, final
+
+import numpy as np
+import torch
+
+AHEAD = 4  # batches that `prefetch` keeps ready
+
+
+class RowSource(Protocol):
+    """What the loader reads: a sequence of ids such as `TokenStream`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class Batch(NamedTuple):
+    """Rows of one rank. tokens, targets: int64 [B/world, T], targets one ahead; starts: bool [B/world, T], at BOS."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    starts: torch.Tensor
+
+
+@final
+class Loader:
+    """Rows of `length` tokens from a stream, in a fresh random order each epoch, shared out over ranks.
+
+    Row r is ids [r T, r T + T + 1) of the stream: neighbours share one id, so each id of the rows but the very first is
+    a target once an epoch. Step s takes the global rows s B ... s B + B - 1 of the endless sequence of epochs, and rank
+    k the k-th run of B/world of them: the global batch is the same on any number of ranks.
+
+    batch: global rows per step B. length: tokens per row T. bos: the id that starts documents. seed: of the order.
+    Attribute `rows`: rows per epoch. ValueError: sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        stream: RowSource,
+        *,
+        batch: int,
+        length: int,
+        bos: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if min(batch, length) < 1 or seed < 0:
+            raise ValueError(f"batch {batch} and length {length} must be positive, and seed {seed} not negative")
+        if not 0 <= rank < world or batch % world:
+            raise ValueError(
+                f"batch {batch}, rank {rank}, world {world}: the batch must be a multiple of the world size"
+            )
+        if len(stream) < length + 1:
+            raise ValueError(
+                f"the split has {len(stream)} tokens but one row of length {length} needs {length + 1}: "
+                "give more text, hold out a larger share for validation, or shorten the rows"
+            )
+        self.rows = (len(stream) - 1) // length
+        self._stream = stream
+        self._batch, self._length, self._bos, self._seed = batch, length, bos, seed
+        self._rank, self._world, self._shuffle = rank, world, shuffle
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of a step, on the CPU; the same whenever and in whatever order steps are asked for."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative: steps count from 0")
+        share = self._batch // self._world
+        first = step * self._batch + self._rank * share
+        rows = torch.from_numpy(np.stack([self._row(g) for g in range(first, first + share)]))
+        tokens = rows[:, :-1].contiguous()
+        return Batch(tokens, rows[:, 1:].contiguous(), tokens == self._bos)
+
+    def _row(self, g: int) -> np.ndarray:
+        epoch, place = divmod(g, self.rows)
+        start = int(self._order(epoch)[place]) * self._length if self._shuffle else place * self._length
+        return self._stream.read(start, start + self._length + 1)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The permutation of rows in an epoch, int64 [rows]; two are kept, as a batch may span two epochs."""
+        order = self._orders.get(epoch)
+        if order is None:
+            # Raw bits, unlike numpy's own shuffle, are promised to stay the same in later versions.
+            bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self.rows)
+            order = np.argsort(bits, kind="stable")
+            self._orders = {e: kept for e, kept in self._orders.items() if e == epoch - 1} | {epoch: order}
+        return order
+
+
+def prefetch(loader: Loader, first_step: int, last_step: int, pin: bool = False) -> Iterator[Batch]:
+    """Yield the batches of steps [first_step, last_step), built ahead in one background thread.
+
+    pin: put them into page-locked memory, for asynchronous copies to a GPU. An error in the thread is raised here.
+    Closing the generator, or leaving it by an exception, ends the thread.
+    """
+
+    def build(step: int) -> Batch:
+        batch = loader.batch(step)
+        return Batch(*(tensor.pin_memory() for tensor in batch)) if pin else batch
+
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lrt-prefetch")
+    ready = collections.deque(pool.submit(build, s) for s in range(first_step, min(first_step + AHEAD, last_step)))
+    try:
+        for step in range(first_step + AHEAD, last_step + AHEAD):
+            batch = ready.popleft().result()
+            if step < last_step:
+                ready.append(pool.submit(build, step))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

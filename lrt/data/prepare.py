@@ -1,0 +1,145 @@
+"""Prepare: from the name of a source to two token streams, made once and found again by what they depend on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from lrt.data.shards import FORMAT, TokenStream, open_split, split_documents, write_shards
+from lrt.data.sources import documents, source_bytes, source_fingerprint
+from lrt.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
+
+Progress = Callable[[int, int | None, str], None]
+
+
+@final
+@dataclass(frozen=True)
+class Prepared:
+    """Data ready for training: the folder it lies in, its tokenizer, and both splits."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: TokenStream
+    val: TokenStream
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The arguments of `documents`, kept together since the source is read twice: for the BPE and for the shards."""
+
+    source: str
+    text_column: str
+    subset: str | None
+    split: str
+    max_bytes: int | None
+
+    def texts(self) -> Iterator[str]:
+        return documents(
+            self.source,
+            text_column=self.text_column,
+            subset=self.subset,
+            split=self.split,
+            max_bytes=self.max_bytes,
+        )
+
+    def fingerprint(self) -> str:
+        return source_fingerprint(self.source, text_column=self.text_column, subset=self.subset, split=self.split)
+
+    def total(self) -> int | None:
+        """About how many bytes of text will be read; None where unknown."""
+        known = [size for size in (source_bytes(self.source), self.max_bytes) if size is not None]
+        return min(known, default=None)
+
+
+def prepare(
+    *,
+    source: str,
+    text_column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    tokenizer: str,
+    vocab_size: int,
+    validation: float,
+    max_bytes: int | None = None,
+    folder: Path | str,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Make, or find again, `folder/<readable name>-<key>/` with the token shards of a source.
+
+    source, text_column, subset, split, max_bytes: see `documents`. tokenizer: `bytes`, `bpe` (trained on the training
+        documents, up to `vocab_size` ids), or the path of a tokenizer. validation: share held out.
+    progress: called with (bytes of text done, total or None, what is going on).
+    ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
+    """
+    text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
+    given = _given_tokenizer(tokenizer)
+    kind = f"bpe{vocab_size}" if given is None else given.hash
+    facts = [FORMAT, text.fingerprint(), max_bytes, validation, kind]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    home = Path(folder).expanduser() / f"{_slug(source)}-{_slug(kind if given is None else tokenizer)}-{key}"
+    if not home.exists():
+        report = progress if progress is not None else _silent
+        made = given if given is not None else _train(text, vocab_size, validation, report)
+        total = text.total()
+        write_shards(
+            text.texts(), made, home, validation=validation, progress=lambda done: report(done, total, "tokenizing")
+        )
+    return _open(home)
+
+
+def _open(home: Path) -> Prepared:
+    tokenizer = load_tokenizer(home)
+    train, val = (open_split(home, split, tokenizer=tokenizer) for split in ("train", "val"))
+    return Prepared(home, tokenizer, train, val)
+
+
+def _given_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer a name stands for; None where it has to be trained first."""
+    if name == "bpe":
+        return None
+    return ByteTokenizer() if name == "bytes" else load_tokenizer(name)
+
+
+def _train(text: _Source, vocab_size: int, validation: float, report: Progress) -> Tokenizer:
+    def sample() -> Iterator[str]:
+        done = 0
+        for doc in _thinned(text, validation):
+            yield doc
+            done += len(doc.encode())
+            report(done, SAMPLE_BYTES if total is None else min(total, SAMPLE_BYTES), "training the tokenizer")
+            if done >= SAMPLE_BYTES:
+                return
+
+    total = text.total()
+    return train_bpe(sample(), vocab_size)
+
+
+def _thinned(text: _Source, validation: float) -> Iterator[str]:
+    """Training documents, evenly spread over the source so that about SAMPLE_BYTES come together at its end.
+
+    Where the size of the source is unknown, simply the first ones.
+    """
+    keep = min(1.0, SAMPLE_BYTES / (text.total() or SAMPLE_BYTES))
+    due = 1.0  # the first document is always taken
+    for split, doc in split_documents(text.texts(), validation):
+        if split == "train":
+            if due >= 1:
+                due -= 1
+                yield doc
+            due += keep
+
+
+def _slug(name: str) -> str:
+    """A short file name that recalls a source: letters, digits, dots and dashes."""
+    last = [part for part in re.split(r"[/\\:]", name) if part][-1:] or ["data"]
+    return re.sub(r"[^A-Za-z0-9.]+", "-", last[0]).strip("-.")[:40] or "data"
+
+
+def _silent(done: int, total: int | None, note: str) -> None:
+    pass

@@ -1,0 +1,286 @@
+"""Text sources: a name, path, glob or dataset to a stream of documents, in a fixed order, never all in memory.
+
+Bad input raises ValueError with one line: what is wrong with which file, and the remedy.
+"""
+
+import codecs
+import glob
+import hashlib
+import json
+import logging
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+WHOLE = 1_000_000  # bytes: a text file up to this size is one document
+PIECE = 64 * 1024  # characters: a larger one becomes documents of about this size
+BLOCK = 256 * 1024  # bytes read at a time
+INSTALL_HF = "pip install 'latent-recurrent-transformer[hf]'"
+PYTHON_SOURCES = ("python", "python+site-packages")
+
+logger = logging.getLogger(__name__)
+
+
+class _NotText(ValueError):
+    """A binary file: an error where it was named, skipped where a folder or glob merely holds it."""
+
+
+def documents(
+    source: str,
+    *,
+    text_column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    max_bytes: int | None = None,
+) -> Iterator[str]:
+    """Stream the documents of a source, none of them empty, cut off after `max_bytes` bytes of UTF-8 text.
+
+    source: `python` (the standard library of this interpreter), `python+site-packages`, a file, folder or glob (text,
+        .jsonl, .parquet), or `hf:owner/name` / `hf:folder` for anything `datasets.load_dataset` reads.
+    text_column: where the text is in .jsonl, .parquet and datasets. subset, split: of a dataset.
+
+    A text file is one document; a large one is cut into several at blank lines. ValueError: bad input.
+    """
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes is {max_bytes}: give at least 1, or leave it out to read everything")
+    if source.startswith("hf:"):
+        texts = (_text_in(row, text_column, source) for row in _dataset_rows(source, subset, split))
+    else:
+        files, named = _files(source)
+        texts = _file_texts(source, files, named, text_column)
+    return _limited(source, texts, max_bytes)
+
+
+def source_fingerprint(
+    source: str, *, text_column: str = "text", subset: str | None = None, split: str = "train"
+) -> str:
+    """Sha256 hex of what the source reads: names, sizes and modification times of its files, or the dataset's name."""
+    facts: list[Any] = [source if source.startswith("hf:") else "files", text_column, subset, split]
+    name = source.removeprefix("hf:")
+    if not source.startswith("hf:") or os.path.exists(Path(name).expanduser()):
+        for file in _files(name)[0]:
+            stat = file.stat()
+            facts.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def source_bytes(source: str) -> int | None:
+    """About how many bytes of text a source holds, for progress; None where only reading it all would tell."""
+    if source.startswith("hf:"):
+        return None
+    files, _ = _files(source)
+    return (
+        None if any(file.suffix.lower() == ".parquet" for file in files) else sum(file.stat().st_size for file in files)
+    )
+
+
+def cut_pieces(blocks: Iterable[str], piece: int = PIECE) -> Iterator[str]:
+    """Cut a stream of text into pieces of at most `piece` characters: at a blank line, else a newline, else anywhere.
+
+    The pieces joined are the text. A cut at a newline leaves at least half a piece, so none but the last is tiny.
+    """
+    rest = ""
+    for block in blocks:
+        rest += block
+        while len(rest) > piece:
+            cut = _cut(rest, piece)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _cut(text: str, piece: int) -> int:
+    for gap in ("\n\n", "\n\r\n", "\n"):
+        at = text.rfind(gap, piece // 2, piece)
+        if at >= 0:
+            return at + len(gap)
+    return piece
+
+
+def _limited(source: str, texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
+    """Drop empty documents, make each valid UTF-8, stop at `max_bytes`; a source without any text is an error."""
+    used = 0
+    for text in texts:
+        if not text:
+            continue
+        raw = _utf8(text)
+        if max_bytes is not None and used + len(raw) >= max_bytes:
+            last = raw[: max_bytes - used].decode("utf-8", errors="ignore")  # ignores the half character at the cut
+            if last:
+                yield last
+            return
+        used += len(raw)
+        yield raw.decode("utf-8")
+    if not used:
+        raise ValueError(f"{source}: holds no text (every file or row is empty or binary): name a source of UTF-8 text")
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON escapes can spell surrogates: pairs join to characters, lone ones become U+FFFD
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode("utf-8")
+
+
+# --- which files ---------------------------------------------------------------------------------------------------
+
+
+def _files(source: str) -> tuple[list[Path], bool]:
+    """The files of a source in a fixed order, and whether the source names one file itself."""
+    path = Path(source).expanduser()
+    if source in PYTHON_SOURCES:
+        files = _python_files(with_packages=source != "python")
+    elif not source:
+        raise ValueError("the source is empty: give a path, 'python', or hf:owner/name")
+    elif os.path.isfile(path):
+        if path.stat().st_size == 0:
+            raise ValueError(f"{source}: the file is empty: name one that holds text")
+        return [path], True
+    elif os.path.isdir(path):
+        files = list(_walk(path))
+    elif any(mark in source for mark in "*?["):
+        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+    else:
+        kind = "neither a file nor a folder" if os.path.exists(path) else "no such file or folder"
+        raise ValueError(f"{source}: {kind}: give a path, a glob, 'python', or hf:owner/name for a dataset")
+    if not files:
+        raise ValueError(f"{source}: no files there: name a file, or a folder or glob that holds some")
+    return files, False
+
+
+def _python_files(*, with_packages: bool) -> list[Path]:
+    paths = sysconfig.get_paths()
+    files = list(_walk(Path(paths["stdlib"]), "site-packages", "dist-packages"))
+    if with_packages:
+        files += _walk(Path(paths["purelib"]))
+    return [file for file in files if file.suffix == ".py"]
+
+
+def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
+    """Every file under a folder, sorted, without hidden ones and byte code."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in ("__pycache__", *left_out))
+        for name in sorted(names):
+            file = Path(parent, name)
+            if name[0] != "." and file.is_file():
+                yield file
+
+
+# --- what is in them -----------------------------------------------------------------------------------------------
+
+
+def _file_texts(source: str, files: list[Path], named: bool, text_column: str) -> Iterator[str]:
+    """The documents of files one after the other. A binary file is an error if `named`, else skipped and counted."""
+    skipped = 0
+    for file in files:
+        try:
+            yield from _texts_of(file, text_column)
+        except _NotText:
+            if named:
+                raise
+            skipped += 1
+        except OSError as error:
+            why = error.strerror or error
+            raise ValueError(f"{file}: cannot be read ({why}): check the file and its permissions") from None
+    if skipped:
+        # The standard library is known to hold such files, for its own tests; elsewhere it is news.
+        level = logging.INFO if source in PYTHON_SOURCES else logging.WARNING
+        logger.log(level, "%s: skipped %d of %d files: binary or not UTF-8", source, skipped, len(files))
+
+
+def _texts_of(file: Path, text_column: str) -> Iterator[str]:
+    if file.suffix.lower() == ".jsonl":
+        return _jsonl_texts(file, text_column)
+    if file.suffix.lower() == ".parquet":
+        return _parquet_texts(file, text_column)
+    if file.stat().st_size > WHOLE:
+        return cut_pieces(_decoded(file))
+    return iter(["".join(_decoded(file))])
+
+
+def _decoded(file: Path) -> Iterator[str]:
+    """The text of a UTF-8 file block by block, without its byte order mark; newlines are left as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with file.open("rb") as stream:
+        while True:
+            at = stream.tell()
+            block = stream.read(BLOCK)
+            if b"\0" in block:
+                raise _NotText(f"{file}: a binary file (NUL byte at {at + block.index(0)}): convert it to UTF-8 text")
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                near = at + error.start
+                raise _NotText(f"{file}: not UTF-8 (near byte {near}): convert it to UTF-8 text") from None
+            if not block:
+                return
+
+
+def _jsonl_texts(file: Path, text_column: str) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                why = " ".join(str(error).split())
+                raise ValueError(f"{place}: not valid JSON ({why}): mend or remove the line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f'{place}: holds no JSON object: each line must be one, like {{"text": "..."}}')
+            yield _text_in(row, text_column, place)
+
+
+def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{file}: reading .parquet needs the package pyarrow: {INSTALL_HF}") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if text_column not in table.schema_arrow.names:
+                raise _absent(str(file), text_column, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=256, columns=[text_column]):
+                for row in batch.to_pylist():
+                    yield _text_in(row, text_column, str(file))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file}: not a readable parquet file ({_first_line(error)}): write it again") from None
+
+
+def _dataset_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{source}: reading a dataset needs the package datasets: {INSTALL_HF}") from None
+    name = source.removeprefix("hf:")
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    try:
+        yield from datasets.load_dataset(name, subset, split=split, streaming=True)
+    except Exception as error:  # the library and its network stack raise many kinds
+        remedy = "check name, subset and split, and that the dataset can be reached"
+        raise ValueError(f"{source} (subset {subset}, split {split}): {_first_line(error)}: {remedy}") from None
+
+
+def _text_in(row: dict[str, Any], text_column: str, place: str) -> str:
+    """The text of a row; a null counts as empty."""
+    if text_column not in row:
+        raise _absent(place, text_column, row)
+    text = row[text_column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: column {text_column!r} holds {type(text).__name__}, not text: name another column")
+    return text
+
+
+def _absent(place: str, text_column: str, columns: Iterable[str]) -> ValueError:
+    return ValueError(f"{place}: no column {text_column!r}: set text_column to one of {', '.join(columns) or 'none'}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".: ") or type(error).__name__

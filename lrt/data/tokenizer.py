@@ -1,0 +1,267 @@
+"""Tokenizers: text to ids and back, with the bytes of text each id stands for.
+
+Two kinds behind one interface: raw bytes, and anything saved in the `tokenizers` format (our own byte-level BPE, or a
+foreign one). Both promise what honest bits per byte needs: an id spells a known number of bytes of text, and text can
+never smuggle in a special token, so a BOS in the stream always means that a document starts.
+"""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+BOS = "<|bos|>"
+# Foreign tokenizers are searched in this order: a token that opens documents, else one that separates them.
+BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
+SEPARATOR_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
+# Every tokenizer must spell this back: capitals catch lower-casing, the newline catches collapsed white space.
+PROBE = "Hello world\n"
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: number of ids V; every id is in [0, V).
+        bos: the id put in front of each document; text alone never encodes to it.
+        hash: sha256 hex of the canonical content; equal hashes mean equal encodings.
+    """
+
+    def __init__(self, *, spellings: list[bytes], bos: int, canonical: str) -> None:
+        self.vocab_size = len(spellings)
+        self.bos = bos
+        self.hash = hashlib.sha256(canonical.encode()).hexdigest()
+        self._spellings = spellings
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode documents without BOS; special tokens written out in a text are text. ValueError: lone surrogates."""
+
+    @abstractmethod
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer into `folder` (made if need be), so that `load_tokenizer(folder)` gives its equal."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one document without BOS; special tokens written out in the text are text."""
+        return self.encode_batch([text])[0]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Spell ids as UTF-8 bytes, for streaming: a character may end in a later id. Special tokens spell nothing."""
+        return b"".join(self._spell(int(token)) for token in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Spell ids as text; invalid UTF-8 becomes U+FFFD. ValueError: an id outside the vocabulary."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text each id stands for, int32 [V]; 0 for special tokens. The denominator of bits per byte."""
+        return np.array([len(spelling) for spelling in self._spellings], dtype=np.int32)
+
+    def _spell(self, token: int) -> bytes:
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(
+                f"token id {token} is outside the vocabulary of {self.vocab_size} ids: "
+                "decode with the tokenizer the ids were made with"
+            )
+        return self._spellings[token]
+
+
+@final
+class ByteTokenizer(Tokenizer):
+    """Ids 0..255 are the bytes of UTF-8 text and 256 is BOS: nothing to train, nothing to lose."""
+
+    def __init__(self) -> None:
+        self._content = {"type": "bytes", "version": 1, "vocab_size": 257, "bos": 256}
+        spellings = [bytes([byte]) for byte in range(256)] + [b""]
+        super().__init__(spellings=spellings, bos=256, canonical=json.dumps(self._content, sort_keys=True))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def save(self, folder: Path | str) -> None:
+        _write_json(Path(folder) / "tokenizer.json", self._content)
+
+
+@final
+class BPETokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer`, ours or foreign, with `bos` (the token's text) in front of documents.
+
+    A SentencePiece tokenizer puts a space in front of each document: `decode` takes it off again, `decode_bytes` and
+    `token_bytes` count it. ValueError: `bos` is no token, or the tokens do not spell the text (lower-casing, ...).
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, bos: str = BOS) -> None:
+        self._core = tokenizers.Tokenizer.from_str(core.to_str())  # a copy: the settings below are ours alone
+        self._core.no_truncation()
+        self._core.no_padding()
+        self._core.encode_special_tokens = True
+        self._bos_text = bos
+        token = self._core.token_to_id(bos)
+        if token is None:
+            raise ValueError(f"the tokenizer has no token {bos!r} to open documents with: name one that it has")
+        content = json.loads(self._core.to_str())
+        spellings = _spellings(self._core, content)
+        spellings[token] = b""
+        super().__init__(spellings=spellings, bos=token, canonical=json.dumps([bos, content], sort_keys=True))
+        specials = {i: t.content for i, t in self._core.get_added_tokens_decoder().items() if t.special} | {token: bos}
+        self._specials = frozenset(specials)
+        # Matches nothing but the place inside a written-out special token, after its first character.
+        inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in specials.values() if len(text) > 1)
+        self._inside_special = re.compile("|".join(inside))
+        self._space_in_front = False
+        probed = self.decode(self.encode(PROBE))
+        self._space_in_front = probed == " " + PROBE
+        if probed.removeprefix(" ") != PROBE:
+            raise ValueError(
+                f"the tokens do not spell the text ({PROBE!r} comes back as {probed!r}), so bits per byte would be "
+                "wrong: choose a byte-level tokenizer, or one with byte fallback"
+            )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        batch = self._core_ids(texts)
+        for i, ids in enumerate(batch):
+            # Some models (Unigram above all) hold special tokens as plain pieces and match them in text.
+            if not self._specials.isdisjoint(ids):
+                parts = self._inside_special.split(texts[i])
+                batch[i] = [token for part in self._core_ids(parts) for token in part]
+        return batch
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._space_in_front else text
+
+    def save(self, folder: Path | str) -> None:
+        _write_json(Path(folder) / "tokenizer.json", json.loads(self._core.to_str()))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self._bos_text}
+        _write_json(Path(folder) / "tokenizer_config.json", config)
+
+    def _core_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:  # how the library reports text that has no UTF-8 form
+            raise ValueError("the text holds lone surrogates: replace them before encoding") from None
+        return [encoding.ids for encoding in encodings]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Train a byte-level BPE with the special token `<|bos|>`; the same texts always give the same tokenizer.
+
+    The vocabulary is smaller than `vocab_size` where the texts hold too few pairs: read it from the result.
+    ValueError: vocab_size < 257 (256 bytes and BOS).
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size is {vocab_size} but 256 bytes and {BOS} need 257: raise it, or use 'bytes'")
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return BPETokenizer(core)
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Load a tokenizer folder or `tokenizer.json`, ours or foreign. ValueError: missing, malformed, or without BOS.
+
+    A foreign tokenizer opens documents with its BOS token, or else with its document separator.
+    """
+    file = Path(path).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"{file}: no such tokenizer: name a folder with tokenizer.json in it, or such a file")
+    content = _read_json(file)
+    if content.get("type") == "bytes":
+        return _load_bytes(file, content)
+    try:
+        core = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file}: not in the tokenizers format ({_one_line(error)}): save it as such") from None
+    try:
+        return BPETokenizer(core, _find_bos(core, file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _load_bytes(file: Path, content: dict[str, Any]) -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    if content != tokenizer._content:
+        raise ValueError(f"{file}: a byte tokenizer of another version: save it again with this version of lrt")
+    return tokenizer
+
+
+def _find_bos(core: tokenizers.Tokenizer, file: Path) -> str:
+    """The token that opens documents: the configured BOS, else a well-known name, else the configured EOS."""
+    config_file = file.with_name("tokenizer_config.json")
+    config = _read_json(config_file) if config_file.is_file() else {}
+    candidates = (_token_text(config, "bos_token"), *BOS_NAMES, *SEPARATOR_NAMES, _token_text(config, "eos_token"))
+    for text in candidates:
+        if text and core.token_to_id(text) is not None:
+            return text
+    raise ValueError(
+        f"no BOS token and no document separator (looked for bos_token and eos_token in {config_file.name}, then "
+        f"{BOS_NAMES[1]}, <s>, <|endoftext|>, </s>, ...): name one as bos_token in {config_file.name}"
+    )
+
+
+def _token_text(config: dict[str, Any], key: str) -> str | None:
+    """The text of a token in tokenizer_config.json, where it is a string or an object with `content`."""
+    token = config.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _spellings(core: tokenizers.Tokenizer, content: dict[str, Any]) -> list[bytes]:
+    """The bytes of each id [V], from how the decoder reads tokens; empty for special tokens and unused ids."""
+    decoder = json.dumps(content["decoder"])
+    byte_of = _byte_of_character() if '"ByteLevel"' in decoder else None
+    byte_fallback = '"ByteFallback"' in decoder
+    vocabulary = core.get_vocab(with_added_tokens=True)
+    spellings = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    added = core.get_added_tokens_decoder()
+    for token, i in vocabulary.items():
+        if i in added:
+            spellings[i] = b"" if added[i].special else token.encode()
+        elif byte_of is not None:
+            spellings[i] = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
+        elif byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            spellings[i] = bytes([int(token[3:5], 16)])
+        else:
+            spellings[i] = token.replace("▁", " ").encode()
+    return spellings
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level tokens write printable Latin-1 bytes as themselves and the others, in order, from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({_one_line(error)}): save the tokenizer again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds no JSON object: save the tokenizer again")
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
