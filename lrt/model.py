@@ -182,9 +182,10 @@ class LRT(nn.Module):
         shared = self.projection(memory) if self.projection is not None and memory is not None else None
         rope = rotary(past.queries, self.config.e, self.config.rope_theta, x0.dtype)
         windows, masks = self.config.windows(), {}
-        for window in set(windows):
+        for window, layer in zip(windows, past.layers, strict=False):
             plain = past.causal and (window is None or window >= tokens.shape[1])
-            masks[window] = None if plain else visible(past.queries, past.keys, window)
+            if window not in masks:  # layers of one window hold the same positions
+                masks[window] = None if plain else visible(past.queries, layer.positions, window)
         x, source, keys, values = x0, x0, [], []
         for i in range(self.config.depth if top else self.config.source):
             x, k, v = self.blocks[i](x, x0, tokens, memory, shared, rope, masks[windows[i]], past.layers[i])

@@ -225,16 +225,21 @@ def exact_prefix(passes: Iterable[Pass], length: int) -> int:
 def memory_only(passes: Sequence[Pass]) -> list[bool]:
     """For each pass: whether it serves only to make memory, so that it may stop at the source block.
 
-    So it is when it has no loss, and later passes recompute its keys and values before anyone attends to them.
+    So it is when it has no loss, and later passes recompute its keys and values before any that runs to the top
+    attends to them.
     """
-    return [p.weight == 0 and _unread(p.positions, passes[i + 1 :]) for i, p in enumerate(passes)]
+    only: list[bool] = []  # of the passes from i + 1 on
+    for i in reversed(range(len(passes))):
+        later = zip(passes[i + 1 :], only, strict=True)
+        only.insert(0, passes[i].weight == 0 and _unread(passes[i].positions, later))
+    return only
 
 
-def _unread(written: range, later: Iterable[Pass]) -> bool:
+def _unread(written: range, later: Iterable[tuple[Pass, bool]]) -> bool:
     alive = [written]
-    for p in later:
+    for p, to_source in later:
         alive = [rest for at in alive for rest in subtract(at, p.positions)]
-        if any(at.start <= p.positions[-1] for at in alive):
+        if not to_source and any(at.start <= p.positions[-1] for at in alive):
             return False
     return not alive  # what lies there at the end may be continued from
 

@@ -1,0 +1,200 @@
+"""The decoder's state: preallocated keys and values, one memory vector per row; a value that goes in and comes out.
+
+Rows stand at lengths of their own, so they can join (`put`), leave, wait (`step(active=..)`) and be forked (`take`)
+between steps. The tensors of keys and values are filled in place; everything else is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrt.model import LRT
+from lrt.shapes import HeadsBKNE, PositionsN
+from lrt.state import Buffer, History, Past
+
+FORMAT = "lrt-cache-1"
+FUTURE = 2**40
+"""A position later than any."""
+SMALLEST_VIEW = 128
+"""Slots of the smallest view: below it, looking at fewer slots saves nothing."""
+
+
+class Slots(NamedTuple):
+    """One layer's slots [B, K, M, E] and where in them a pass of one position per row puts its own key and value."""
+
+    keys: HeadsBKNE
+    values: HeadsBKNE
+    rows: Tensor
+    """[B, 1]"""
+    slot: Tensor
+    """Slot that each row fills, [B, 1]."""
+    positions: PositionsN
+    """Positions that the slots hold once that is done, [B, M]."""
+
+    def extend(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[HeadsBKNE, HeadsBKNE]:
+        """All slots, after the pass's own have been filled in place."""
+        self.keys[self.rows, :, self.slot] = k.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.slot] = v.transpose(1, 2).to(self.values.dtype)
+        return self.keys, self.values
+
+
+class Cache(NamedTuple):
+    """The state of B rows. Position t lies in slot t, or in slot t mod R of the R slots of a sliding-window layer."""
+
+    keys: tuple[Tensor, ...]
+    """Per layer [B, K, R, E], filled in place; R is the window, or capacity + 1: one slot serves rows that wait."""
+    values: tuple[Tensor, ...]
+    """Per layer [B, K, R, E], filled in place."""
+    memory: Tensor
+    """m of each row's last token, [B, D]; zero before the first."""
+    length: Tensor
+    """Tokens each row has seen, int64 [B]; the next token's position."""
+    longest: int = 0
+    """Upper bound of `length` that the host knows without asking the device."""
+
+    @staticmethod
+    def empty(model: LRT, rows: int, capacity: int) -> Cache:
+        """An empty state of `rows` rows of `capacity` tokens each, of which sliding-window layers keep their window."""
+        c, like = model.config, model.head.weight
+        sizes = [min(capacity + 1, window or capacity + 1) for window in c.windows()]
+        keys, values = (
+            tuple(like.new_zeros((rows, c.k, r, c.e), dtype=model.stream_dtype) for r in sizes) for _ in range(2)
+        )
+        memory = like.new_zeros((rows, c.d), dtype=model.stream_dtype)
+        return Cache(keys, values, memory, torch.zeros(rows, dtype=torch.int64, device=like.device))
+
+    @property
+    def rows(self) -> int:
+        """Rows, B."""
+        return len(self.length)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row can hold; the last layer always sees them all."""
+        return self.keys[-1].shape[2] - 1
+
+    def view(self) -> Cache:
+        """The same state with only those slots that rows of at most `longest` tokens, and their next one, can use.
+
+        The number of slots grows in steps (see `visible_slots`), so that it takes few different values.
+        """
+        slots = visible_slots(self.longest + 1)
+        keys, values = (tuple(x[:, :, :slots] for x in xs) for xs in (self.keys, self.values))
+        return self._replace(keys=keys, values=values, longest=slots - 1)
+
+    def past(self) -> Past:
+        """What the next token of every row sees: a pass of one position per row."""
+        rows = torch.arange(self.rows, device=self.length.device)[:, None]
+        queries = self.length[:, None]
+        held = {r: (queries % r, positions_held(self.length + 1, r)) for r in {k.shape[2] for k in self.keys}}
+        layers = [Slots(k, v, rows, *held[k.shape[2]]) for k, v in zip(self.keys, self.values, strict=True)]
+        return Past(queries, False, layers)
+
+    def buffer(self) -> Buffer:
+        """A buffer for passes over the positions that come next, counted from 0 in every row; nothing is copied."""
+        if self.longest == 0:
+            return Buffer()
+        seen = self.view()
+        held = {r: positions_held(self.length, r) for r in {k.shape[2] for k in seen.keys}}
+        layers = [(k, v, held[k.shape[2]]) for k, v in zip(seen.keys, seen.values, strict=True)]
+        return Buffer(history=History(self.length, self.memory, layers))
+
+    def commit(self, buffer: Buffer, rows: Tensor, count: Tensor) -> Cache:
+        """Take in what passes wrote: the first `count[i]` positions of the buffer's row i go to row `rows[i]`.
+
+        Both are int64 [b]. Keys and values are filled in place.
+        """
+        memory, length = self.memory.clone(), self.length.clone()
+        for at, w in buffer.segments:
+            offset = torch.arange(at.start, at.stop, at.step, device=count.device)
+            last = offset == count[:, None] - 1
+            here, there = last.nonzero(as_tuple=True)
+            memory[rows[here]] = w.source[here, there].to(memory.dtype)
+            kept = {r: self._places(offset, rows, count, r) for r in {k.shape[2] for k in self.keys}}
+            for mine, new in zip((*self.keys, *self.values), (*w.keys, *w.values), strict=True):
+                here, there, slot = kept[mine.shape[2]]
+                mine[rows[here], :, slot] = new[here, :, there].to(mine.dtype)
+        length[rows] += count
+        return self._replace(memory=memory, length=length, longest=int(length.max()))
+
+    def _places(self, offset: Tensor, rows: Tensor, count: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of the positions `offset` [n] a layer of `slots` slots keeps: row, index into `offset`, slot."""
+        kept = (offset < count[:, None]) & (offset >= count[:, None] - slots)
+        here, there = kept.nonzero(as_tuple=True)
+        return here, there, (self.length[rows[here]] + offset[there]) % slots
+
+    def take(self, rows: Tensor) -> Cache:
+        """An independent copy whose row i is this state's row `rows[i]`: n samples from one prompt, or a kept state."""
+        keys, values = (tuple(x[rows] for x in xs) for xs in (self.keys, self.values))
+        return self._replace(keys=keys, values=values, memory=self.memory[rows], length=self.length[rows])
+
+    def put(self, rows: Tensor, other: Cache) -> Cache:
+        """This state with row `rows[i]` replaced, in place, by row i of `other`, a state of the same capacity."""
+        for mine, new in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            if mine.shape[1:] != new.shape[1:]:
+                raise ValueError(
+                    f"a state of capacity {other.capacity} cannot join one of {self.capacity}: make both alike"
+                )
+            mine[rows] = new
+        memory, length = self.memory.clone(), self.length.clone()
+        memory[rows], length[rows] = other.memory, other.length
+        return self._replace(memory=memory, length=length, longest=max(self.longest, other.longest))
+
+    def save(self, path: Path | str) -> None:
+        """Write the state, only the slots in use, as safetensors."""
+        used = self.longest
+        tensors = {"memory": self.memory, "length": self.length}
+        for name, xs in (("keys", self.keys), ("values", self.values)):
+            tensors |= {f"{name}.{i}": x[:, :, :used].contiguous() for i, x in enumerate(xs)}
+        slots = json.dumps([x.shape[2] for x in self.keys])
+        save_file(tensors, path, {"format": FORMAT, "slots": slots, "longest": str(used)})
+
+    @staticmethod
+    def load(path: Path | str, device: str | torch.device = "cpu") -> Cache:
+        """Read a state written by `save`, bit for bit. ValueError: no such file, or not a state of this version."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read as a saved state ({error}): save it again") from None
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a state saved as {FORMAT}: write it with Cache.save")
+        slots = json.loads(about["slots"])
+        keys, values = (
+            tuple(_refill(found[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
+        )
+        return Cache(keys, values, found["memory"], found["length"], int(about["longest"]))
+
+
+def _refill(used: Tensor, slots: int) -> Tensor:
+    rows, heads, n, width = used.shape
+    full = used.new_zeros(rows, heads, slots, width)
+    full[:, :, :n] = used
+    return full
+
+
+def positions_held(length: Tensor, slots: int) -> PositionsN:
+    """Positions that a ring of `slots` slots holds after `length` [B] tokens, [B, slots].
+
+    Slot j holds the last position congruent to j; one not yet written is said to hold FUTURE, which nobody sees.
+    """
+    slot = torch.arange(slots, device=length.device)
+    newest = length[:, None] - 1
+    held = newest - (newest - slot) % slots
+    return torch.where(held < 0, FUTURE, held)
+
+
+def visible_slots(needed: int) -> int:
+    """The least of 128, 192, 256, 384, 512, 768, .. that is at least `needed`: at most half too many."""
+    size = SMALLEST_VIEW
+    while size < needed:
+        size *= 2
+    return size * 3 // 4 if size > SMALLEST_VIEW and size * 3 // 4 >= needed else size
