@@ -12,11 +12,6 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each [.., N, E/2], with a heads axis where rows differ."""
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last axis, without learned weights; the same shape and type."""
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
-
-
 def rotary(positions: PositionsN, width: int, theta: float, dtype: torch.dtype) -> Rotary:
     """Cosines and sines of RoPE at `positions` [N] or [B, N] for heads `width` wide (RoFormer, eq. 34).
 

@@ -244,8 +244,8 @@ class TrainConfig:
     """Seed of initialisation, data order and drawn schedules."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: cuda where there is one."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Autocast type of training; evaluation is float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Autocast type of training; evaluation is float32. `auto`: bfloat16 where the device multiplies it natively."""
     compile: bool = False
     """Compile the blocks; does not pay for runs of a few minutes on a CPU."""
     eval_every: int = 250

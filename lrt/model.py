@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.attention import Rotary, attend, rms_norm, rotary, rotate, visible
+from lrt.attention import Rotary, attend, rotary, rotate, visible
 from lrt.config import ModelConfig
+from lrt.ops import relu_squared, rms_norm
 from lrt.shapes import HeadsBKNE, StreamBND, TokensBN
 from lrt.state import LayerPast, Past, Written
 
@@ -110,7 +110,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.d, config.d, bias=False)
 
     def forward(self, a: StreamBND) -> StreamBND:
-        return self.down(F.relu(self.up(a)).square())
+        return self.down(relu_squared(self.up(a)))
 
 
 class Block(nn.Module):

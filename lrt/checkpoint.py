@@ -1,0 +1,201 @@
+"""Checkpoints: safetensors and JSON in a folder that is written aside, synced, renamed and verified on load. No pickle.
+
+A run folder holds
+
+    config.json                       the resolved configuration
+    tokenizer/                        what decodes its tokens
+    metrics.jsonl                     one JSON object a line
+    checkpoints/step_00001000/        model.safetensors, optimizer.safetensors, meta.json with their SHA-256
+    result.json                       the final evaluation
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lrt.config import RunConfig, from_dict, to_dict
+from lrt.data import Tokenizer, load_tokenizer
+from lrt.model import LRT
+
+FORMAT = 1
+MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder."""
+
+    folder: Path
+    step: int
+    config: RunConfig
+    extra: dict[str, Any]
+    """What the training stored beside it: best BPB, data hash, seconds so far."""
+
+    def model(self, device: str | torch.device = "cpu") -> LRT:
+        """The model with its weights, in evaluation mode; a weight that does not fit raises ValueError naming it."""
+        model = LRT.build(self.config.model, device)
+        load_weights(model, _tensors(self.folder / MODEL))
+        return model.eval()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by name."""
+        return _tensors(self.folder / OPTIMIZER)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON aside, sync it, and put it in place at once."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2, allow_nan=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file; anything else raises ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"{what} {path} does not exist; give the folder of a run or of one of its checkpoints")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{what} {path} is not valid JSON ({error}); restore it or use another checkpoint") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{what} {path} is not a JSON object; restore it or use another checkpoint")
+    return data
+
+
+def save(
+    run: Path, step: int, config: RunConfig, model: LRT, optimizer: dict[str, Tensor], extra: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `step` and drop all but the newest `keep`."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, aside / MODEL)
+    save_file({k: v.detach().contiguous() for k, v in optimizer.items()}, aside / OPTIMIZER)
+    checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
+    meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
+    write_json(aside / META, meta)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoint folders of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".tmp" and p.is_dir())
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Verify and open a checkpoint folder, or the newest checkpoint of a run folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is not a folder; give the folder of a run or of one of its checkpoints")
+    if not (folder / META).exists():
+        found = checkpoints(folder)
+        if not found:
+            raise ValueError(f"{folder} holds no checkpoint; train first, or give the folder of a run")
+        folder = found[-1]
+    meta = read_json(folder / META, "checkpoint description")
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{folder / META} has format {meta.get('format')!r}, this version reads {FORMAT}; upgrade lrt")
+    step, sums, extra = meta.get("step"), meta.get("sha256"), meta.get("extra")
+    if (
+        not isinstance(step, int)
+        or not isinstance(sums, dict)
+        or not isinstance(extra, dict)
+        or set(sums) != {MODEL, OPTIMIZER}
+    ):
+        raise ValueError(f"{folder / META} lacks step, sha256 or extra; use another checkpoint")
+    for name, expected in sums.items():
+        if not (folder / name).is_file() or _hash(folder / name) != expected:
+            raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
+    return Checkpoint(folder, step, from_dict(RunConfig, meta.get("config"), str(folder / META)), extra)
+
+
+def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies, and a line for each newer one that did not."""
+    problems: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            return open_checkpoint(folder), problems
+        except ValueError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what belongs to it."""
+
+    model: LRT
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+    folder: Path
+    """The checkpoint's folder."""
+    run: Path
+    """The run's folder."""
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """The model and tokenizer of a run folder (its newest checkpoint) or of one checkpoint folder."""
+    checkpoint = open_checkpoint(Path(folder))
+    run = checkpoint.folder.parent.parent
+    tokenizer = load_tokenizer(run / "tokenizer")
+    if tokenizer.vocab_size != checkpoint.config.model.vocab_size:
+        raise ValueError(
+            f"{run / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}; "
+            "they do not belong together: restore the run's own tokenizer"
+        )
+    return Loaded(checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run)
+
+
+def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
+    """Copy weights into the model; a missing, extra or misshapen one raises ValueError naming it."""
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ weights.keys()):
+        where = "the model, not the checkpoint," if name in own else "the checkpoint, not the model,"
+        raise ValueError(f"{where} has the weight {name}; the checkpoint is of another model: use its own config")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
+            raise ValueError(f"weight {name} is {shapes}; the checkpoint is of another model: use its own config")
+    model.load_state_dict(weights)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); use another checkpoint") from None
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _hash(path)

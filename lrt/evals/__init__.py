@@ -1,0 +1,1 @@
+"""Evaluation: every number through `decode` or `fold`, and every number with its mode."""

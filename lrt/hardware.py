@@ -1,0 +1,70 @@
+"""What the machine can do: device, native number type, peak FLOP/s, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+"""Dense bfloat16 peak by name part, FLOP/s, from the vendors' data sheets."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one; a device that is not there raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"device {name!r} is not available here; use cpu" + (", cuda" if torch.cuda.is_available() else "")
+        )
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the device multiplies it natively, else float32 (emulated bfloat16 is far slower)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    abilities = torch.cpu.get_capabilities()
+    return (
+        "bfloat16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16") else "float32"
+    )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak FLOP/s of matrix products, and where the figure comes from: a data sheet, or a measurement made now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAKS.items():
+            if part in name:
+                return peak, f"{part} data sheet, dense bfloat16"
+    size = 8192 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = min(_timed_product(a) for _ in range(5))
+    return 2 * size**3 / best, f"best of 5 products of {size} x {size} matrices"
+
+
+def _timed_product(a: torch.Tensor) -> float:
+    synchronise(a.device)
+    start = time.perf_counter()
+    torch.mm(a, a)
+    synchronise(a.device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's queued work, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held so far: allocated tensors on cuda, resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

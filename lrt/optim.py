@@ -1,0 +1,145 @@
+"""Muon for the matrices, AdamW for everything else; every parameter in exactly one group (SPEC section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lrt.config import OptimConfig
+from lrt.hardware import resolve_dtype
+from lrt.model import LRT
+
+REFERENCE_WIDTH = 768
+"""Width at which AdamW's rates are stated."""
+
+
+def rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Share of the peak rate at `step` (0-based) of `steps`: linear warm-up, flat, linear decay to `config.final`."""
+    warm, cool = round(config.warmup * steps), round(config.decay * steps)
+    if step < warm:
+        return (step + 1) / warm
+    left = steps - step
+    return 1.0 if left > cool else config.final + (1 - config.final) * left / cool
+
+
+def parameter_groups(model: LRT) -> dict[str, dict[str, nn.Parameter]]:
+    """Every trainable parameter by name, in one of `matrix`, `embedding`, `head`, `scalar`."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrix": {}, "embedding": {}, "head": {}, "scalar": {}}
+    for name, p in model.named_parameters():
+        if "embedding" in name:
+            groups["embedding"][name] = p
+        elif name.startswith("head."):
+            groups["head"][name] = p
+        else:
+            groups["matrix" if p.ndim == 2 else "scalar"][name] = p
+    return groups
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024): torch.optim.Muon with equal shapes in one batch.
+
+    torch's takes one matrix at a time, in bfloat16 always; ours orthogonalises all matrices of a shape in one product,
+    in bfloat16 where the device multiplies it natively and in float32 elsewhere, where bfloat16 is far slower.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    ROUNDS = 5
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every matrix that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, matrices in shapes.items():
+                updates = self.orthogonalise(self._momentum(matrices, group["momentum"]))
+                tall = max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(matrices, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * tall)
+
+    def _momentum(self, matrices: list[nn.Parameter], momentum: float) -> Tensor:
+        """Advance the momentum buffers; Nesterov's look-ahead of all of them, [n, A, B]."""
+        nesterov = []
+        for p in matrices:
+            assert p.grad is not None
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            nesterov.append(p.grad.lerp(buffer.lerp_(p.grad, 1 - momentum), momentum))
+        return torch.stack(nesterov)
+
+    def orthogonalise(self, updates: Tensor) -> Tensor:
+        """The nearest semi-orthogonal matrices, roughly: singular values of [n, A, B] are pushed to about 1."""
+        a, b, c = self.COEFFICIENTS
+        tall = updates.shape[1] > updates.shape[2]
+        x = (updates.mT if tall else updates).to(self.dtype)
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(self.ROUNDS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return (x.mT if tall else x).to(updates.dtype)
+
+
+class Optimizer:
+    """Muon and AdamW behind one step; its state is a flat dictionary of tensors, so that it can be saved without pickle."""
+
+    def __init__(self, model: LRT, config: OptimConfig):
+        groups = parameter_groups(model)
+        scale = (model.config.d / REFERENCE_WIDTH) ** -0.5
+        rates = {"embedding": config.embedding_lr * scale, "head": config.head_lr * scale, "scalar": config.scalar_lr}
+        adam = [{"params": list(groups[kind].values()), "lr": lr} for kind, lr in rates.items() if groups[kind]]
+        fused = model.device.type == "cuda"
+        self.adam = torch.optim.AdamW(adam, betas=config.betas, eps=1e-10, weight_decay=0.0, fused=fused)
+        native = torch.bfloat16 if resolve_dtype("auto", model.device) == "bfloat16" else torch.float32
+        matrices = groups["matrix"].values()
+        self.muon = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay, native)
+        self.names = {p: name for group in groups.values() for name, p in group.items()}
+        self.peaks = [(group, group["lr"]) for o in (self.adam, self.muon) for group in o.param_groups]
+
+    def step(self, share: float) -> None:
+        """Update every parameter at `share` of its peak rate, and clear the gradients."""
+        for group, peak in self.peaks:
+            group["lr"] = peak * share
+        for optimizer in (self.adam, self.muon):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """`{parameter name/key: tensor}` of both optimizers."""
+        found = ((p, state) for o in (self.adam, self.muon) for p, state in o.state.items())
+        return {f"{self.names[p]}/{key}": value for p, state in found for key, value in state.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned; a missing or misshapen entry raises ValueError naming it."""
+        parameters = {name: p for p, name in self.names.items()}
+        for key, value in state.items():
+            name, _, slot = key.rpartition("/")
+            if name not in parameters:
+                raise ValueError(
+                    f"optimizer state holds {name}, which this model does not have; resume with its own config"
+                )
+            p = parameters[name]
+            if slot != "step" and value.shape != p.shape:
+                raise ValueError(
+                    f"optimizer state of {name} has shape {tuple(value.shape)}, the model {tuple(p.shape)}"
+                )
+            optimizer = self.muon if slot == "momentum_buffer" else self.adam
+            optimizer.state[p][slot] = value.to("cpu" if slot == "step" and p.device.type == "cpu" else p.device)
+
+
+def clip(parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
+    """Scale gradients down to `norm` if they exceed it; return their norm before, on the device."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    total = nn.utils.get_total_norm(grads)
+    if norm is not None:
+        nn.utils.clip_grads_with_norm_(list(parameters), norm, total)
+    return total
