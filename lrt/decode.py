@@ -1,17 +1,12 @@
-"""Decoding: prefill, one exact step, and the score of the decoded model.
-
-All of it is passes of the model's one forward. A step is a pass of one position against the cache. Prefill solves the
-same recurrence in parallel (SPEC section 4): sweeps over a chunk of the prompt, folded against the cache, until the
-memory stops changing; what does not settle within the budget is finished exactly, token by token.
-"""
+"""Decoding: prefill, one exact step, generation, and the score of the decoded model."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +14,10 @@ from lrt.cache import Cache
 from lrt.fold import fold
 from lrt.loss import token_nats
 from lrt.model import LRT
-from lrt.schedule import Pass
+from lrt.sampling import Laws, Sampling, choose, uniforms
 from lrt.shapes import StreamBND, TokensBN
-from lrt.state import Buffer
+from lrt.solve import Effort, OneToken, Plan, advance, one_token, silent, solve, total
+from lrt.streaming import DecodeBytes, TextStream
 
 DEFAULT_MODE = "jacobi"
 DEFAULT_TOLERANCE = 1e-4
@@ -29,60 +25,6 @@ DEFAULT_CHUNK = 512
 DEFAULT_SWEEPS = 32
 LOGITS_AT_ONCE = 2**25
 """Logits that scoring computes at a time, which bounds its memory."""
-
-
-class Plan(NamedTuple):
-    """How to solve the recurrence over a prompt."""
-
-    stride: int
-    """0: exactly, token by token; 1: Jacobi sweeps; g: interleaved (Gauss-Seidel) sweeps of g subsets."""
-    tolerance: float
-    """Largest change of any position's memory in a sweep, relative to its norm, at which a row has settled."""
-    max_sweeps: int
-    """Sweeps per chunk before the rest is finished exactly."""
-    chunk: int
-    """Positions solved at a time."""
-
-    @staticmethod
-    def parse(mode: str, tolerance: float, max_sweeps: int, chunk: int) -> Plan:
-        """Read `exact`, `jacobi` or `interleaved-G`. ValueError: another mode, or a number out of range."""
-        found = re.fullmatch(r"exact|jacobi|interleaved-([1-9]\d*)", mode)
-        if not found:
-            raise ValueError(
-                f"prefill mode {mode!r} is unknown: use exact, jacobi or interleaved-G, e.g. interleaved-8"
-            )
-        if tolerance < 0 or max_sweeps < 1 or chunk < 1:
-            raise ValueError(
-                f"tolerance {tolerance}, max_sweeps {max_sweeps}, chunk {chunk}: use a tolerance >= 0, the others >= 1"
-            )
-        stride = int(found[1]) if found[1] else int(mode == "jacobi")
-        return Plan(stride, tolerance, max_sweeps, chunk)
-
-    def __str__(self) -> str:
-        name = "jacobi" if self.stride == 1 else f"interleaved-{self.stride}"
-        return f"sweeps({name}, {self.tolerance:g})" if self.stride else "exact"
-
-    def sweep(self, number: int, length: int) -> list[Pass]:
-        """The passes of sweep `number` (from 1); the first one is a full pass, since it has nothing to read yet."""
-        stride = min(self.stride, length) if number > 1 else 1
-        return [_silent(range(i, length, stride)) for i in range(stride)]
-
-
-def _silent(positions: range) -> Pass:
-    return Pass(positions, weight=0.0, grad=False)
-
-
-class Effort(NamedTuple):
-    """What solving took, the worst over rows and chunks."""
-
-    sweeps: int
-    """Most sweeps over any chunk."""
-    residual: float
-    """Largest last change of the memory of a row that settled by tolerance; 0 where all is exact."""
-    forwards: float
-    """Plain-forward equivalents per position: a sweep that stops at source block s counts s / L; steps count 1."""
-    stepped: Tensor
-    """Positions of each row that were finished token by token, int64 [B]."""
 
 
 class Prefill(NamedTuple):
@@ -104,28 +46,6 @@ class Scored(NamedTuple):
     mode: str
     """`exact`, `zero_memory`, or such as `sweeps(jacobi, 0.0001)`."""
     effort: Effort
-
-
-class Solved(NamedTuple):
-    """A chunk of n positions taken in."""
-
-    hidden: StreamBND
-    """Input of the head, [B, n, D]; arbitrary beyond a row's own positions."""
-    cache: Cache
-    effort: Effort
-
-
-class Group(NamedTuple):
-    """Rows whose sweeps ended together."""
-
-    rows: Tensor
-    """Which rows of the chunk, int64 [b]."""
-    buffer: Buffer
-    hidden: StreamBND
-    known: int | None
-    """How many positions are known to be exact where the rows did not settle; None where they did."""
-    sweeps: int
-    residual: float
 
 
 @torch.no_grad()
@@ -162,13 +82,13 @@ def prefill(
     cache = Cache.empty(model, len(tokens), capacity or model.config.context) if cache is None else cache
     _check_fit(cache, lengths, tokens.shape[1])
     last, parts = torch.empty_like(cache.memory), []
-    for first, solved in _solve(model, tokens, lengths, cache, plan):
+    for first, solved in solve(model, tokens, lengths, cache, plan):
         cache = solved.cache
         at = lengths - 1 - first
         here = ((at >= 0) & (at < solved.hidden.shape[1])).nonzero()[:, 0]
         last[here] = solved.hidden[here, at[here]].to(last.dtype)
         parts.append((solved.hidden.shape[1], solved.effort))
-    return Prefill(model.logits(last), cache, str(plan), _total(parts))
+    return Prefill(model.logits(last), cache, str(plan), total(parts))
 
 
 @torch.no_grad()
@@ -205,141 +125,174 @@ def score(
     """
     _check_tokens(model, tokens)
     if mode == "zero_memory":
-        (_, written, _) = next(fold(model, tokens, [_silent(range(tokens.shape[1]))], model.starts(tokens)))
+        (_, written, _) = next(fold(model, tokens, [silent(range(tokens.shape[1]))], model.starts(tokens)))
         assert written.hidden is not None
         effort = Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
         return Scored(_nats(model, written.hidden, targets), mode, effort)
     plan = Plan.parse(mode, tolerance, max_sweeps, chunk)
     lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
     nats, parts = [], []
-    for first, solved in _solve(model, tokens, lengths, Cache.empty(model, *tokens.shape), plan):
+    for first, solved in solve(model, tokens, lengths, Cache.empty(model, *tokens.shape), plan):
         n = solved.hidden.shape[1]
         nats.append(_nats(model, solved.hidden, targets[:, first : first + n]))
         parts.append((n, solved.effort))
-    return Scored(torch.cat(nats, dim=1), str(plan), _total(parts))
+    return Scored(torch.cat(nats, dim=1), str(plan), total(parts))
 
 
-def advance(model: LRT, tokens: Tensor, cache: Cache, active: Tensor | None = None) -> tuple[Tensor, Cache]:
-    """`step` without the head: the hidden states [B, D] and the state after."""
-    if cache.longest >= cache.capacity:
-        reached = cache.length if active is None else cache.length[active]
-        if (reached >= cache.capacity).any():
-            raise ValueError(f"the state is full: its capacity is {cache.capacity} tokens; give it a larger one")
-    view = cache.view()
-    written = model(tokens[:, None], view.past(), view.memory[:, None], model.starts(tokens[:, None]))
-    assert written.hidden is not None
-    memory, length = written.source[:, 0].to(view.memory.dtype), view.length + 1
-    if active is not None:
-        memory = torch.where(active[:, None], memory, view.memory)
-        length = torch.where(active, length, view.length)
-    longest = min(cache.longest + 1, cache.capacity)
-    return written.hidden[:, 0], cache._replace(memory=memory, length=length, longest=longest)
+class Emission(NamedTuple):
+    """One new token of one row."""
+
+    row: int
+    token: int
+    logprob: float
+    """Log-probability under the model itself, before any sampling law."""
+    text: str
+    """Text that has become certain with it; empty without a tokenizer."""
+    finish: str | None
+    """Why the row ends here: `stop`, `length`, or None if it goes on."""
 
 
-def _solve(model: LRT, tokens: TokensBN, lengths: Tensor, cache: Cache, plan: Plan) -> Iterator[tuple[int, Solved]]:
-    """Take in the first `lengths` [B] tokens of each row, chunk by chunk: the recurrence is causal, so nothing is lost.
+class Generated(NamedTuple):
+    """One step of a batch."""
 
-    Yields each chunk's first column and its solution.
+    emissions: list[Emission]
+    """One per row that was still running."""
+    cache: Cache
+    """The state, which has taken in everything but this step's tokens."""
+
+
+@dataclass
+class Request:
+    """One row of a running batch, as the host sees it."""
+
+    row: int
+    sampling: Sampling
+    stop_tokens: tuple[int, ...]
+    left: int
+    """Tokens it may still emit."""
+    stream: TextStream | None
+    running: bool = True
+
+    def emit(self, token: int, logprob: float) -> Emission:
+        """Take in the row's newest token."""
+        self.left -= 1
+        stopped = token in self.stop_tokens
+        text = "" if self.stream is None or stopped else self.stream.push(token)
+        stopped |= self.stream is not None and self.stream.stopped
+        self.running = not stopped and self.left > 0
+        if not self.running and self.stream is not None:
+            text += self.stream.close()
+        return Emission(self.row, token, logprob, text, None if self.running else "stop" if stopped else "length")
+
+
+@torch.no_grad()
+def generate(
+    model: LRT,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    samples: int = 1,
+    decode_bytes: DecodeBytes | None = None,
+    cache: Cache | None = None,
+    capacity: int | None = None,
+    mode: str = DEFAULT_MODE,
+    tolerance: float = DEFAULT_TOLERANCE,
+    run: OneToken = one_token,
+) -> Iterator[Generated]:
+    """Continue prompts together, a token per step, until every row has stopped.
+
+    Args:
+        prompts: token ids, one list per row, of any lengths.
+        sampling: for all rows, or one per prompt.
+        samples: answers per prompt; the prompt is taken in once, row `i * samples + j` is answer j to prompt i.
+        decode_bytes: a tokenizer's, to stream text and to find stop texts.
+        cache: a state to continue, one row per prompt. It has not taken in the last token it emitted: begin the
+            prompt with that. Otherwise an empty one of `capacity` tokens; by default what prompts and answers need,
+            at most the model's context, and answers end where it is full.
+        mode, tolerance: how the prompts are taken in, see `prefill`.
+        run: `one_token`, or what `compiled` returns.
+
+    Raises:
+        ValueError: as `prefill`; stop texts without `decode_bytes`; not one sampling per prompt.
     """
-    for first in range(0, tokens.shape[1], plan.chunk):
-        here = tokens[:, first : first + plan.chunk]
-        solved = _solve_chunk(model, here, (lengths - first).clamp(0, here.shape[1]), cache, plan)
-        cache = solved.cache
-        yield first, solved
+    laws = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    tokens, lengths = _padded(prompts, model.device)
+    _check_requests(laws, len(prompts), samples, decode_bytes)
+    if cache is None and capacity is None:
+        needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, laws, strict=True))
+        capacity = min(model.config.context, needed)
+    start = prefill(model, tokens, mode=mode, tolerance=tolerance, lengths=lengths, cache=cache, capacity=capacity)
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
+    cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
+    requests = _requests(model, laws, samples, cache, decode_bytes)
+    drawn = _draws(requests, samples, model.device)
+    law = Laws.of([r.sampling for r in requests], model.config.vocab_size, model.device)
+    seen = _seen(logits, tokens, lengths)[rows] if law.penalised else None
+    active = torch.ones(len(requests), dtype=torch.bool, device=model.device)
+    for uniform in drawn:
+        token, logprob = choose(logits, law, uniform, seen)
+        pairs = list(zip(token.tolist(), logprob.tolist(), strict=True))
+        emissions = [r.emit(*pairs[r.row]) for r in requests if r.running]
+        yield Generated(emissions, cache)
+        if not any(r.running for r in requests):
+            return
+        if any(e.finish for e in emissions):
+            active = torch.tensor([r.running for r in requests], device=model.device)
+        if seen is not None:
+            seen = seen.scatter(1, token[:, None], True)
+        hidden, cache = advance(model, token, cache, active, run)
+        logits = model.logits(hidden)
 
 
-def _solve_chunk(model: LRT, tokens: TokensBN, count: Tensor, cache: Cache, plan: Plan) -> Solved:
-    hidden = cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1])
-    begin, sweeps, residual = torch.zeros_like(count), 0, 0.0
-    for group in _sweeps(model, tokens, count, cache, plan) if plan.stride else ():
-        done = count[group.rows] if group.known is None else count[group.rows].clamp(max=group.known)
-        hidden[group.rows] = group.hidden.to(hidden.dtype)
-        cache = cache.commit(group.buffer, group.rows, done)
-        begin[group.rows] = done
-        sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
-    cache = _recur(model, tokens, begin, count, cache, hidden)
-    below = model.config.source / model.config.depth
-    forwards = sweeps * below + (sweeps > 0 and below < 1) + float((count - begin).max()) / tokens.shape[1]
-    return Solved(hidden, cache, Effort(sweeps, residual, forwards, count - begin))
+def _requests(
+    model: LRT, laws: list[Sampling], samples: int, cache: Cache, decode_bytes: DecodeBytes | None
+) -> list[Request]:
+    bos = () if model.config.bos is None else (model.config.bos,)
+    requests = []
+    for row, length in enumerate(cache.length.tolist()):
+        law = laws[row // samples]
+        stop = bos if law.stop_tokens is None else law.stop_tokens
+        stream = None if decode_bytes is None else TextStream(decode_bytes, law.stop)
+        left = min(law.max_new_tokens, cache.capacity - length + 1)
+        requests.append(Request(row, law, stop, left, stream))
+    return requests
 
 
-def _sweeps(model: LRT, tokens: TokensBN, count: Tensor, cache: Cache, plan: Plan) -> Iterator[Group]:
-    """Sweep until every row has settled; rows leave as they do, so that none's result depends on the others."""
-    rows, buffer = count.nonzero()[:, 0], cache.buffer()
-    buffer = buffer if len(rows) == len(count) else buffer.take(rows)
-    n, known, old, number = tokens.shape[1], 0, None, 0
-    while len(rows):
-        number += 1
-        passes, starts = plan.sweep(number, n), model.starts(tokens[rows])
-        # Announcing the full pass that comes last lets the sweeps stop at the source block.
-        folded = fold(model, tokens[rows], [*passes, _silent(range(n))], starts, buffer)
-        for p, _, buffer in itertools.islice(folded, len(passes)):  # noqa: B007
-            known += known in p.positions
-        known = known if model.config.memory.on else n
-        new = buffer.memory(range(1, n + 1))
-        assert new is not None
-        change = _change(old, new, count[rows])
-        settled = (change <= plan.tolerance) | (count[rows] <= known)
-        last = number == plan.max_sweeps
-        for leaving, exact in ((settled, None), (~settled & last, known)):
-            if leaving.any():
-                at = leaving.nonzero()[:, 0]
-                top, hidden = _finish(model, tokens[rows[at]], buffer.take(at), new[at])
-                by_tolerance = change[at][count[rows[at]] > known]
-                residual = float(by_tolerance.max()) if exact is None and len(by_tolerance) else 0.0
-                yield Group(rows[at], top, hidden, exact, number, residual)
-        stay = (~settled).nonzero()[:, 0] if not last else rows[:0]
-        rows, buffer, old = rows[stay], buffer.take(stay), new[stay]
+def _draws(requests: list[Request], samples: int, device: torch.device) -> Tensor:
+    """Each row's uniform numbers, a row of them per step: [steps, B], float64."""
+    steps = max(r.left for r in requests)
+    drawn = [uniforms(r.sampling.seed, r.row % samples, steps) for r in requests]
+    return torch.from_numpy(np.stack(drawn, axis=1)).to(device)
 
 
-def _finish(model: LRT, tokens: TokensBN, buffer: Buffer, source: StreamBND) -> tuple[Buffer, StreamBND]:
-    """Complete keys and values, and the head's input: one more full pass if the sweeps stopped below the top."""
-    if model.config.source == model.config.depth:
-        return buffer, source
-    full = _silent(range(tokens.shape[1]))
-    _, written, buffer = next(fold(model, tokens, [full], model.starts(tokens), buffer))
-    assert written.hidden is not None
-    return buffer, written.hidden
+def _seen(logits: Tensor, tokens: TokensBN, lengths: Tensor) -> Tensor:
+    """Which tokens each prompt holds, boolean [B, V]."""
+    padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+    first = torch.where(padding, tokens[:, :1], tokens)  # padding repeats a token that does count
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, first, True)
 
 
-def _change(old: StreamBND | None, new: StreamBND, count: Tensor) -> Tensor:
-    """Largest change of a row's memory at any of its first `count` positions, relative to its norm, [b]."""
-    if old is None:
-        return torch.full(new.shape[:1], torch.inf, device=new.device)
-    relative = (new - old).float().norm(dim=2) / new.float().norm(dim=2)
-    padding = torch.arange(new.shape[1], device=new.device) >= count[:, None]
-    return relative.masked_fill(padding, 0).amax(dim=1)
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[TokensBN, Tensor]:
+    """Prompts as a right-padded tensor [B, T], and their lengths [B]."""
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if not prompts or empty:
+        raise ValueError(f"prompt {empty[0] if empty else 0} is empty: give at least 1 token (BOS opens a text)")
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [[*prompt, *[prompt[0]] * (max(lengths) - len(prompt))] for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
 
 
-def _recur(model: LRT, tokens: TokensBN, begin: Tensor, end: Tensor, cache: Cache, hidden: StreamBND) -> Cache:
-    """Take in columns begin..end-1 of each row token by token; fills `hidden` there in place."""
-    rows = (begin < end).nonzero()[:, 0]
-    if not len(rows):
-        return cache
-    part = cache.take(rows) if len(rows) < len(begin) else cache
-    begin, end = begin[rows], end[rows]
-    for t in range(int(begin.min()), int(end.max())):
-        active = (begin <= t) & (t < end)
-        now, part = advance(model, tokens[rows, t], part, active)
-        hidden[rows, t] = torch.where(active[:, None], now.to(hidden.dtype), hidden[rows, t])
-    return cache.put(rows, part) if part.rows < cache.rows else part
+def _check_requests(laws: list[Sampling], prompts: int, samples: int, decode_bytes: DecodeBytes | None) -> None:
+    if len(laws) != prompts or samples < 1:
+        raise ValueError(f"{len(laws)} samplings, {samples} samples for {prompts} prompts: give one sampling a prompt")
+    if decode_bytes is None and any(law.stop for law in laws):
+        raise ValueError("stop texts need decode_bytes: pass the tokenizer's, or stop at stop_tokens")
 
 
 def _nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     at_once = max(1, LOGITS_AT_ONCE // (len(hidden) * model.config.vocab_size))
     parts = zip(hidden.split(at_once, dim=1), targets.split(at_once, dim=1), strict=True)
     return torch.cat([token_nats(model, h, t) for h, t in parts], dim=1)
-
-
-def _total(parts: list[tuple[int, Effort]]) -> Effort:
-    """The effort of several chunks, given with their sizes."""
-    efforts, size = [effort for _, effort in parts], sum(n for n, _ in parts)
-    return Effort(
-        max(e.sweeps for e in efforts),
-        max(e.residual for e in efforts),
-        sum(n * e.forwards for n, e in parts) / size,
-        torch.stack([e.stepped for e in efforts]).sum(0),
-    )
 
 
 def _check_tokens(model: LRT, tokens: TokensBN) -> None:

@@ -1,0 +1,233 @@
+"""Solving the recurrence over a prompt: chunk by chunk, by sweeps that run in parallel, or token by token.
+
+All of it is passes of the model's one forward (SPEC section 4): a sweep is one full pass (Jacobi) or a few strided ones
+(Gauss-Seidel), folded against the cache until the memory stops changing; a step is a pass of one position. What does
+not settle within the budget is finished exactly, token by token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrt.cache import Cache
+from lrt.fold import fold
+from lrt.model import LRT
+from lrt.schedule import Pass
+from lrt.shapes import StreamBND, TokensBN
+from lrt.state import Buffer
+
+OneToken = Callable[[LRT, Tensor, Cache, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+"""`one_token`, or it compiled."""
+
+
+class Plan(NamedTuple):
+    """How to solve the recurrence over a prompt."""
+
+    stride: int
+    """0: exactly, token by token; 1: Jacobi sweeps; g: interleaved (Gauss-Seidel) sweeps of g subsets."""
+    tolerance: float
+    """Largest change of any position's memory in a sweep, relative to its norm, at which a row has settled."""
+    max_sweeps: int
+    """Sweeps per chunk before the rest is finished exactly."""
+    chunk: int
+    """Positions solved at a time."""
+
+    @staticmethod
+    def parse(mode: str, tolerance: float, max_sweeps: int, chunk: int) -> Plan:
+        """Read `exact`, `jacobi` or `interleaved-G`. ValueError: another mode, or a number out of range."""
+        found = re.fullmatch(r"exact|jacobi|interleaved-([1-9]\d*)", mode)
+        if not found:
+            raise ValueError(
+                f"prefill mode {mode!r} is unknown: use exact, jacobi or interleaved-G, e.g. interleaved-8"
+            )
+        if tolerance < 0 or max_sweeps < 1 or chunk < 1:
+            raise ValueError(
+                f"tolerance {tolerance}, max_sweeps {max_sweeps}, chunk {chunk}: use a tolerance >= 0, the others >= 1"
+            )
+        stride = int(found[1]) if found[1] else int(mode == "jacobi")
+        return Plan(stride, tolerance, max_sweeps, chunk)
+
+    def __str__(self) -> str:
+        name = "jacobi" if self.stride == 1 else f"interleaved-{self.stride}"
+        return f"sweeps({name}, {self.tolerance:g})" if self.stride else "exact"
+
+    def sweep(self, number: int, length: int) -> list[Pass]:
+        """The passes of sweep `number` (from 1); the first one is a full pass, since it has nothing to read yet."""
+        stride = min(self.stride, length) if number > 1 else 1
+        return [silent(range(i, length, stride)) for i in range(stride)]
+
+
+def silent(positions: range) -> Pass:
+    """A pass without gradient or loss."""
+    return Pass(positions, weight=0.0, grad=False)
+
+
+class Effort(NamedTuple):
+    """What solving took, the worst over rows and chunks."""
+
+    sweeps: int
+    """Most sweeps over any chunk."""
+    residual: float
+    """Largest last change of the memory of a row that settled by tolerance; 0 where all is exact."""
+    forwards: float
+    """Plain-forward equivalents per position: a sweep that stops at source block s counts s / L; steps count 1."""
+    stepped: Tensor
+    """Positions of each row that were finished token by token, int64 [B]."""
+
+
+class Solved(NamedTuple):
+    """A chunk of n positions taken in."""
+
+    hidden: StreamBND
+    """Input of the head, [B, n, D]; arbitrary beyond a row's own positions."""
+    cache: Cache
+    effort: Effort
+
+
+class Group(NamedTuple):
+    """Rows whose sweeps ended together."""
+
+    rows: Tensor
+    """Which rows of the chunk, int64 [b]."""
+    buffer: Buffer
+    hidden: StreamBND
+    known: int | None
+    """How many positions are known to be exact where the rows did not settle; None where they did."""
+    sweeps: int
+    residual: float
+
+
+def solve(model: LRT, tokens: TokensBN, lengths: Tensor, cache: Cache, plan: Plan) -> Iterator[tuple[int, Solved]]:
+    """Take in the first `lengths` [B] tokens of each row, chunk by chunk: the recurrence is causal, so nothing is lost.
+
+    Yields each chunk's first column and its solution.
+    """
+    for first in range(0, tokens.shape[1], plan.chunk):
+        here = tokens[:, first : first + plan.chunk]
+        solved = _chunk(model, here, (lengths - first).clamp(0, here.shape[1]), cache, plan)
+        cache = solved.cache
+        yield first, solved
+
+
+def _chunk(model: LRT, tokens: TokensBN, count: Tensor, cache: Cache, plan: Plan) -> Solved:
+    hidden = cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1])
+    begin, sweeps, residual = torch.zeros_like(count), 0, 0.0
+    for group in _sweeps(model, tokens, count, cache, plan) if plan.stride else ():
+        done = count[group.rows] if group.known is None else count[group.rows].clamp(max=group.known)
+        hidden[group.rows] = group.hidden.to(hidden.dtype)
+        cache = cache.commit(group.buffer, group.rows, done)
+        begin[group.rows] = done
+        sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
+    cache = _recur(model, tokens, begin, count, cache, hidden)
+    below = model.config.source / model.config.depth
+    forwards = sweeps * below + (sweeps > 0 and below < 1) + float((count - begin).max()) / tokens.shape[1]
+    return Solved(hidden, cache, Effort(sweeps, residual, forwards, count - begin))
+
+
+def _sweeps(model: LRT, tokens: TokensBN, count: Tensor, cache: Cache, plan: Plan) -> Iterator[Group]:
+    """Sweep until every row has settled; rows leave as they do, so that none's result depends on the others."""
+    rows, buffer = count.nonzero()[:, 0], cache.buffer()
+    buffer = buffer if len(rows) == len(count) else buffer.take(rows)
+    n, known, old, number = tokens.shape[1], 0, None, 0
+    while len(rows):
+        number += 1
+        passes, starts = plan.sweep(number, n), model.starts(tokens[rows])
+        # Announcing the full pass that comes last lets the sweeps stop at the source block.
+        folded = fold(model, tokens[rows], [*passes, silent(range(n))], starts, buffer)
+        for p, _, buffer in itertools.islice(folded, len(passes)):  # noqa: B007
+            known += known in p.positions
+        known = known if model.config.memory.on else n
+        new = buffer.memory(range(1, n + 1))
+        assert new is not None
+        change = _change(old, new, count[rows])
+        settled = (change <= plan.tolerance) | (count[rows] <= known)
+        last = number == plan.max_sweeps
+        for leaving, exact in ((settled, None), (~settled & last, known)):
+            if leaving.any():
+                at = leaving.nonzero()[:, 0]
+                top, hidden = _finish(model, tokens[rows[at]], buffer.take(at), new[at])
+                by_tolerance = change[at][count[rows[at]] > known]
+                residual = float(by_tolerance.max()) if exact is None and len(by_tolerance) else 0.0
+                yield Group(rows[at], top, hidden, exact, number, residual)
+        stay = (~settled).nonzero()[:, 0] if not last else rows[:0]
+        rows, buffer, old = rows[stay], buffer.take(stay), new[stay]
+
+
+def _finish(model: LRT, tokens: TokensBN, buffer: Buffer, source: StreamBND) -> tuple[Buffer, StreamBND]:
+    """Complete keys and values, and the head's input: one more full pass if the sweeps stopped below the top."""
+    if model.config.source == model.config.depth:
+        return buffer, source
+    full = silent(range(tokens.shape[1]))
+    _, written, buffer = next(fold(model, tokens, [full], model.starts(tokens), buffer))
+    assert written.hidden is not None
+    return buffer, written.hidden
+
+
+def _change(old: StreamBND | None, new: StreamBND, count: Tensor) -> Tensor:
+    """Largest change of a row's memory at any of its first `count` positions, relative to its norm, [b]."""
+    if old is None:
+        return torch.full(new.shape[:1], torch.inf, device=new.device)
+    relative = (new - old).float().norm(dim=2) / new.float().norm(dim=2)
+    padding = torch.arange(new.shape[1], device=new.device) >= count[:, None]
+    return relative.masked_fill(padding, 0).amax(dim=1)
+
+
+def _recur(model: LRT, tokens: TokensBN, begin: Tensor, end: Tensor, cache: Cache, hidden: StreamBND) -> Cache:
+    """Take in columns begin..end-1 of each row token by token; fills `hidden` there in place."""
+    rows = (begin < end).nonzero()[:, 0]
+    if not len(rows):
+        return cache
+    part = cache.take(rows) if len(rows) < len(begin) else cache
+    begin, end = begin[rows], end[rows]
+    for t in range(int(begin.min()), int(end.max())):
+        active = (begin <= t) & (t < end)
+        now, part = advance(model, tokens[rows, t], part, active)
+        hidden[rows, t] = torch.where(active[:, None], now.to(hidden.dtype), hidden[rows, t])
+    return cache.put(rows, part) if part.rows < cache.rows else part
+
+
+def one_token(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The pass of one position per row, tensors in and tensors out, so that it can be compiled: see `advance`.
+
+    Returns the head's input [B, D], the rows' memories [B, D] and their lengths [B].
+    """
+    written = model(tokens[:, None], view.past(), view.memory[:, None], model.starts(tokens[:, None]))
+    assert written.hidden is not None
+    memory, length = written.source[:, 0].to(view.memory.dtype), view.length + 1
+    if active is not None:
+        memory = torch.where(active[:, None], memory, view.memory)
+        length = torch.where(active, length, view.length)
+    return written.hidden[:, 0], memory, length
+
+
+def advance(
+    model: LRT, tokens: Tensor, cache: Cache, active: Tensor | None = None, run: OneToken = one_token
+) -> tuple[Tensor, Cache]:
+    """Take in one token per row [B]: the exact recurrence.
+
+    Rows where `active` [B] is False wait. `run` is `one_token` or a compiled form of it. Returns what `run` computes
+    first and the state after. ValueError: a row is full.
+    """
+    if cache.longest >= cache.capacity:
+        reached = cache.length if active is None else cache.length[active]
+        if (reached >= cache.capacity).any():
+            raise ValueError(f"the state is full: its capacity is {cache.capacity} tokens; give it a larger one")
+    out, memory, length = run(model, tokens, cache.view(), active)
+    return out, cache._replace(memory=memory, length=length, longest=min(cache.longest + 1, cache.capacity))
+
+
+def total(parts: list[tuple[int, Effort]]) -> Effort:
+    """The effort of several chunks, given with their sizes."""
+    efforts, size = [effort for _, effort in parts], sum(n for n, _ in parts)
+    return Effort(
+        max(e.sweeps for e in efforts),
+        max(e.residual for e in efforts),
+        sum(n * e.forwards for n, e in parts) / size,
+        torch.stack([e.stepped for e in efforts]).sum(0),
+    )
