@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -232,14 +233,9 @@ class TrainConfig:
     """Rows of one forward and backward on one device; none means the whole share of the batch."""
     length: int = 2048
     """Positions of a row, T."""
-    steps: int | None = None
-    """Horizon as optimizer steps. Give exactly one of steps, tokens, ratio and compute."""
-    tokens: int | None = None
-    """Horizon as training tokens."""
-    ratio: float | None = None
-    """Horizon as R, tokens per scaling parameter (matrices and head, memory not counted)."""
-    compute: float | None = None
-    """Horizon as effective compute: R times token forwards per token, counting every pass (1/3 without gradient)."""
+    horizon: str = "ratio=20"
+    """When to stop: steps=N, tokens=N, ratio=R (tokens per scaling parameter: matrices and head, memory not counted), or
+    compute=C (R times token forwards per token: every pass counts, one without gradient a third)."""
     seed: int = 0
     """Seed of initialisation, data order and drawn schedules."""
     device: str = "auto"
@@ -263,10 +259,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         Schedule.parse(self.schedule)
-        horizons = {name: getattr(self, name) for name in ("steps", "tokens", "ratio", "compute")}
-        given = [name for name, value in horizons.items() if value is not None]
-        require(len(given) == 1, f"give exactly one of train.steps, tokens, ratio and compute; got {given or 'none'}")
-        require(horizons[given[0]] > 0, f"train.{given[0]} is {horizons[given[0]]}; it must be positive")
+        self.horizon_parts()
         require(self.length >= 2, f"train.length is {self.length}; a row needs at least 2 positions")
         require(self.batch >= 1, f"train.batch is {self.batch}; it must be at least 1")
         require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
@@ -277,6 +270,18 @@ class TrainConfig:
             micro is None or (micro >= 1 and self.batch % micro == 0),
             f"train.micro_batch {micro} must divide batch {self.batch}",
         )
+
+    def horizon_parts(self) -> tuple[str, float]:
+        """The horizon's kind and number."""
+        kind, _, text = self.horizon.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        known = kind in ("steps", "tokens", "ratio", "compute")
+        fine = known and 0 < number < math.inf
+        require(fine, f"train.horizon is {self.horizon!r}; write steps=1000, tokens=1e6, ratio=20 or compute=20")
+        return kind, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +296,7 @@ class RunConfig:
     """The text."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(ratio=20.0))
+    train: TrainConfig = field(default_factory=TrainConfig)
     """The training."""
 
     def __post_init__(self) -> None:

@@ -20,7 +20,9 @@ def cpu_demo() -> RunConfig:
         model=ModelConfig(depth=3, width=96, heads=3, context=256, memory=LRT_MEMORY),
         data=DataConfig(source="python", tokenizer="bytes"),
         optim=OptimConfig(embedding_lr=0.1),
-        train=TrainConfig(schedule="settled-1..3", batch=16, length=128, compute=10.0, eval_every=200, eval_rows=64),
+        train=TrainConfig(
+            schedule="settled-1..3", batch=16, length=128, horizon="compute=10", eval_every=200, eval_rows=64
+        ),
     )
 
 
@@ -43,7 +45,7 @@ def _depth(depth: int, name: str, rows: int) -> RunConfig:
         name=name,
         model=ModelConfig(depth=depth, value_embeddings="alternating", window_pattern="SSSL", memory=LRT_MEMORY),
         data=DataConfig(source="python+site-packages", tokenizer="bpe", vocab_size=8192),
-        train=TrainConfig(schedule="settled-1..3", batch=rows, length=2048, ratio=20.0),
+        train=TrainConfig(schedule="settled-1..3", batch=rows, length=2048, horizon="ratio=20"),
     )
 
 
@@ -65,7 +67,9 @@ def d12() -> RunConfig:
 def _paper(depth: int, name: str) -> RunConfig:
     model = ModelConfig(depth=depth, vocab_size=32768, value_embeddings="all", memory=PAPER_MEMORY)
     data = DataConfig(source="hf:HuggingFaceFW/fineweb-edu", subset="sample-100BT", tokenizer="bpe", vocab_size=32768)
-    train = TrainConfig(schedule="interleaved-2", batch=256, micro_batch=16, length=2048, ratio=10.0, save_every=500)
+    train = TrainConfig(
+        schedule="interleaved-2", batch=256, micro_batch=16, length=2048, horizon="ratio=10", save_every=500
+    )
     return RunConfig(name=name, model=model, data=data, train=train)
 
 

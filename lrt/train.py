@@ -16,13 +16,14 @@ from lrt import accounting, checkpoint
 from lrt.checkpoint import Checkpoint
 from lrt.config import RunConfig, require, to_dict
 from lrt.data import Batch, Loader, Prepared, prefetch, prepare
-from lrt.streaming import sample_text
+from lrt.sampling import Sampling
 from lrt.evals.bpb import BPB, Rows, evaluate, validation_rows
 from lrt.hardware import peak_flops, resolve_device, resolve_dtype
 from lrt.loss import LossOutput, ScheduledLoss, targets_per_pass
 from lrt.model import LRT
 from lrt.optim import Optimizer, clip, rate
 from lrt.schedule import NO_GRAD_COST, Passes, Schedule, effective_forwards
+from lrt.text import complete
 
 Sink = Callable[[dict[str, Any]], None]
 """Receives events: `{"kind": "prepare" | "start" | "train" | "eval" | "sample" | "warning" | "checkpoint", ...}`."""
@@ -68,13 +69,12 @@ class Result:
 def horizon(config: RunConfig) -> int:
     """Optimizer steps from steps, tokens, R or an effective-compute budget that counts every pass."""
     t = config.train
-    if t.steps is not None:
-        return t.steps
-    scaling = accounting.scaling_parameters(config.model)
-    if t.compute is not None:
-        tokens = t.compute * scaling / effective_forwards(Schedule.parse(t.schedule), t.length)
-    else:
-        tokens = t.tokens if t.tokens is not None else (t.ratio or 0) * scaling
+    kind, number = t.horizon_parts()
+    if kind == "steps":
+        return max(1, round(number))
+    tokens = number if kind == "tokens" else number * accounting.scaling_parameters(config.model)
+    if kind == "compute":
+        tokens /= effective_forwards(Schedule.parse(t.schedule), t.length)
     return max(1, round(tokens / (t.batch * t.length)))
 
 
@@ -247,8 +247,10 @@ class Session:
         return bpb
 
     def sample(self) -> str:
-        """A short continuation of nothing, decoded with memory at temperature 0.8."""
-        return sample_text(self.model, self.prepared.tokenizer, "", SAMPLE_TOKENS, seed=self.config.train.seed)
+        """A short document, decoded with memory at temperature 0.8."""
+        room = min(SAMPLE_TOKENS, self.config.model.context - 1)
+        sampling = Sampling(max_new_tokens=room, temperature=0.8, seed=self.config.train.seed)
+        return "".join(complete(self.model, self.prepared.tokenizer, "", sampling))
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""

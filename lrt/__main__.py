@@ -1,0 +1,7 @@
+"""`python -m lrt`."""
+
+import sys
+
+from lrt.cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""The command line: `lrt COMMAND ...`. Bad input ends with one line that names culprit and remedy, and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Command = Callable[[list[str]], int]
+
+COMMANDS = {
+    "demo": "train a plain transformer and two LRTs on this machine, compare them, write a report",
+    "info": "parameters, FLOPs of every schedule, cache bytes of a recipe",
+    "schedule": "draw a schedule as text or SVG",
+    "tokenize": "turn a text source into token shards",
+    "train": "train a recipe on your text, or resume a run",
+    "eval": "bits per byte of a run in every mode",
+    "sample": "continue a prompt, decoding with memory",
+    "chat": "talk to a model; its state is kept between turns",
+    "bench": "measure: bench decode",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in args[:1]
+    args = args[show_traceback:]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if args[0] == "--version":
+        from lrt import __version__
+
+        print(f"lrt {__version__}")
+        return 0
+    name = args[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"lrt: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return _run(name, args[1:], show_traceback)
+
+
+def overview() -> str:
+    """What `lrt --help` prints."""
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: lrt [--traceback] COMMAND ...\n\nThe Latent Recurrent Transformer: train it in parallel passes, decode it "
+        f"exactly with memory.\n\n{rows}\n\nlrt COMMAND --help says more. lrt --version prints the version."
+    )
+
+
+def _run(name: str, args: list[str], show_traceback: bool) -> int:
+    from lrt import commands
+
+    try:
+        return commands.COMMANDS[name](args)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"lrt {name}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if show_traceback:
+            raise
+        print(f"lrt {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def parse(what: Callable[..., T], args: list[str], command: str, **options: Any) -> T:
+    """Read flags into a dataclass or function arguments with tyro; a wrong one becomes one line (ValueError)."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(what, args=args, prog=f"lrt {command}", **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(f"{_first_line(said.getvalue())}; see lrt {command} --help") from None
+
+
+def _first_line(box: str) -> str:
+    """The message in tyro's box, without its frame, plus the flag it suggests."""
+    plain = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    parts: list[list[str]] = [[]]
+    for line in plain:
+        if set(line) <= set("─ "):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    message = " ".join(parts[0]).strip().rstrip(".")
+    near = [part[1].split()[0] for part in parts if len(part) > 1 and part[0].startswith("Perhaps you meant")]
+    return message + (f"; did you mean {near[0]}?" if near else "")

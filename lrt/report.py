@@ -1,0 +1,120 @@
+"""Pictures and pages from recorded runs: loss and BPB against tokens, effective compute and wall-clock."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+AXES = {
+    "tokens": "tokens seen",
+    "effective_forwards": "effective compute (token forwards)",
+    "seconds": "training seconds",
+}
+COLOURS = ("#6b7280", "#d9822b", "#2f6fde", "#1f9d61", "#a855f7", "#dc2626")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run read back from its folder's metrics.jsonl."""
+
+    name: str
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+
+
+def read_run(folder: Path, name: str | None = None) -> Recorded:
+    """The events of a run; a missing or damaged file raises ValueError naming the line."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder of a run")
+    events = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}:{number} is not JSON; remove the line") from None
+    kinds = {kind: [e for e in events if e["kind"] == kind] for kind in ("train", "eval")}
+    return Recorded(name or folder.name, kinds["train"], kinds["eval"])
+
+
+def curves(runs: Sequence[Recorded]):  # noqa: ANN201 (a matplotlib figure)
+    """Training loss (above) and decoded validation BPB (below) of every run on the three axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    grid = figure.subplots(2, 3, sharex="col", sharey="row")
+    for column, (key, label) in enumerate(AXES.items()):
+        for run, colour in zip(runs, COLOURS, strict=False):
+            loss, bpb = grid[0][column], grid[1][column]
+            loss.plot(
+                [e[key] for e in run.train], _smooth([e["loss"] for e in run.train]), color=colour, label=run.name
+            )
+            x = [e[key] for e in run.evals]
+            bpb.plot(x, [e["bpb"]["decoded"] for e in run.evals], "o-", ms=3.5, color=colour, label=run.name)
+            bpb.plot(x, [e["bpb"]["zero_memory"] for e in run.evals], ":", lw=1, color=colour)
+        grid[1][column].set_xlabel(label)
+        for axes in grid[:, column]:
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+    _limit(grid[0][0], [y for run in runs for y in _smooth([e["loss"] for e in run.train])])
+    _limit(grid[1][0], [e["bpb"]["decoded"] for run in runs for e in run.evals])
+    grid[0][0].set_ylabel("training loss, nats per token\n(weighted mean over the passes)")
+    grid[1][0].set_ylabel("validation bits per byte\ndecoded (solid), zero memory (dotted)")
+    grid[1][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    out: list[float] = []
+    for v in values:
+        out.append(v if not out else weight * out[-1] + (1 - weight) * v)
+    return out
+
+
+def _limit(axes: Any, values: Sequence[float]) -> None:
+    """Show where the curves settle rather than where they begin; what lies above runs out of the frame."""
+    ordered = sorted(values)
+    if ordered:
+        low, high = ordered[0], ordered[int(0.85 * (len(ordered) - 1))]
+        axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.35 * (high - low) + 1e-3)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def page(
+    title: str, intro: str, header: Sequence[str], rows: Sequence[Sequence[str]], figure: Any, parts: dict[str, str]
+) -> str:
+    """One self-contained HTML page: a table, a picture, and texts by heading."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    head = "".join(f"<th>{escape(c)}</th>" for c in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    texts = "".join(f"<h2>{escape(k)}</h2><pre>{escape(v)}</pre>" for k, v in parts.items())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p>{escape(intro)}</p>"
+        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+        f'<img alt="{escape(title)}: loss and bits per byte" src="data:image/png;base64,{picture}">{texts}</html>\n'
+    )
+
+
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "table{border-collapse:collapse}td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #8884;"
+    "white-space:nowrap}.wide{overflow-x:auto}img{max-width:100%;background:#fff;margin:1rem 0}"
+    "pre{white-space:pre-wrap;background:#8881;padding:.8rem;border-radius:.4rem}"
+    "@media(prefers-color-scheme:dark){body{color:#ddd;background:#16181c}}"
+)

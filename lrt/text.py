@@ -1,0 +1,63 @@
+"""Text in, text out: prompts and conversations over `decode.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from lrt.cache import Cache
+from lrt.data import Tokenizer
+from lrt.decode import DEFAULT_MODE, generate
+from lrt.model import LRT
+from lrt.sampling import Sampling
+
+
+@torch.no_grad()
+def complete(
+    model: LRT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, *, mode: str = DEFAULT_MODE
+) -> Iterator[str]:
+    """Continue `prompt` as the beginning of a document; yields text as it becomes certain.
+
+    ValueError if the prompt does not fit the model's context.
+    """
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    require_room(model, len(ids))
+    for step in generate(model, [ids], sampling, decode_bytes=tokenizer.decode_bytes, mode=mode):
+        yield step.emissions[0].text
+
+
+def require_room(model: LRT, tokens: int) -> None:
+    """Raise ValueError if a prompt of `tokens` leaves no room for an answer in the model's context."""
+    context = model.config.context
+    if tokens >= context:
+        raise ValueError(f"the prompt has {tokens} tokens, the model's context is {context}; shorten the prompt")
+
+
+@dataclass
+class Conversation:
+    """A kept state that turns are added to: nothing is prefilled twice."""
+
+    model: LRT
+    tokenizer: Tokenizer
+    mode: str = DEFAULT_MODE
+    cache: Cache | None = None
+    pending: list[int] = field(default_factory=list)
+    """Tokens emitted or fixed that the state has not taken in yet."""
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context that are taken."""
+        return len(self.pending) + (int(self.cache.length[0]) if self.cache else 0)
+
+    def say(self, text: str, sampling: Sampling) -> Iterator[str]:
+        """Add `text` and stream the model's continuation."""
+        opening = [] if self.cache or self.pending else [self.tokenizer.bos]
+        prompt = [*self.pending, *opening, *self.tokenizer.encode(text)]
+        require_room(self.model, self.used + len(prompt) - len(self.pending))
+        cache = self.cache or Cache.empty(self.model, 1, self.model.config.context)
+        decode = self.tokenizer.decode_bytes
+        for step in generate(self.model, [prompt], sampling, decode_bytes=decode, cache=cache, mode=self.mode):
+            self.cache, self.pending = step.cache, [step.emissions[0].token]
+            yield step.emissions[0].text
