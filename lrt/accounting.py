@@ -1,4 +1,4 @@
-"""What a model costs: parameters by group, FLOPs of every pass, cache bytes. All counts are exact sums, no estimates."""
+"""What a model costs: parameters by group, FLOPs of every pass, cache bytes. Exact sums, no estimates."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def overview() -> str:
     """What `lrt --help` prints."""
     rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
     return (
-        "usage: lrt [--traceback] COMMAND ...\n\nThe Latent Recurrent Transformer: train it in parallel passes, decode it "
-        f"exactly with memory.\n\n{rows}\n\nlrt COMMAND --help says more. lrt --version prints the version."
+        "usage: lrt [--traceback] COMMAND ...\n\nThe Latent Recurrent Transformer: train it in parallel passes, "
+        f"decode it exactly with memory.\n\n{rows}\n\nlrt COMMAND --help says more. lrt --version prints the version."
     )
 
 

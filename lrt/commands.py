@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from lrt.cli import parse
 from lrt.config import DataConfig, ModelConfig, RunConfig, require
-from lrt.recipes import RECIPES, recipe
+from lrt.recipes import recipe
 from lrt.schedule import Schedule
+
+if TYPE_CHECKING:  # heavy imports wait until a command needs them
+    from lrt.evals.bpb import BPB
+    from lrt.sampling import Sampling
 
 Positional = tyro.conf.Positional
 INFO_SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "refinement-3", "settled-1..3")
@@ -107,7 +111,8 @@ def tokenize(args: list[str]) -> int:
         prepared = prepare_data(RunConfig(data=given.data), [live])
     train, val = len(prepared.train), len(prepared.val)
     print(
-        f"{prepared.folder}: {train:,} training and {val:,} validation tokens, vocabulary {prepared.tokenizer.vocab_size}"
+        f"{prepared.folder}: {train:,} training and {val:,} validation tokens, "
+        f"vocabulary {prepared.tokenizer.vocab_size}"
     )
     return 0
 
@@ -199,7 +204,7 @@ def evaluate(args: list[str]) -> int:
     return 0
 
 
-def _eval_text(where: dict, bpb) -> str:  # noqa: ANN001
+def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
     lines = [
         f"{where['run']} step {where['step']}, {bpb.rows} rows of {where['length']} ({where['source']}), float32, BPB"
     ]
@@ -243,7 +248,7 @@ class Decoding:
     device: str = "auto"
     """cpu, cuda or auto."""
 
-    def sampling(self):  # noqa: ANN201
+    def sampling(self) -> Sampling:
         """The library's form of it."""
         from lrt.sampling import Sampling
 

@@ -234,7 +234,7 @@ class TrainConfig:
     length: int = 2048
     """Positions of a row, T."""
     horizon: str = "ratio=20"
-    """When to stop: steps=N, tokens=N, ratio=R (tokens per scaling parameter: matrices and head, memory not counted), or
+    """When to stop: steps=N, tokens=N, ratio=R (tokens per scaling parameter: matrices and head, not the memory), or
     compute=C (R times token forwards per token: every pass counts, one without gradient a third)."""
     seed: int = 0
     """Seed of initialisation, data order and drawn schedules."""

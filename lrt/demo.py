@@ -1,4 +1,4 @@
-"""`lrt demo`: a plain transformer and two LRTs at equal effective compute, trained here and now, and compared honestly."""
+"""`lrt demo`: a plain transformer and two LRTs at equal effective compute, trained here and now, and compared."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     figure = curves([read_run(out / row["name"]) for row in rows])
     figure.savefig(out / "report.png", dpi=130)
     about = (
-        f"Equal effective compute ({rows[0]['effective_compute']:,.0f} token forwards, one without gradient counted a third); "
-        f"tokens seen differ. {torch.get_num_threads()} CPU threads, evaluation in float32 on the same rows, "
+        f"Equal effective compute ({rows[0]['effective_compute']:,.0f} token forwards, one without gradient counted a "
+        f"third); tokens seen differ. {torch.get_num_threads()} CPU threads, evaluation in float32 on the same rows, "
         f"{seconds:.0f} s in all."
     )
     samples = {f"sample: {row['name']}": row["sample"] for row in rows}

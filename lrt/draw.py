@@ -17,7 +17,8 @@ def heading(schedule: Schedule, length: int) -> str:
     """One line of figures."""
     passes = schedule.passes(length)
     return (
-        f"{schedule} over {length} positions: {len(passes)} passes, {token_forwards(passes, length):.2f} token forwards, "
+        f"{schedule} over {length} positions: {len(passes)} passes, "
+        f"{token_forwards(passes, length):.2f} token forwards, "
         f"{effective_forwards(schedule, length):.2f} effective, exact prefix {exact_prefix(passes, length)}"
     )
 

@@ -61,8 +61,8 @@ class ScheduledLoss(nn.Module):
             tokens, targets: int64 [B, T]; IGNORE in `targets` leaves a position out of every mean.
             starts: boolean [B, T], True where a document starts; by default at the model's BOS token.
             step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
-            counts: per pass with loss, the targets its mean runs over, [P]; give the whole step's (see `targets_per_pass`)
-                when accumulating micro-batches. By default those of this batch.
+            counts: per pass with loss, the targets its mean runs over, [P]; give the whole step's when accumulating
+                micro-batches (see `targets_per_pass`). By default those of this batch.
         """
         passes = self.passes(step, tokens.shape[1])
         starts = self.model.starts(tokens) if starts is None else starts

@@ -152,7 +152,7 @@ class LRT(nn.Module):
 
     @staticmethod
     def build(config: ModelConfig, device: str | torch.device = "cpu", seed: int = 0) -> LRT:
-        """A model on `device`, initialised from `seed`; constructed on the meta device, so nothing is allocated twice."""
+        """A model on `device`, initialised from `seed`; built on the meta device, so nothing is allocated twice."""
         with torch.device("meta"):
             model = LRT(config)
         model = model.to_empty(device=device)

@@ -54,9 +54,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every matrix that has a gradient."""
-        assert closure is None
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -90,7 +89,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Muon and AdamW behind one step; its state is a flat dictionary of tensors, so that it can be saved without pickle."""
+    """Muon and AdamW behind one step; its state is a flat dictionary of tensors, to be saved without pickle."""
 
     def __init__(self, model: LRT, config: OptimConfig):
         groups = parameter_groups(model)

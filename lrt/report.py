@@ -43,7 +43,7 @@ def read_run(folder: Path, name: str | None = None) -> Recorded:
     return Recorded(name or folder.name, kinds["train"], kinds["eval"])
 
 
-def curves(runs: Sequence[Recorded]):  # noqa: ANN201 (a matplotlib figure)
+def curves(runs: Sequence[Recorded]):
     """Training loss (above) and decoded validation BPB (below) of every run on the three axes."""
     from matplotlib.figure import Figure
 

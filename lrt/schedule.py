@@ -106,7 +106,7 @@ class Schedule:
 
     @staticmethod
     def parse(text: str) -> Schedule:
-        """Read KIND[-SIZE][:weights=a/b/..][:settle=r][:detach], e.g. `interleaved-4`, `refinement-2:weights=0.1/0.3/0.6`."""
+        """Read KIND[-SIZE][:weights=a/b/..][:settle=r][:detach], e.g. `refinement-2:weights=0.1/0.3/0.6`."""
         head, *options = text.strip().split(":")
         kind, _, size = head.partition("-")
         if kind not in KINDS:
@@ -136,7 +136,7 @@ class Schedule:
     def __str__(self) -> str:
         parts = [self.kind + (f"-{self.size}" if self.size else "")]
         parts += [f"settle={self.settle}"] if self.settle.high else []
-        parts += ["weights=" + "/".join(f"{w:g}" for w in self.weights)] if self.weights else []
+        parts += ["weights=" + "/".join(str(w).removesuffix(".0") for w in self.weights)] if self.weights else []
         return ":".join([*parts, *(["detach"] if self.detach else [])])
 
     def draw(self, seed: int, step: int) -> Schedule:
@@ -271,7 +271,7 @@ def intersect(a: range, b: range) -> range:
 
 
 def subtract(a: range, b: range) -> list[range]:
-    """Positions of `a` that are not in `b`, as few rising slices: what stays of a segment when a pass rewrites part of it."""
+    """Positions of `a` not in `b`, as few rising slices: what stays of a segment when a pass rewrites part of it."""
     common = intersect(a, b)
     if not len(common):
         return [a] if len(a) else []
