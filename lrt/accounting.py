@@ -14,6 +14,10 @@ BACKWARD = 1 / NO_GRAD_COST
 """Forward and backward together, in forwards."""
 
 
+GROUPS = ("embedding", "value embeddings", "head", "matrices", "scalars", "memory")
+"""Every parameter is in exactly one."""
+
+
 def group_of(name: str) -> str:
     """The group of a parameter, by its name: embedding, value embeddings, head, matrices, scalars or memory."""
     if "projection." in name or name.endswith(("gate.weight", "gamma")):
@@ -29,7 +33,7 @@ def parameters_by_group(config: ModelConfig) -> dict[str, int]:
     """Parameter counts of a model that is never allocated. `memory` holds W_K, W_V, all gate rows and gamma."""
     with torch.device("meta"):
         model = LRT(config)
-    groups = dict.fromkeys(("embedding", "value embeddings", "head", "matrices", "scalars", "memory"), 0)
+    groups: dict[str, int] = dict.fromkeys(GROUPS, 0)
     for name, p in model.named_parameters():
         groups[group_of(name)] += p.numel()
     return groups

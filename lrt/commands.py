@@ -362,4 +362,3 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo, "info": info, "schedule": schedule, "tokenize": tokenize, "train": train, "eval": evaluate,
     "sample": sample, "chat": chat, "bench": bench,
 }  # fmt: skip
-assert RECIPES

@@ -101,7 +101,7 @@ class Optimizer:
         native = torch.bfloat16 if resolve_dtype("auto", model.device) == "bfloat16" else torch.float32
         matrices = groups["matrix"].values()
         self.muon = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay, native)
-        self.names = {p: name for group in groups.values() for name, p in group.items()}
+        self.names: dict[Tensor, str] = {p: name for group in groups.values() for name, p in group.items()}
         self.peaks = [(group, group["lr"]) for o in (self.adam, self.muon) for group in o.param_groups]
 
     def step(self, share: float) -> None:

@@ -11,6 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 AXES = {
     "tokens": "tokens seen",
     "effective_forwards": "effective compute (token forwards)",
@@ -43,10 +45,8 @@ def read_run(folder: Path, name: str | None = None) -> Recorded:
     return Recorded(name or folder.name, kinds["train"], kinds["eval"])
 
 
-def curves(runs: Sequence[Recorded]):
+def curves(runs: Sequence[Recorded]) -> Figure:
     """Training loss (above) and decoded validation BPB (below) of every run on the three axes."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     grid = figure.subplots(2, 3, sharex="col", sharey="row")
     for column, (key, label) in enumerate(AXES.items()):
@@ -94,7 +94,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(
-    title: str, intro: str, header: Sequence[str], rows: Sequence[Sequence[str]], figure: Any, parts: dict[str, str]
+    title: str, intro: str, header: Sequence[str], rows: Sequence[Sequence[str]], figure: Figure, parts: dict[str, str]
 ) -> str:
     """One self-contained HTML page: a table, a picture, and texts by heading."""
     buffer = io.BytesIO()
@@ -112,7 +112,7 @@ def page(
 
 
 STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #8884;"
     "white-space:nowrap}.wide{overflow-x:auto}img{max-width:100%;background:#fff;margin:1rem 0}"
     "pre{white-space:pre-wrap;background:#8881;padding:.8rem;border-radius:.4rem}"

@@ -160,7 +160,8 @@ class Session:
         self.prepared.tokenizer.save(self.run / "tokenizer")
         groups = accounting.parameters_by_group(self.config.model)
         tell(
-            self.sinks, kind="start", name=self.config.name, run=str(self.run), step=self.progress.step, steps=self.steps,
+            self.sinks, kind="start", name=self.config.name, run=str(self.run),
+            step=self.progress.step, steps=self.steps,
             parameters=groups | {"total": sum(groups.values())}, schedule=self.config.train.schedule,
             device=str(self.device), dtype=self.config.train.dtype, peak_flops=self.peak, peak_source=self.peak_source,
         )  # fmt: skip
@@ -225,7 +226,8 @@ class Session:
         flops = speed * accounting.train_flops_per_token(self.config.model, self.loss.schedule, t.length)
         tell(
             self.sinks, kind="train", step=p.step, steps=self.steps, loss=loss, per_pass=out.per_pass.tolist(),
-            passes=[str(q) for q in out.passes][:8], gradient_norm=norm.item(), rate=rate(p.step - 1, self.steps, self.config.optim),
+            passes=[str(q) for q in out.passes][:8], gradient_norm=norm.item(),
+            rate=rate(p.step - 1, self.steps, self.config.optim),
             tokens=p.tokens, token_forwards=p.token_forwards, effective_forwards=p.effective_forwards, flops=p.flops,
             seconds=p.seconds, tokens_per_second=speed, flops_per_second=flops, mfu=flops / self.peak,
             seconds_left=(self.steps - p.step) * p.seconds / p.step,
@@ -240,8 +242,8 @@ class Session:
         if bpb.live_gap > gap:
             tell(
                 self.sinks, kind="warning", step=p.step,
-                text=f"live gap {bpb.live_gap:.3f} BPB at step {p.step}: decoding is worse than the training graph says; "
-                "settle the memory before the loss (train.schedule settled-1..3)",
+                text=f"live gap {bpb.live_gap:.3f} BPB at step {p.step}: decoding is worse than the training graph "
+                "says; settle the memory before the loss (train.schedule settled-1..3)",
             )  # fmt: skip
         tell(self.sinks, kind="sample", step=p.step, text=self.sample())
         return bpb

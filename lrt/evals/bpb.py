@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class BPB:
         """Decoded minus merged: how far the training graph's score flatters (or not) the decoder."""
         return self.decoded - self.merged
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Plain data, the live gap included."""
         return asdict(self) | {"live_gap": self.live_gap}
 
