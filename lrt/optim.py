@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config import OptimConfig
-from lrt.hardware import resolve_dtype
 from lrt.model import LRT
 
 REFERENCE_WIDTH = 768
@@ -41,7 +40,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024): torch.optim.Muon with equal shapes in one batch.
 
     torch's takes one matrix at a time, in bfloat16 always; ours orthogonalises all matrices of a shape in one product,
-    in bfloat16 where the device multiplies it natively and in float32 elsewhere, where bfloat16 is far slower.
+    in the type it is given: where bfloat16 is emulated, float32 is far faster.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -91,16 +90,16 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """Muon and AdamW behind one step; its state is a flat dictionary of tensors, to be saved without pickle."""
 
-    def __init__(self, model: LRT, config: OptimConfig):
+    def __init__(self, model: LRT, config: OptimConfig, dtype: torch.dtype = torch.float32):
+        """`dtype` is the type in which Muon orthogonalises: the training's own."""
         groups = parameter_groups(model)
         scale = (model.config.d / REFERENCE_WIDTH) ** -0.5
         rates = {"embedding": config.embedding_lr * scale, "head": config.head_lr * scale, "scalar": config.scalar_lr}
         adam = [{"params": list(groups[kind].values()), "lr": lr} for kind, lr in rates.items() if groups[kind]]
         fused = model.device.type == "cuda"
         self.adam = torch.optim.AdamW(adam, betas=config.betas, eps=1e-10, weight_decay=0.0, fused=fused)
-        native = torch.bfloat16 if resolve_dtype("auto", model.device) == "bfloat16" else torch.float32
         matrices = groups["matrix"].values()
-        self.muon = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay, native)
+        self.muon = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay, dtype)
         self.names: dict[Tensor, str] = {p: name for group in groups.values() for name, p in group.items()}
         self.peaks = [(group, group["lr"]) for o in (self.adam, self.muon) for group in o.param_groups]
 

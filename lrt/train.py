@@ -142,7 +142,8 @@ class Session:
         sizes = prepared.tokenizer.token_bytes()
         self.rows: Rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
         self.model = LRT.build(config.model, self.device, t.seed)
-        self.optimizer = Optimizer(self.model, config.optim)
+        self.dtype = torch.bfloat16 if t.dtype == "bfloat16" else torch.float32
+        self.optimizer = Optimizer(self.model, config.optim, self.dtype)
         self.progress, self.bpb = Progress(), None
         if started is not None:
             self._restore(started)
@@ -150,7 +151,6 @@ class Session:
         if t.compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=True)
-        self.dtype = torch.bfloat16 if t.dtype == "bfloat16" else torch.float32
         self.peak, self.peak_source = peak_flops(self.device, self.dtype)
         self._begin()
 
