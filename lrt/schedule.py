@@ -275,7 +275,8 @@ def subtract(a: range, b: range) -> list[range]:
     common = intersect(a, b)
     if not len(common):
         return [a] if len(a) else []
-    stride = common.step // a.step
+    stride = common.step // a.step if len(common) > 1 else 1
     first, last = a.index(common[0]), a.index(common[-1])
-    inside = [a[first + i : last : stride] for i in range(1, stride)] if len(common) > 1 else []
-    return [part for part in (a[:first], *inside, a[last + 1 :]) if len(part)]
+    low, high = max(0, first - stride + 1), last + stride  # whole strides around what is taken out
+    phases = [a[i:high:stride] for i in range(low, low + stride) if (i - first) % stride]
+    return [part for part in (a[:low], *phases, a[high:]) if len(part)]
