@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from hypothesis import strategies as st
+from torch import Tensor
 
-from lrt.config import MemoryConfig, ModelConfig
+from lrt.config import MEMORY_OFF, MemoryConfig, ModelConfig
+from lrt.fold import fold
 from lrt.model import LRT
+from lrt.reference import _token
+from lrt.schedule import Pass, Schedule, check
 
 
 def config(**overrides) -> ModelConfig:
@@ -31,6 +40,25 @@ VARIANTS = [
     )
     if source == 2 or options
 ]
+CORNERS = [
+    config(source=3),
+    config(source=1, residual=False, residual_scalars=False, softcap=None, gate_width=None, value_embeddings="all"),
+    config(window_pattern="SSL", window=1, kv_heads=1, projection="shared", rope_theta=50.0),
+    replace(config(), memory=MEMORY_OFF),
+]
+"""What the variants leave out: every option at another value, and no memory at all."""
+
+SCHEDULES = [
+    "parallel", "interleaved-1", "interleaved-2", "interleaved-3:settle=1", "refinement-2", "chunked-3", "sequential",
+    "settled-0", "settled-2", "interleaved-2:weights=0/1", "refinement-1:detach",
+]  # fmt: skip
+
+
+def label(cfg: ModelConfig) -> str:
+    """A readable test id."""
+    m = cfg.memory
+    options = [f"kv{cfg.k}", cfg.window_pattern, cfg.value_embeddings, m.projection, "residual" if m.residual else "-"]
+    return "/".join([*options, f"source{cfg.source}"])
 
 
 def randomised(cfg: ModelConfig, seed: int = 0, scale: float = 0.6) -> LRT:
@@ -44,6 +72,108 @@ def randomised(cfg: ModelConfig, seed: int = 0, scale: float = 0.6) -> LRT:
     return model
 
 
-def tokens(cfg: ModelConfig, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+fixed = functools.cache(randomised)
+"""The same model every time, for tests that leave it as it is."""
+
+
+def tokens(cfg: ModelConfig, rows: int, length: int, seed: int = 0) -> Tensor:
     """Random tokens with some BOS among them, so that documents start inside rows."""
     return torch.randint(0, cfg.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def packed(cfg: ModelConfig, rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random tokens; row r has a BOS at position (r + 3) mod length and nowhere else, row 1 none at all."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, cfg.vocab_size, (rows, length), generator=random)
+    for r in range(rows):
+        if r != 1:
+            ids[r, (r + 3) % length] = 0
+    return ids
+
+
+def passes(text: str, length: int) -> tuple[Pass, ...]:
+    """The passes of a schedule given as text."""
+    return Schedule.parse(text).passes(length)
+
+
+class Outcome(NamedTuple):
+    """The last-written states of a row's positions, in order."""
+
+    hidden: Tensor
+    """[B, T, D]; zero where no pass ran to the top."""
+    source: Tensor
+    """[B, T, D]"""
+    keys: Tensor
+    """Of the blocks up to the source block, [L, B, K, T, E]."""
+    values: Tensor
+
+
+def outcome(model: LRT, ids: Tensor, run: Sequence[Pass]) -> Outcome:
+    """Fold the passes and keep the last writer of every position, without the help of `Buffer`."""
+    c, (rows, length) = model.config, ids.shape
+    hidden, source = (torch.zeros(rows, length, c.d, dtype=torch.float64) for _ in range(2))
+    keys, values = (torch.zeros(c.source, rows, c.k, length, c.e, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        for p, written, _ in fold(model, ids, run, model.starts(ids)):
+            at = list(p.positions)
+            source[:, at] = written.source
+            hidden[:, at] = 0.0 if written.hidden is None else written.hidden
+            for i in range(c.source):
+                keys[i][:, :, at], values[i][:, :, at] = written.keys[i], written.values[i]
+    return Outcome(hidden, source, keys, values)
+
+
+def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[Tensor, Tensor]]:
+    """The oracle of any pass list: per-token loops over `reference`'s step.
+
+    Each position reads the memory as it stood before its pass, its own pass's keys and values where they are newer, and
+    the earlier passes' elsewhere. Returns logits [N, V] and memories [N, D] of every pass; each runs to the top.
+    """
+    c, w = model.config, {name: p.detach() for name, p in model.named_parameters()}
+    zero = torch.zeros(c.d, dtype=torch.float64)
+    past: list[list] = [[None] * len(row) for _ in range(c.depth)]
+    memory: list[Tensor] = [zero] * len(row)
+    found = []
+    for p in run:
+        before, logits = list(memory), []
+        for t in p.positions:
+            reads = zero if t == 0 or row[t] == c.bos else before[t - 1]
+            seen = [layer[:t] for layer in past]
+            x, memory[t] = _token(w, c, row[t], t, reads, seen)
+            for layer, extended in zip(past, seen, strict=True):
+                layer[t] = extended[t]
+            z = w["head.weight"] @ (x / torch.sqrt((x * x).mean() + 1e-6))
+            logits.append(c.softcap * torch.tanh(z / c.softcap) if c.softcap else z)
+        found.append((torch.stack(logits), torch.stack([memory[t] for t in p.positions])))
+    return found
+
+
+def slices(length: int) -> st.SearchStrategy[range]:
+    """Non-empty slices start:stop:step of a row."""
+    parts = st.tuples(st.integers(0, length - 1), st.integers(0, length), st.integers(1, 4))
+    return parts.map(lambda x: range(x[0], max(x[0] + 1, x[1]), x[2]))
+
+
+@st.composite
+def pass_lists(draw, most: int = 8) -> tuple[int, tuple[Pass, ...]]:
+    """A row length and a list of passes over it that `check` accepts, the rows covered or not."""
+    length = draw(st.integers(1, most))
+    kept: list[Pass] = []
+    for at in draw(st.lists(slices(length), min_size=1, max_size=7)):
+        front = max((p.positions[-1] + 1 for p in kept), default=0)
+        candidates = [at, range(front, max(front, at[-1]) + 1), range(length)]  # the slice, or what makes it valid
+        kept.append(Pass(next(c for c in candidates if _accepted([*kept, Pass(c)]) and c[-1] < length)))
+    return length, tuple(_dress(draw, p) for p in kept)
+
+
+def _accepted(run: list[Pass]) -> bool:
+    try:
+        check(run)
+    except ValueError:
+        return False
+    return True
+
+
+def _dress(draw, p: Pass) -> Pass:
+    grad = draw(st.booleans())
+    return Pass(p.positions, draw(st.sampled_from([0.0, 1.0, 0.3])) if grad else 0.0, grad, draw(st.booleans()))

@@ -1,0 +1,329 @@
+"""Schedules: text round trip, draws, slices, the validity check, the exact prefix, what stops early, what it costs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from helpers import SCHEDULES, pass_lists, passes, slices
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrt.schedule import (
+    KINDS,
+    Pass,
+    Schedule,
+    Span,
+    check,
+    effective_forwards,
+    exact_prefix,
+    intersect,
+    memory_only,
+    raw_forwards,
+    subtract,
+    token_forwards,
+)
+
+anywhere = st.builds(
+    lambda start, span, step: range(start, start + span, step),
+    st.integers(-3, 30),
+    st.integers(0, 40),
+    st.integers(1, 9),
+)
+
+
+@given(anywhere, anywhere)
+def test_intersect_is_that_of_the_sets(a: range, b: range):
+    assert list(intersect(a, b)) == sorted(set(a) & set(b))
+
+
+@given(anywhere, anywhere)
+def test_subtract_is_that_of_the_sets_in_disjoint_slices_of_a(a: range, b: range):
+    rest = subtract(a, b)
+    assert sorted(t for part in rest for t in part) == sorted(set(a) - set(b))
+    assert all(len(part) and part.step >= 1 and (len(part) == 1 or part.step % a.step == 0) for part in rest)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5])
+@pytest.mark.parametrize("length", [5, 12, 13])
+def test_subtract_leaves_one_slice_a_subset(stride: int, length: int):
+    """What interleaved passes leave of a full one: S - 1 subsets, then S - 2, ..., never in pieces."""
+    left = [range(length)]
+    for i in range(stride):
+        left = [part for at in left for part in subtract(at, range(i, length, stride))]
+        assert len(left) <= stride - 1 - i
+
+
+sizes = st.tuples(st.integers(1, 9), st.integers(0, 5)).map(lambda x: Span(x[0], x[0] + x[1]))
+weight_lists = st.lists(st.floats(0, 1e6), max_size=4).filter(lambda w: not w or sum(w) > 0)
+schedules = st.builds(
+    lambda kind, size, settle, weights, detach: Schedule(
+        kind, size if kind in ("interleaved", "refinement", "chunked", "settled") else None, settle, weights, detach
+    ),
+    st.sampled_from(sorted(KINDS)),
+    sizes,
+    st.tuples(st.integers(0, 2), st.integers(0, 2)).map(lambda x: Span(x[0], x[0] + x[1])),
+    weight_lists.map(tuple),
+    st.booleans(),
+)
+
+
+@given(schedules)
+def test_text_round_trip(schedule: Schedule):
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("interleaved-2", "interleaved-2"),
+        (" settled-1..3 ", "settled-1..3"),
+        ("settled-2..2", "settled-2"),
+        ("refinement-2:weights=0.1/0.3/0.6", "refinement-2:weights=0.1/0.3/0.6"),
+        ("parallel:detach:settle=0..2", "parallel:settle=0..2:detach"),
+        ("chunked-3:settle=0", "chunked-3"),
+    ],
+)
+def test_text_forms(text: str, canonical: str):
+    assert str(Schedule.parse(text)) == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", "unknown schedule"), ("spiral-2", "interleaved"), ("interleaved", "interleaved-2"),
+        ("parallel-3", "no size"), ("interleaved-0", "at least 1"), ("settled--1", "range such as 1..3"),
+        ("settled-3..1", "rise"), ("interleaved-x", "'x'"), ("interleaved-1.5", "'1.5'"),
+        ("refinement-0", "at least 1"),
+        ("refinement-1:weights=", "weights"), ("refinement-1:weights=a/b", "a/b"), ("refinement-1:weights=-1", "-1"),
+        ("refinement-1:weights=nan", "nan"), ("refinement-1:weights=inf", "inf"), ("parallel:weights=0", "not all 0"),
+        ("parallel:fast", "'fast'"), ("parallel:detach=1", "detach=1"), ("parallel:settle=x", "'x'"),
+        ("parallel:", "option"),
+    ],
+)  # fmt: skip
+def test_bad_text_gets_one_line_with_a_remedy(text: str, names: str):
+    with pytest.raises(ValueError) as error:
+        Schedule.parse(text)
+    assert names in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(st.text(alphabet="interlavdpskqu-:.=/0123456789wghm \n", max_size=30) | st.text(max_size=20))
+def test_any_text_is_a_schedule_or_a_value_error(text: str):
+    try:
+        schedule = Schedule.parse(text)
+    except ValueError:
+        return
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+def test_slices_of_every_kind():
+    def drawn(text: str, length: int) -> list[str]:
+        return [str(p) for p in passes(text, length)]
+
+    assert drawn("parallel", 8) == ["0:8"]
+    assert drawn("interleaved-3", 8) == ["0:8", "0:7:3", "1:8:3", "2:6:3"]
+    assert drawn("interleaved-9", 2) == ["0:2", "0:1", "1:2"]  # more subsets than positions
+    assert drawn("refinement-2", 8) == ["0:8"] * 3
+    assert drawn("chunked-3", 8) == ["0:3", "3:6", "6:8"]
+    assert drawn("sequential", 3) == ["0:1", "1:2", "2:3"]
+    assert drawn("settled-2", 8) == ["0:8 no grad"] * 2 + ["0:8"]
+    assert drawn("settled-0", 8) == ["0:8"]
+    assert drawn("interleaved-2:settle=1:detach", 4) == [
+        "0:4 no grad",
+        "0:4 detached",
+        "0:3:2 detached",
+        "1:4:2 detached",
+    ]
+    assert drawn("settled-1:settle=2", 4) == ["0:4 no grad"] * 3 + ["0:4"]
+
+
+def test_weights_go_to_passes_with_gradient_and_the_last_repeats():
+    assert [p.weight for p in passes("interleaved-3:weights=0/2:settle=1", 6)] == [0, 0, 2, 2, 2]
+    assert [p.weight for p in passes("refinement-2:weights=0.1/0.3/0.6", 6)] == [0.1, 0.3, 0.6]
+    assert [p.weight for p in passes("settled-3", 6)] == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match="3 weights for 2 passes"):
+        passes("refinement-1:weights=1/1/1", 6)
+
+
+def test_ranges_must_be_drawn_and_rows_must_have_positions():
+    for text in ("settled-1..3", "parallel:settle=0..1"):
+        with pytest.raises(ValueError, match=r"range; call draw"):
+            passes(text, 8)
+    with pytest.raises(ValueError, match="row of 0 positions"):
+        passes("parallel", 0)
+
+
+@given(schedules, st.integers(0, 2**31), st.integers(0, 10**6))
+def test_draw_is_a_function_of_seed_and_step(schedule: Schedule, seed: int, step: int):
+    drawn = schedule.draw(seed, step)
+    assert drawn == schedule.draw(seed, step)
+    assert drawn in schedule.every_draw()
+    assert drawn.draw(seed + 1, step + 1) == drawn  # nothing left to draw
+    assert (drawn.kind, drawn.weights, drawn.detach) == (schedule.kind, schedule.weights, schedule.detach)
+
+
+def test_draws_differ_by_step_and_seed_and_cover_the_range():
+    schedule = Schedule.parse("settled-1..3:settle=0..1")
+    draws = [schedule.draw(0, step) for step in range(200)]
+    assert set(map(str, draws)) == set(map(str, schedule.every_draw()))
+    assert len(schedule.every_draw()) == 6
+    assert draws != [schedule.draw(1, step) for step in range(200)]
+    assert [str(schedule.draw(0, s)) for s in range(4)] == [str(d) for d in draws[:4]]
+
+
+def test_draws_are_the_same_in_every_version():
+    """Pinned: a resumed run must draw what the interrupted one did, in whatever process."""
+    schedule = Schedule.parse("settled-1..3")
+    assert [schedule.draw(0, step).size.low for step in range(12)] == [2, 3, 3, 2, 1, 3, 2, 1, 3, 3, 3, 2]
+
+
+def test_at_largest():
+    assert str(Schedule.parse("settled-1..3:settle=0..2").at_largest()) == "settled-3:settle=2"
+    assert str(Schedule.parse("parallel").at_largest()) == "parallel"
+
+
+@pytest.mark.parametrize("bad", [range(0), range(3, 3), range(-1, 3), range(4, 0, -1)])
+def test_a_pass_needs_rising_positions(bad: range):
+    with pytest.raises(ValueError, match="start:stop:step"):
+        Pass(bad)
+
+
+@pytest.mark.parametrize(("weight", "grad"), [(-0.5, True), (1.0, False)])
+def test_a_pass_without_gradient_has_no_loss(weight: float, grad: bool):
+    with pytest.raises(ValueError, match="needs a gradient"):
+        Pass(range(3), weight, grad)
+
+
+# The validity check.
+
+
+@pytest.mark.parametrize(
+    ("run", "hole"),
+    [
+        ([range(1, 4)], 0),
+        ([range(0, 8, 2)], 1),
+        ([range(4), range(5, 8)], 4),
+        ([range(4), range(4, 8, 2)], 5),
+        ([range(2), range(4), range(1, 9, 4)], 4),
+    ],
+)
+def test_check_names_the_first_position_never_written(run: list[range], hole: int):
+    with pytest.raises(ValueError, match=rf"attends to position {hole}, which no pass has written"):
+        check([Pass(at) for at in run])
+
+
+@given(st.lists(slices(8), max_size=6))
+def test_check_is_that_of_the_sets(run: list[range]):
+    written: set[int] = set()
+    valid = True
+    for at in run:
+        valid &= set(range(at[-1] + 1)) <= written | set(at)
+        written |= set(at)
+    try:
+        check([Pass(at) for at in run])
+    except ValueError:
+        assert not valid
+    else:
+        assert valid
+
+
+@pytest.mark.parametrize("text", SCHEDULES)
+@pytest.mark.parametrize("length", [1, 2, 5, 12, 13])
+def test_every_schedule_is_valid_at_any_length(text: str, length: int):
+    run = passes(text, length)
+    check(run)
+    assert set().union(*(p.positions for p in run)) == set(range(length))
+
+
+# The exact prefix: SPEC section 8. Measured against a model in test_equivalence.py.
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "exact"),
+    [
+        ("parallel", 16, 1), ("settled-0", 16, 1), ("settled-3", 16, 4), ("sequential", 16, 16),
+        ("refinement-1", 16, 2), ("refinement-3", 16, 4), ("refinement-15", 16, 16), ("refinement-99", 16, 16),
+        ("interleaved-1", 16, 2), ("interleaved-2", 16, 2), ("interleaved-3", 16, 3), ("interleaved-8", 16, 8),
+        ("interleaved-16", 16, 16), ("interleaved-99", 16, 16), ("interleaved-5", 13, 5),
+        ("interleaved-4:settle=1", 16, 4),
+        ("chunked-1", 16, 16), ("chunked-2", 16, 1), ("chunked-5", 16, 1), ("chunked-16", 16, 1), ("parallel", 1, 1),
+    ],
+)  # fmt: skip
+def test_exact_prefix_figures(text: str, length: int, exact: int):
+    assert exact_prefix(passes(text, length), length) == exact
+
+
+@given(st.integers(2, 20), st.integers(2, 20))
+def test_one_interleaved_sweep_is_exact_up_to_its_stride(stride: int, length: int):
+    run = passes(f"interleaved-{stride}", length)
+    assert exact_prefix(run, length) == min(max(stride, 2), length)
+    assert exact_prefix(run[:1], length) == 1
+    assert exact_prefix([], length) == 0
+
+
+def test_two_sweeps_of_three_subsets():
+    sweep = passes("interleaved-3", 12)
+    assert exact_prefix([*sweep, *sweep[1:]], 12) == 6
+
+
+# Which passes only make memory, so that they may stop at the source block.
+
+
+@pytest.mark.parametrize(
+    ("text", "early"),
+    [
+        ("parallel", [0]), ("settled-3", [1, 1, 1, 0]), ("interleaved-2", [0, 0, 0]), ("refinement-2", [0, 0, 0]),
+        ("interleaved-2:weights=0/1", [0, 0, 0]), ("refinement-2:weights=0/0/1", [1, 1, 0]),
+        ("interleaved-1:weights=0/1", [1, 0]), ("interleaved-2:settle=2", [1, 1, 0, 0, 0]),
+        ("chunked-4:weights=0/1", [0, 0]), ("chunked-4:settle=1", [1, 0, 0]),
+    ],
+)  # fmt: skip
+def test_memory_only_figures(text: str, early: list[int]):
+    assert memory_only(passes(text, 8)) == [bool(x) for x in early]
+
+
+@given(pass_lists())
+def test_memory_only_means_no_loss_and_keys_that_nobody_reads(case: tuple[int, tuple[Pass, ...]]):
+    """By brute force: follow every key of every pass until it is overwritten."""
+    _, run = case
+    early = memory_only(run)
+    for i, p in enumerate(run):
+        if not early[i]:
+            continue
+        assert p.weight == 0
+        alive = set(p.positions)
+        for later, stops in zip(run[i + 1 :], early[i + 1 :], strict=True):
+            alive -= set(later.positions)
+            assert stops or not any(t <= later.positions[-1] for t in alive)
+        assert not alive
+
+
+# What it costs: the table of SPEC section 3.
+
+
+@pytest.mark.parametrize(
+    ("text", "raw", "effective"),
+    [
+        ("parallel", 1, 1), ("interleaved-2", 2, 2), ("interleaved-5", 2, 2), ("refinement-3", 4, 4),
+        ("chunked-5", 1, 1),
+        ("sequential", 1, 1), ("settled-3", 4, 2), ("settled-1..3", 3, 1 + 2 / 3), ("settled-0..3", 2.5, 1.5),
+        ("interleaved-2:settle=0..3", 3.5, 2.5),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("length", [12, 13])
+def test_forwards_per_token(text: str, raw: float, effective: float, length: int):
+    schedule = Schedule.parse(text)
+    assert math.isclose(raw_forwards(schedule, length), raw)
+    assert math.isclose(effective_forwards(schedule, length), effective)
+
+
+def test_token_forwards_counts_every_pass_in_full():
+    run = [Pass(range(8), 0.0, False), Pass(range(0, 8, 3)), Pass(range(4))]
+    assert token_forwards(run, 8) == (8 + 3 + 4) / 8
+
+
+def test_forwards_are_the_mean_over_equally_likely_draws():
+    schedule = Schedule.parse("settled-1..4")
+    drawn = [raw_forwards(schedule.draw(3, step), 8) for step in range(3000)]
+    assert abs(sum(drawn) / len(drawn) - raw_forwards(schedule, 8)) < 0.1
