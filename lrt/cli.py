@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -90,14 +91,14 @@ def parse(what: Callable[..., T], args: list[str], command: str, **options: Any)
 
 
 def _first_line(box: str) -> str:
-    """The message in tyro's box, without its frame, plus the flag it suggests."""
-    plain = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    """The message in tyro's box, without title and frame (drawn or ASCII), plus the flag it suggests."""
+    plain = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
     parts: list[list[str]] = [[]]
     for line in plain:
-        if set(line) <= set("─ "):
-            parts.append([])
+        if set(line) <= set("─- "):
+            parts += [[]] if parts[-1] else []
         else:
             parts[-1].append(line)
-    message = " ".join(parts[0]).strip().rstrip(".")
+    message = re.sub(r"^Error parsing [\w.]+: (?=\w+\.\w+ )", "", " ".join(parts[0]).strip().rstrip("."))
     near = [part[1].split()[0] for part in parts if len(part) > 1 and part[0].startswith("Perhaps you meant")]
     return message + (f"; did you mean {near[0]}?" if near else "")

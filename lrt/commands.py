@@ -287,12 +287,11 @@ def sample(args: list[str]) -> int:
     loaded = load_model(given.run, resolve_device(given.decoding.device))
     prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
     for i in range(given.samples):
-        if given.samples > 1:
-            print(f"--- seed {sampling.seed + i}")
-        print(prompt, end="", flush=True)
-        for text in complete(
-            loaded.model, loaded.tokenizer, prompt, replace(sampling, seed=sampling.seed + i), mode=mode
-        ):
+        print(f"--- seed {sampling.seed + i}\n" if given.samples > 1 else "", end="")
+        once = replace(sampling, seed=sampling.seed + i)
+        pieces = complete(loaded.model, loaded.tokenizer, prompt, once, mode=mode)
+        print(prompt + next(pieces, ""), end="", flush=True)  # after the prompt has been taken in: it may be refused
+        for text in pieces:
             print(text, end="", flush=True)
         print()
     return 0

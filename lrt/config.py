@@ -77,16 +77,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, f"model.depth is {self.depth}; a model needs at least 1 block")
-        if self.width is None:
-            object.__setattr__(self, "width", 64 * self.depth)
-        if self.heads is None:
-            object.__setattr__(self, "heads", max(1, self.d // 128))
-        if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
-        self._check()
-
-    def _check(self) -> None:
         width, heads, kv_heads = self.d, self.h, self.k
+        require(width >= 2, f"model.width is {width}; it must be at least 2")
         require(heads >= 1 and width % heads == 0, f"model.width {width} is not a multiple of model.heads {heads}")
         require(width // heads % 2 == 0, f"head width {width // heads} is odd; rotary embeddings need an even one")
         require(
@@ -112,24 +104,21 @@ class ModelConfig:
             f"model.memory.gate_width is {gates}; it must be between 1 and the width, {width}",
         )
 
-    # The letters of shapes.py, resolved to integers.
+    # The letters of shapes.py, resolved to integers; the fields stay as given, so that overriding depth moves them.
     @property
     def d(self) -> int:
         """Width, D."""
-        assert self.width is not None
-        return self.width
+        return 64 * self.depth if self.width is None else self.width
 
     @property
     def h(self) -> int:
         """Query heads, H."""
-        assert self.heads is not None
-        return self.heads
+        return max(1, self.d // 128) if self.heads is None else self.heads
 
     @property
     def k(self) -> int:
         """Key/value heads, K."""
-        assert self.kv_heads is not None
-        return self.kv_heads
+        return self.h if self.kv_heads is None else self.kv_heads
 
     @property
     def e(self) -> int:

@@ -116,6 +116,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, sinks: Sequence
     else:
         taken = (run / "config.json").exists() or bool(checkpoint.checkpoints(run))
         require(not taken, f"{run} already holds a run; continue it with --resume {run}, or choose another --out")
+    resolve_device(config.train.device)  # fails before the data is prepared
     prepared = prepare_data(config, sinks)
     config = resolve(config, prepared)
     session = Session(config, run, prepared, sinks, started)

@@ -1,4 +1,4 @@
-"""Training end to end on a small text: it learns, it resumes bit for bit, it refuses to overwrite, it says what it did."""
+"""Training end to end on a small text: it learns, resumes bit for bit, refuses to overwrite, says what it did."""
 
 from __future__ import annotations
 
