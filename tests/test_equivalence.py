@@ -63,7 +63,7 @@ def differ(a: Tensor, b: Tensor) -> Tensor:
 
 @models
 def test_reference_is_the_sequential_schedule(cfg: ModelConfig):
-    model, length = fixed(cfg), 9
+    model, length = fixed(cfg), 8
     ids = packed(cfg, 2, length)
     got = outcome(model, ids, passes("sequential", length))
     logits = model.logits(got.hidden).detach()
@@ -74,7 +74,7 @@ def test_reference_is_the_sequential_schedule(cfg: ModelConfig):
     assert differ(got.source[:, 1:], got.source[:, :-1]).min() > 1e-3  # not constant: something was compared
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(pass_lists(), st.sampled_from([*VARIANTS, *CORNERS]), st.integers(0, 99))
 def test_any_passes_compute_what_the_oracle_does(case, cfg: ModelConfig, seed: int):
     length, run = case
@@ -107,18 +107,24 @@ def test_every_schedule_computes_what_the_oracle_does(text: str, cfg: ModelConfi
 
 
 @with_memory
-@pytest.mark.parametrize(
-    "exact", ["refinement-8", "interleaved-9", "interleaved-20", "settled-8", "chunked-1", "parallel:settle=8"]
-)
-def test_schedules_that_end_in_the_sequential_states(exact: str, cfg: ModelConfig):
-    model, length = fixed(cfg), 9
+@pytest.mark.parametrize("exact", ["refinement-6", "interleaved-7", "settled-6"])
+def test_as_many_passes_or_subsets_as_positions_end_in_the_sequential_states(exact: str, cfg: ModelConfig):
+    model, length = fixed(cfg), 7
     ids = packed(cfg, 3, length)
     assert exact_prefix(passes(exact, length), length) == length
     assert same(outcome(model, ids, passes(exact, length)), outcome(model, ids, passes("sequential", length)))
 
 
-@with_memory
-@pytest.mark.parametrize("size", [2, 3, 4, 7, 8, 9])
+@few
+@pytest.mark.parametrize("exact", ["interleaved-20", "chunked-1", "parallel:settle=6", "interleaved-4:settle=3"])
+def test_other_ways_to_be_exact(exact: str, cfg: ModelConfig):
+    model, ids = fixed(cfg), packed(cfg, 2, 7)
+    assert exact_prefix(passes(exact, 7), 7) == 7
+    assert same(outcome(model, ids, passes(exact, 7)), outcome(model, ids, passes("sequential", 7)))
+
+
+@few
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 9])
 def test_chunks_of_any_size_run_and_one_chunk_is_parallel(size: int, cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 2, 8)
     got = outcome(model, ids, passes(f"chunked-{size}", 8))
@@ -128,14 +134,11 @@ def test_chunks_of_any_size_run_and_one_chunk_is_parallel(size: int, cfg: ModelC
 
 
 @with_memory
-@pytest.mark.parametrize("sweeps", [1, 3])
-def test_settled_passes_have_the_values_of_refinement(sweeps: int, cfg: ModelConfig):
+def test_settled_passes_have_the_values_of_refinement(cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 2, 8)
-    refined = outcome(model, ids, passes(f"refinement-{sweeps}", 8))
-    assert same(outcome(model, ids, passes(f"settled-{sweeps}", 8)), refined)
-    assert same(outcome(model, ids, passes(f"refinement-{sweeps}:detach", 8)), refined)
-    assert same(outcome(model, ids, passes(f"parallel:settle={sweeps}", 8)), refined)
-    assert same(outcome(model, ids, passes(f"refinement-1:settle={sweeps - 1}", 8)), refined)
+    refined = outcome(model, ids, passes("refinement-2", 8))
+    for text in ("settled-2", "refinement-2:detach", "parallel:settle=2", "refinement-1:settle=1"):
+        assert same(outcome(model, ids, passes(text, 8)), refined)
 
 
 def test_without_memory_every_schedule_computes_the_plain_transformer():
@@ -180,7 +183,7 @@ def test_promised_exact_prefix_is_met_and_no_more_than_met(text: str, cfg: Model
     assert measured_prefix(fixed(cfg), run, 8) == exact_prefix(run, 8)
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(pass_lists(), st.sampled_from(VARIANTS))
 def test_promised_exact_prefix_is_met_by_any_passes(case, cfg: ModelConfig):
     length, run = case
@@ -190,7 +193,7 @@ def test_promised_exact_prefix_is_met_by_any_passes(case, cfg: ModelConfig):
 # Passes that stop at the source block.
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(pass_lists(), st.sampled_from(VARIANTS))
 def test_stopping_early_changes_nothing(case, cfg: ModelConfig):
     length, run = case
@@ -309,7 +312,7 @@ NEUTRAL = ("gate.weight", "gamma", "projection.key.weight", "projection.value.we
 
 
 @with_memory
-@pytest.mark.parametrize("text", ["refinement-2", "interleaved-3", "sequential"])
+@pytest.mark.parametrize("text", ["refinement-2", "interleaved-3"])
 def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(text: str, cfg: ModelConfig):
     model, plain = randomised(cfg), LRT.build(replace(cfg, memory=MEMORY_OFF)).double()
     weights = {name: p.zero_() if name.endswith(NEUTRAL) else p for name, p in model.state_dict().items()}
