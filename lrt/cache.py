@@ -7,8 +7,9 @@ between steps. The tensors of keys and values are filled in place; everything el
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from lrt.model import LRT
 from lrt.shapes import HeadsBKNE, PositionsN
 from lrt.state import Buffer, History, Past
 
+X = TypeVar("X")
 FORMAT = "lrt-cache-1"
 FUTURE = 2**40
 """A position later than any."""
@@ -93,8 +95,8 @@ class Cache(NamedTuple):
         """What the next token of every row sees: a pass of one position per row."""
         rows = torch.arange(self.rows, device=self.length.device)[:, None]
         queries = self.length[:, None]
-        held = {r: (queries % r, positions_held(self.length + 1, r)) for r in {k.shape[2] for k in self.keys}}
-        layers = [Slots(k, v, rows, *held[k.shape[2]]) for k, v in zip(self.keys, self.values, strict=True)]
+        held = per_size(self.keys, lambda r: (queries % r, positions_held(self.length + 1, r)))
+        layers = [Slots(k, v, rows, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
         return Past(queries, False, layers)
 
     def buffer(self) -> Buffer:
@@ -102,9 +104,8 @@ class Cache(NamedTuple):
         if self.longest == 0:
             return Buffer()
         seen = self.view()
-        held = {r: positions_held(self.length, r) for r in {k.shape[2] for k in seen.keys}}
-        layers = [(k, v, held[k.shape[2]]) for k, v in zip(seen.keys, seen.values, strict=True)]
-        return Buffer(history=History(self.length, self.memory, layers))
+        held = per_size(seen.keys, lambda r: positions_held(self.length, r))
+        return Buffer(history=History(self.length, self.memory, list(zip(seen.keys, seen.values, held, strict=True))))
 
     def commit(self, buffer: Buffer, rows: Tensor, count: Tensor) -> Cache:
         """Take in what passes wrote: the first `count[i]` positions of the buffer's row i go to row `rows[i]`.
@@ -117,9 +118,9 @@ class Cache(NamedTuple):
             last = offset == count[:, None] - 1
             here, there = last.nonzero(as_tuple=True)
             memory[rows[here]] = w.source[here, there].to(memory.dtype)
-            kept = {r: self._places(offset, rows, count, r) for r in {k.shape[2] for k in self.keys}}
-            for mine, new in zip((*self.keys, *self.values), (*w.keys, *w.values), strict=True):
-                here, there, slot = kept[mine.shape[2]]
+            kept = per_size(self.keys, lambda r, offset=offset: self._places(offset, rows, count, r))
+            for mine, new, places in zip((*self.keys, *self.values), (*w.keys, *w.values), kept * 2, strict=True):
+                here, there, slot = places
                 mine[rows[here], :, slot] = new[here, :, there].to(mine.dtype)
         length[rows] += count
         return self._replace(memory=memory, length=length, longest=int(length.max()))
@@ -179,6 +180,15 @@ def _refill(used: Tensor, slots: int) -> Tensor:
     full = used.new_zeros(rows, heads, slots, width)
     full[:, :, :n] = used
     return full
+
+
+def per_size(keys: Sequence[Tensor], compute: Callable[[int], X]) -> list[X]:
+    """`compute(slots)` for every layer, once for all layers of as many slots."""
+    known: list[tuple[int, X]] = []  # compared one by one: a size that a compiler keeps symbolic has no hash
+    for k in keys:
+        if not any(size == k.shape[2] for size, _ in known):
+            known.append((k.shape[2], compute(k.shape[2])))
+    return [next(result for size, result in known if size == k.shape[2]) for k in keys]
 
 
 def positions_held(length: Tensor, slots: int) -> PositionsN:

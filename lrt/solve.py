@@ -207,13 +207,19 @@ def one_token(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None) ->
 
 
 def compiled() -> OneToken:
-    """`one_token` compiled as one graph with dynamic sizes: one compilation serves every length and number of rows.
+    """`one_token` compiled as one graph in which the number of visible slots is dynamic: no recompiling per token.
 
-    The first call takes as long as compiling does (about a minute for 12 blocks on a CPU). Untested on CUDA, where it
-    asks for CUDA graphs.
+    Another number of rows compiles once more. The first call takes as long as compiling does. Untested on CUDA, where
+    it asks for CUDA graphs.
     """
-    mode = "reduce-overhead" if torch.cuda.is_available() else None
-    return torch.compile(one_token, fullgraph=True, dynamic=True, mode=mode)
+    run = torch.compile(one_token, fullgraph=True, mode="reduce-overhead" if torch.cuda.is_available() else None)
+
+    def marked(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        for x in (*view.keys, *view.values):
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        return run(model, tokens, view, active)
+
+    return marked
 
 
 def advance(

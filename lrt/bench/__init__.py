@@ -1,0 +1,1 @@
+"""Benchmarks: what `lrt bench` measures, always against a slower twin or a plainer model in the same run."""
