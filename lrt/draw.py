@@ -13,12 +13,11 @@ MOST = 40
 """Passes drawn; the rest are counted."""
 
 
-def heading(schedule: Schedule, length: int) -> str:
-    """One line of figures."""
+def figures(schedule: Schedule, length: int) -> str:
+    """One line of what the schedule costs and gives."""
     passes = schedule.passes(length)
     return (
-        f"{schedule} over {length} positions: {len(passes)} passes, "
-        f"{token_forwards(passes, length):.2f} token forwards, "
+        f"{len(passes)} passes, {token_forwards(passes, length):.2f} token forwards, "
         f"{effective_forwards(schedule, length):.2f} effective, exact prefix {exact_prefix(passes, length)}"
     )
 
@@ -36,7 +35,11 @@ def as_text(schedule: Schedule, length: int) -> str:
     early = memory_only(passes)
     width = max(len(str(p)) for p in passes)
     tens = "".join(str(t // 10 % 10) if t % 10 == 0 else " " for t in range(length))
-    lines = [heading(schedule, length), "", f"{'pass':>4}  {'positions':<{width}}  {tens}"]
+    lines = [
+        f"{schedule} over {length} positions: {figures(schedule, length)}",
+        "",
+        f"{'pass':>4}  {'positions':<{width}}  {tens}",
+    ]
     lines.append(" " * (8 + width) + "".join(str(t % 10) for t in range(length)))
     for i, p in enumerate(passes[:MOST]):
         row = "".join(mark(p, t) for t in range(length))
@@ -52,9 +55,9 @@ def as_svg(schedule: Schedule, length: int, cell: int = 18) -> str:
     """The drawing as an SVG document that suits light and dark pages."""
     passes = schedule.passes(length)
     shown = passes[:MOST]
-    left, top = 150, 46
-    width, height = left + length * cell + 20, top + len(shown) * cell + 62
-    body = [_text(12, 20, heading(schedule, length), 13)]
+    left, top, cost = 150, 66, figures(schedule, length)
+    width, height = max(left + length * cell, 12 + 7 * len(cost)) + 20, top + len(shown) * cell + 62
+    body = [_text(12, 20, f"{schedule} over {length} positions", 14), _text(12, 38, cost, 11)]
     for i, p in enumerate(shown):
         y = top + i * cell
         body.append(_text(12, y + cell - 5, f"{i}   {p}", 11))
@@ -84,7 +87,7 @@ def _axis(length: int, left: int, top: int, cell: int) -> list[str]:
 
 def _prefix(prefix: int, left: int, y: int, cell: int) -> list[str]:
     line = f'<rect x="{left}" y="{y + 2}" width="{prefix * cell - 3}" height="3" fill="#d9822b" />'
-    return [line, _text(12, y + 8, "exact prefix", 11)]
+    return [line, _text(12, y + 11, "exact prefix", 11)]
 
 
 def _legend(passes: Passes, left: int, y: int) -> list[str]:

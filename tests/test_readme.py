@@ -1,0 +1,41 @@
+"""What README says runs: its library example, and the commands it names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from lrt.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_library_example_trains_and_samples():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(f"import torch\ntorch.manual_seed(0)\n{example}", "README.md", "exec"), {})
+    assert "brown fox" in said.getvalue()
+
+
+def test_every_command_it_names_exists():
+    pages = [README, *(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md"))]
+    named = {word for page in pages for word in re.findall(r"(?:^ +|`|bin/)lrt (\w+)", page, re.M)}
+    assert {"train", "eval", "sample", "schedule"} <= named <= set(COMMANDS)
+
+
+def test_every_local_link_leads_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_make_targets_it_names_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^    make ([\w.-]+)", README, re.M):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.M)
