@@ -207,16 +207,19 @@ def one_token(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None) ->
 
 
 def compiled() -> OneToken:
-    """`one_token` compiled as one graph in which the number of visible slots is dynamic: no recompiling per token.
+    """`one_token` compiled as one graph whose numbers of rows and of visible slots are dynamic: none per token.
 
-    Another number of rows compiles once more. The first call takes as long as compiling does. Untested on CUDA, where
-    it asks for CUDA graphs.
+    One row and several make two graphs, and so do part of the slots and all of them. The first call takes as long as
+    compiling does. Untested on CUDA, where it asks for CUDA graphs.
     """
     run = torch.compile(one_token, fullgraph=True, mode="reduce-overhead" if torch.cuda.is_available() else None)
 
     def marked(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         for x in (*view.keys, *view.values):
             torch._dynamo.maybe_mark_dynamic(x, 2)
+        rows = (tokens, *view.keys, *view.values, view.memory, view.length, *(() if active is None else (active,)))
+        for x in rows if len(tokens) > 1 else ():
+            torch._dynamo.maybe_mark_dynamic(x, 0)
         return run(model, tokens, view, active)
 
     return marked

@@ -1,0 +1,236 @@
+"""`lrt bench decode`: what memory costs per decoded token, and what prefill by sweeps saves.
+
+Latency is measured against the same backbone without memory, prefill and scoring against exact decoding, in one run
+and in turns, so that whatever else the machine does falls on both sides alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lrt.cache import Cache
+from lrt.config import MEMORY_OFF, MemoryConfig, ModelConfig
+from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, score, step
+from lrt.hardware import resolve_device, synchronise
+from lrt.loss import IGNORE
+from lrt.model import LRT
+from lrt.recipes import recipe as find_recipe
+from lrt.shapes import TokensBN
+from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solve
+
+MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
+GREEDY = 64
+"""Greedy tokens that are compared after each prompt."""
+X = TypeVar("X")
+
+
+def run(
+    *,
+    device: str = "auto",
+    recipe: str = "d12",
+    checkpoint: Path | None = None,
+    batches: Sequence[int] = (1, 8, 32),
+    contexts: Sequence[int] = (128, 512, 1024, 2048, 4096),
+    steps: int = 15,
+    compile: bool = True,
+    cache_gib: float = 6.0,
+    modes: Sequence[str] = MODES,
+    lengths: Sequence[int] = (256, 1024),
+    tolerance: float = DEFAULT_TOLERANCE,
+    rows: int = 4,
+) -> dict[str, Any]:
+    """Measure; the result is plain JSON data with the keys `decode`, `prefill`, `score` and `setting`.
+
+    Args:
+        device: cpu, cuda or auto.
+        recipe: whose backbone is timed, with shared projections, where no checkpoint is given.
+        checkpoint: a run or checkpoint folder; only with one are prefill and scoring measured, since sweeps converge
+            on trained models and mean nothing on random ones.
+        batches, contexts: grid of the latency measurement; cells whose cache exceeds `cache_gib` are left out.
+        steps: timed steps per cell and model.
+        compile: whether steps are compiled.
+        modes, lengths, tolerance, rows: prompts of these lengths, so many each, from the run's held-out text.
+    """
+    where = resolve_device(device)
+    setting: dict[str, Any] = {"device": where.type, "threads": torch.get_num_threads(), "compiled": compile}
+    result: dict[str, Any] = {"decode": [], "prefill": [], "score": {}, "setting": setting}
+    if checkpoint is None:
+        base = find_recipe(recipe).model
+        config = replace(base, memory=MemoryConfig(projection="shared"))
+    else:
+        from lrt.checkpoint import load_model
+        from lrt.evals.bpb import held_out_rows
+
+        loaded = load_model(checkpoint, where)
+        config = loaded.config.model
+        prompts = held_out_rows(loaded, None, rows=rows, length=max(lengths)).tokens.to(where)
+        for length in lengths:
+            result["prefill"] += prefill_times(loaded.model, prompts[:, :length], modes, tolerance)
+        result["score"] = score_times(loaded.model, prompts, tolerance)
+    setting |= {"recipe": str(checkpoint or recipe), "depth": config.depth, "width": config.d}
+    setting["projection"] = config.memory.projection
+    result["decode"] = latencies(config, where, batches, contexts, steps, compile, cache_gib)
+    if result["decode"]:
+        setting["median_overhead"] = median(cell["overhead"] for cell in result["decode"])
+    return result
+
+
+@torch.no_grad()
+def latencies(
+    config: ModelConfig,
+    device: torch.device,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    compile: bool,
+    cache_gib: float,
+) -> list[dict[str, Any]]:
+    """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns."""
+    models = [LRT.build(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
+    runs = [compiled() if compile else one_token for _ in models]
+    cells = []
+    for batch, context in itertools.product(batches, contexts):
+        if 2 * batch * context * config.depth * config.k * config.e * 4 > cache_gib * 2**30:
+            continue
+        cache = _filled(models[0], batch, context)
+        tokens = torch.ones(batch, dtype=torch.int64, device=device)
+        works = [partial(_step, model, tokens, cache, run) for model, run in zip(models, runs, strict=True)]
+        times = [[_timed(device, work)[1] for work in works] for _ in range(steps + 3)][3:]  # 3 to compile and warm up
+        cells.append(
+            {
+                "batch": batch,
+                "context": context,
+                "ms": 1e3 * median(lrt for lrt, _ in times),
+                "plain_ms": 1e3 * median(plain for _, plain in times),
+                "overhead": median(lrt / plain for lrt, plain in times) - 1,
+            }
+        )
+    return cells
+
+
+def _filled(model: LRT, rows: int, length: int) -> Cache:
+    """A state of rows that have seen `length` tokens, filled with noise."""
+    cache = Cache.empty(model, rows, length + 1)
+    for x in (*cache.keys, *cache.values, cache.memory):
+        x.normal_()
+    return cache._replace(length=cache.length + length, longest=length)
+
+
+def _step(model: LRT, tokens: Tensor, cache: Cache, run: OneToken) -> Tensor:
+    hidden, _ = advance(model, tokens, cache, None, run)
+    return model.logits(hidden)
+
+
+def _timed(device: torch.device, work: Callable[[], X]) -> tuple[X, float]:
+    """What `work` returns, and the seconds it took."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = work()
+    synchronise(device)
+    return result, time.perf_counter() - start
+
+
+class Taken(NamedTuple):
+    """A prompt taken in."""
+
+    logits: Tensor
+    """[1, T, V]"""
+    greedy: Tensor
+    """The tokens that greedy decoding adds, [GREEDY]."""
+    effort: Effort
+    seconds: float
+
+
+@torch.no_grad()
+def _take_in(model: LRT, prompt: TokensBN, plan: Plan) -> Taken:
+    def work() -> tuple[Tensor, Cache, Effort]:
+        lengths = torch.full_like(prompt[:, 0], prompt.shape[1])
+        cache = Cache.empty(model, 1, prompt.shape[1] + GREEDY)
+        parts = [solved for _, solved in solve(model, prompt, lengths, cache, plan)]
+        effort = max((p.effort for p in parts), key=lambda e: e.forwards)
+        return torch.cat([p.hidden for p in parts], dim=1), parts[-1].cache, effort
+
+    (hidden, cache, effort), seconds = _timed(prompt.device, work)
+    logits = model.logits(hidden)
+    last, said = logits[:, -1], []
+    for _ in range(GREEDY):
+        said.append(last.argmax(-1))
+        last, cache = step(model, said[-1], cache)
+    return Taken(logits, torch.cat(said), effort, seconds)
+
+
+def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str], tolerance: float) -> list[dict[str, Any]]:
+    """Every mode against exact decoding on the same prompts, one at a time; worst difference, median seconds."""
+    length, found = prompts.shape[1], {}
+    for mode in ("exact", *modes):
+        plan = Plan.parse(mode, tolerance, DEFAULT_SWEEPS, DEFAULT_CHUNK)
+        found[mode] = [_take_in(model, prompt[None], plan) for prompt in prompts]
+    exact, cells = found.pop("exact"), []
+    for mode, taken in found.items():
+        pairs = list(zip(taken, exact, strict=True))
+        seconds = [median(t.seconds for t in side) for side in (taken, exact)]
+        cells.append(
+            {
+                "length": length,
+                "mode": str(Plan.parse(mode, tolerance, DEFAULT_SWEEPS, DEFAULT_CHUNK)),
+                "seconds": seconds[0],
+                "exact_seconds": seconds[1],
+                "speedup": seconds[1] / seconds[0],
+                "max_logit_diff": max(float((a.logits - b.logits).abs().max()) for a, b in pairs),
+                "greedy_agree": sum(float((a.greedy == b.greedy).float().mean()) for a, b in pairs) / len(pairs),
+                "sweeps": max(t.effort.sweeps for t in taken),
+                "forward_equivalents": max(t.effort.forwards for t in taken),
+                "stepped": max(int(t.effort.stepped.max()) for t in taken),
+            }
+        )
+    return cells
+
+
+def score_times(model: LRT, rows: TokensBN, tolerance: float) -> dict[str, Any]:
+    """Scoring by sweeps against scoring token by token, all rows at once."""
+    targets = torch.cat((rows[:, 1:], torch.full_like(rows[:, :1], IGNORE)), dim=1)
+    swept, seconds = _timed(rows.device, lambda: score(model, rows, targets, mode=DEFAULT_MODE, tolerance=tolerance))
+    exact, slow = _timed(rows.device, lambda: score(model, rows, targets, mode="exact"))
+    return {
+        "rows": len(rows),
+        "length": rows.shape[1],
+        "mode": swept.mode,
+        "seconds": seconds,
+        "exact_seconds": slow,
+        "speedup": slow / seconds,
+        "loss_diff": float(swept.nats.sum() / exact.nats.sum() - 1),
+        "max_nats_diff": float((swept.nats - exact.nats).abs().max()),
+        "forward_equivalents": swept.effort.forwards,
+    }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result as text for people; the last line is the JSON."""
+    out = []
+    for cell in result["decode"]:
+        out.append(
+            "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}".format(
+                **cell
+            )
+        )
+    for cell in result["prefill"]:
+        out.append(
+            "{length:5d} tokens  {mode:30s}  {speedup:5.2f} x exact  {forward_equivalents:5.2f} forwards  "
+            "logits {max_logit_diff:.1e}  greedy {greedy_agree:.3f}".format(**cell)
+        )
+    if result["score"]:
+        out.append(
+            "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.1e} relative".format(**result["score"])
+        )
+    return [*out, json.dumps(result)]
