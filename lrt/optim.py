@@ -117,21 +117,28 @@ class Optimizer:
         return {f"{self.names[p]}/{key}": value for p, state in found for key, value in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` returned; a missing or misshapen entry raises ValueError naming it."""
-        parameters = {name: p for p, name in self.names.items()}
+        """Restore what `state` returned: all of it, or nothing (from before the first step).
+
+        A missing, foreign or misshapen entry raises ValueError naming it.
+        """
+        matrices = {p for group in self.muon.param_groups for p in group["params"]}
+        entries = {
+            f"{name}/{slot}": (p, self.muon if p in matrices else self.adam, slot)
+            for p, name in self.names.items()
+            for slot in (("momentum_buffer",) if p in matrices else ("step", "exp_avg", "exp_avg_sq"))
+        }
+        for key in sorted(entries.keys() ^ state.keys()) if state else ():
+            verb = "lacks" if key in entries else "holds"
+            raise ValueError(f"the optimizer state {verb} {key}, unlike this model's; resume with the run's own config")
         for key, value in state.items():
-            name, _, slot = key.rpartition("/")
-            if name not in parameters:
+            p, optimizer, slot = entries[key]
+            shape = torch.Size() if slot == "step" else p.shape
+            if value.shape != shape:
                 raise ValueError(
-                    f"optimizer state holds {name}, which this model does not have; resume with its own config"
+                    f"the optimizer state {key} has shape {tuple(value.shape)}, not {tuple(shape)}; "
+                    "resume with the run's own config"
                 )
-            p = parameters[name]
-            if slot != "step" and value.shape != p.shape:
-                raise ValueError(
-                    f"optimizer state of {name} has shape {tuple(value.shape)}, the model {tuple(p.shape)}"
-                )
-            optimizer = self.muon if slot == "momentum_buffer" else self.adam
-            optimizer.state[p][slot] = value.to("cpu" if slot == "step" and p.device.type == "cpu" else p.device)
+            optimizer.state[p][slot] = value.to(p.device)
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
