@@ -70,7 +70,7 @@ class ScheduledLoss(nn.Module):
         total = sum(p.weight for p in passes)
         losses, memory_read = [], False
         for p, written, _ in fold(self.model, tokens, passes, starts):
-            memory_read |= p.grad and p is not passes[0]
+            memory_read |= p.weight > 0 and p is not passes[0] and p.positions[-1] > 0
             if p.weight > 0:
                 assert written.hidden is not None
                 here = targets[:, p.positions.start : p.positions.stop : p.positions.step]
