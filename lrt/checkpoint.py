@@ -80,7 +80,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def save(
     run: Path, step: int, config: RunConfig, model: LRT, optimizer: dict[str, Tensor], extra: dict[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep`."""
+    """Write the checkpoint of `step` and drop all but it and the `keep` - 1 before it."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -92,7 +92,8 @@ def save(
     write_json(aside / META, meta)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
-    for old in checkpoints(run)[:-keep]:
+    older = [p for p in checkpoints(run) if p.name <= folder.name]  # a newer one did not verify: it was resumed past
+    for old in older[:-keep]:
         shutil.rmtree(old)
     return folder
 
