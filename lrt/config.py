@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from lrt.schedule import Schedule
 
 Projection = Literal["none", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 C = TypeVar("C")
 
 
@@ -18,6 +19,11 @@ def require(condition: bool, message: str) -> None:
     """Raise `ValueError(message)` unless `condition`; the message names the numbers and the remedy."""
     if not condition:
         raise ValueError(message)
+
+
+def require_choice(name: str, value: str, choices: Any) -> None:
+    """Raise `ValueError` unless `value` is one of a Literal's."""
+    require(value in get_args(choices), f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,9 @@ class MemoryConfig:
     """Block (1..L) after which the memory is taken; none means the last one, L."""
     gate_width: int | None = None
     """Channels of the attention input that the gates read; none means all of them."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.memory.projection", self.projection, Projection)
 
     @property
     def on(self) -> bool:
@@ -91,9 +100,10 @@ class ModelConfig:
         pattern = self.window_pattern
         require(bool(pattern) and set(pattern) <= {"L", "S"}, f"model.window_pattern {pattern!r} may hold only L and S")
         require(self.window is None or self.window >= 1, f"model.window is {self.window}; it must be at least 1")
-        require(
-            self.softcap is None or self.softcap > 0, f"model.softcap is {self.softcap}; it must be positive or none"
-        )
+        soft = self.softcap is None or 0 < self.softcap < math.inf
+        require(soft, f"model.softcap is {self.softcap}; it must be positive or none")
+        require(0 < self.rope_theta < math.inf, f"model.rope_theta is {self.rope_theta}; it must be positive")
+        require_choice("model.value_embeddings", self.value_embeddings, ValueEmbeddings)
         source, gates = self.memory.source, self.memory.gate_width
         require(
             source is None or 1 <= source <= self.depth,
@@ -173,6 +183,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(0 < self.validation < 1, f"data.validation is {self.validation}; it must lie between 0 and 1")
         require(self.vocab_size >= 258, f"data.vocab_size is {self.vocab_size}; bytes and BOS alone need 258")
+        limit = self.max_bytes
+        require(limit is None or limit >= 1, f"data.max_bytes is {limit}; it must be at least 1 or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +210,18 @@ class OptimConfig:
     decay: float = 0.5
     """Share of the steps, at the end, over which it falls linearly."""
     final: float = 0.02
-    """Share of the peak rate at the last step."""
+    """Share of the peak rate that the decay would reach one step after the last."""
     clip: float | None = 1.0
     """Largest gradient norm; none does not clip."""
 
     def __post_init__(self) -> None:
         shares = {"warmup": self.warmup, "decay": self.decay, "final": self.final}
+        rates = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay")
+        for name, value in ((name, getattr(self, name)) for name in rates):
+            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be at least 0")
+        require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; it must be at least 0 and below 1")
+        fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(fine, f"optim.betas are {self.betas}; give two numbers, at least 0 and below 1")
         for name, share in shares.items():
             require(0 <= share <= 1, f"optim.{name} is {share}; it is a share and must lie between 0 and 1")
         require(self.warmup + self.decay <= 1, f"optim.warmup {self.warmup} + decay {self.decay} exceed 1")
@@ -229,7 +247,7 @@ class TrainConfig:
     """Seed of initialisation, data order and drawn schedules."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: cuda where there is one."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     """Autocast type of training; evaluation is float32. `auto`: bfloat16 where the device multiplies it natively."""
     compile: bool = False
     """Compile the blocks; does not pay for runs of a few minutes on a CPU."""
@@ -254,6 +272,9 @@ class TrainConfig:
         require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
         require(self.keep >= 1, f"train.keep is {self.keep}; at least 1 checkpoint must be kept")
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
+        for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
+            require(value >= 0, f"train.{name} is {value}; it must be at least 0")
+        require_choice("train.dtype", self.dtype, Dtype)
         micro = self.micro_batch
         require(
             micro is None or (micro >= 1 and self.batch % micro == 0),
@@ -306,7 +327,7 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     require(isinstance(data, dict), f"{where} must be an object, not {type(data).__name__}")
     known = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     unknown = sorted(set(data) - set(known))
-    require(not unknown, f"{where} has no field {', '.join(unknown)}; known fields: {', '.join(known)}")
+    require(not unknown, f"{where} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(known)}")
     values: dict[str, Any] = {}
     for name, value in data.items():
         nested = _NESTED.get(str(known[name].type))
@@ -318,23 +339,22 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
 
 
 _NESTED: dict[str, type] = {c.__name__: c for c in (MemoryConfig, ModelConfig, DataConfig, OptimConfig, TrainConfig)}
-_LITERALS = {"Projection": ("none", "shared", "layerwise"), "ValueEmbeddings": ("none", "alternating", "all")}
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str": (str,),
     "bool": (bool,),
     "None": (type(None),),
-    "tuple[float, float]": (tuple,),
+    "Projection": (str,),
+    "ValueEmbeddings": (str,),
+    "Dtype": (str,),
 }
 
 
 def _check_type(where: str, value: Any, annotation: str) -> None:
-    if annotation in _LITERALS:
-        require(
-            value in _LITERALS[annotation], f"{where} is {value!r}; choose one of {', '.join(_LITERALS[annotation])}"
-        )
-    elif not annotation.startswith("Literal"):
+    if annotation == "tuple[float, float]":
+        fits = isinstance(value, tuple) and len(value) == 2 and all(type(x) in (int, float) for x in value)
+    else:
         kinds = sum((_TYPES[part.strip()] for part in annotation.split("|")), ())
         fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
-        require(fits, f"{where} is {value!r}; it must be {annotation}")
+    require(fits, f"{where} is {value!r}; it must be {annotation}")
