@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,8 @@ from lrt.model import LRT
 from lrt.shapes import TokensBN
 from lrt.solve import Plan, change_of, finish, solve
 from lrt.state import Buffer
+
+MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
 
 
 class Point(NamedTuple):
@@ -73,7 +74,24 @@ def curve(model: LRT, tokens: TokensBN, mode: str, sweeps: int, exact: Tensor) -
     return points
 
 
-def draw(curves: dict[str, dict[str, Sequence[Point]]], path: Path | str) -> None:
+def picture(
+    folders: dict[str, Path | str], path: Path | str, *, rows: int = 8, length: int = 1024, sweeps: int = 12
+) -> dict[str, dict[str, list[Point]]]:
+    """Curves of trained models on their own held-out text, drawn; `folders` maps titles to run folders."""
+    from lrt.checkpoint import load_model
+    from lrt.evals.bpb import held_out_rows
+
+    curves = {}
+    for title, folder in folders.items():
+        loaded = load_model(folder)
+        tokens = held_out_rows(loaded, None, rows=rows, length=length).tokens
+        exact = exact_hidden(loaded.model, tokens)
+        curves[title] = {mode: curve(loaded.model, tokens, mode, sweeps, exact) for mode in MODES}
+    draw(curves, path)
+    return curves
+
+
+def draw(curves: dict[str, dict[str, list[Point]]], path: Path | str) -> None:
     """Residual and logit error against forward equivalents: a row of axes per model, a line per mode; PNG or SVG."""
     import matplotlib
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lrt.bench.convergence import MODES
 from lrt.cache import Cache
 from lrt.config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, score, step
@@ -29,7 +30,6 @@ from lrt.recipes import recipe as find_recipe
 from lrt.shapes import TokensBN
 from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solve
 
-MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
 X = TypeVar("X")
