@@ -14,15 +14,13 @@ LRT_MEMORY = MemoryConfig(projection="layerwise")
 
 
 def cpu_demo() -> RunConfig:
-    """A model for two CPU cores and a minute or two; the Python standard library as bytes."""
+    """A model for two CPU cores and a minute or two; the Python standard library in 512 BPE tokens."""
     return RunConfig(
         name="cpu_demo",
-        model=ModelConfig(depth=3, width=96, heads=3, context=256, memory=LRT_MEMORY),
-        data=DataConfig(source="python", tokenizer="bytes"),
+        model=ModelConfig(depth=3, width=64, heads=2, context=256, memory=LRT_MEMORY),
+        data=DataConfig(source="python", tokenizer="bpe", vocab_size=512, max_bytes=16_000_000),
         optim=OptimConfig(embedding_lr=0.1),
-        train=TrainConfig(
-            schedule="settled-1..3", batch=16, length=128, horizon="compute=10", eval_every=200, eval_rows=64
-        ),
+        train=TrainConfig(schedule="settled-1..3", batch=8, length=128, horizon="compute=12", eval_every=300),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 AXES = {
     "tokens": "tokens seen",
@@ -59,11 +60,12 @@ def curves(runs: Sequence[Recorded]) -> Figure:
             bpb.plot(x, [e["bpb"]["decoded"] for e in run.evals], "o-", ms=3.5, color=colour, label=run.name)
             bpb.plot(x, [e["bpb"]["zero_memory"] for e in run.evals], ":", lw=1, color=colour)
         grid[1][column].set_xlabel(label)
+        grid[1][column].xaxis.set_major_formatter(EngFormatter(sep=""))
         for axes in grid[:, column]:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-    _limit(grid[0][0], [y for run in runs for y in _smooth([e["loss"] for e in run.train])])
-    _limit(grid[1][0], [e["bpb"]["decoded"] for run in runs for e in run.evals])
+    _limit(grid[0][0], [_smooth([e["loss"] for e in run.train]) for run in runs])
+    _limit(grid[1][0], [[e["bpb"]["decoded"] for e in run.evals] for run in runs])
     grid[0][0].set_ylabel("training loss, nats per token\n(weighted mean over the passes)")
     grid[1][0].set_ylabel("validation bits per byte\ndecoded (solid), zero memory (dotted)")
     grid[1][0].legend(frameon=False, fontsize=8)
@@ -77,12 +79,13 @@ def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def _limit(axes: Any, values: Sequence[float]) -> None:
+def _limit(axes: Any, series: Sequence[Sequence[float]]) -> None:
     """Show where the curves settle rather than where they begin; what lies above runs out of the frame."""
-    ordered = sorted(values)
+    ordered = sorted(y for ys in series for y in ys)
     if ordered:
-        low, high = ordered[0], ordered[int(0.85 * (len(ordered) - 1))]
-        axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.35 * (high - low) + 1e-3)
+        low = ordered[0]
+        high = max(ordered[int(0.85 * (len(ordered) - 1))], *(ys[-1] for ys in series if ys))
+        axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.2 * (high - low) + 1e-3)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -40,7 +40,9 @@ def tiny(base: RunConfig, source: Path, steps: int = 12, **training) -> RunConfi
         "dtype": "float32",
     }
     config = replace(base, model=model, train=replace(base.train, **chosen | training))
-    return replace(config, data=replace(base.data, source=str(source), folder=str(source.parent / "data")))
+    return replace(
+        config, data=replace(base.data, source=str(source), tokenizer="bytes", folder=str(source.parent / "data"))
+    )
 
 
 def events(run: Path, kind: str) -> list[dict]:
