@@ -324,7 +324,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     """Rebuild a configuration from `to_dict`'s output; unknown or ill-typed fields raise ValueError naming them."""
-    require(isinstance(data, dict), f"{where} must be an object, not {type(data).__name__}")
+    require(isinstance(data, dict), f"{where} is a {type(data).__name__}; it must be an object of named fields")
     known = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     unknown = sorted(set(data) - set(known))
     require(not unknown, f"{where} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(known)}")
