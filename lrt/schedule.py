@@ -210,13 +210,13 @@ def check(passes: Iterable[Pass]) -> None:
         front = max(front, p.positions[-1] + 1)
 
 
-def exact_prefix(passes: Iterable[Pass], length: int) -> int:
+def exact_prefix(passes: Iterable[Pass], length: int, prefix: int = 0) -> int:
     """Longest prefix whose last-written states equal the sequential ones for every input and every weight.
 
     A position becomes exact when it is visited after its predecessor has become exact, all earlier ones being exact by
-    then; so each pass makes at most one more position exact, and it is the first one that is not yet.
+    then; so each pass makes at most one more position exact, and it is the first one that is not yet. `prefix`
+    positions are exact before the first pass.
     """
-    prefix = 0
     for p in passes:
         prefix += prefix < length and prefix in p.positions
     return prefix

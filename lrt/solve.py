@@ -18,7 +18,7 @@ from torch import Tensor
 from lrt.cache import Cache
 from lrt.fold import fold
 from lrt.model import LRT
-from lrt.schedule import Pass
+from lrt.schedule import Pass, exact_prefix
 from lrt.shapes import StreamBND, TokensBN
 from lrt.state import Buffer
 
@@ -95,10 +95,10 @@ class Group(NamedTuple):
 
     rows: Tensor
     """Which rows of the chunk, int64 [b]."""
+    taken: Tensor
+    """How many positions of each hold the solution: all of them, or the exact prefix where the budget ran out, [b]."""
     buffer: Buffer
     hidden: StreamBND
-    known: int | None
-    """How many positions are known to be exact where the rows did not settle; None where they did."""
     sweeps: int
     residual: float
 
@@ -119,10 +119,9 @@ def _chunk(model: LRT, tokens: TokensBN, count: Tensor, cache: Cache, plan: Plan
     hidden = cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1])
     begin, sweeps, residual = torch.zeros_like(count), 0, 0.0
     for group in _sweeps(model, tokens, count, cache, plan) if plan.stride else ():
-        done = count[group.rows] if group.known is None else count[group.rows].clamp(max=group.known)
         hidden[group.rows] = group.hidden.to(hidden.dtype)
-        cache = cache.commit(group.buffer, group.rows, done)
-        begin[group.rows] = done
+        cache = cache.commit(group.buffer, group.rows, group.taken)
+        begin[group.rows] = group.taken
         sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
     cache = _recur(model, tokens, begin, count, cache, hidden)
     below = model.config.source / model.config.depth
@@ -134,29 +133,34 @@ def _sweeps(model: LRT, tokens: TokensBN, count: Tensor, cache: Cache, plan: Pla
     """Sweep until every row has settled; rows leave as they do, so that none's result depends on the others."""
     rows, buffer = count.nonzero()[:, 0], cache.buffer()
     buffer = buffer if len(rows) == len(count) else buffer.take(rows)
-    n, known, old, number = tokens.shape[1], 0, None, 0
-    while len(rows):
-        number += 1
-        passes, starts = plan.sweep(number, n), model.starts(tokens[rows])
-        # Announcing the full pass that comes last lets the sweeps stop at the source block.
-        folded = fold(model, tokens[rows], [*passes, silent(range(n))], starts, buffer)
-        for p, _, buffer in itertools.islice(folded, len(passes)):  # noqa: B007
-            known += known in p.positions
-        known = known if model.config.memory.on else n
+    n, known, old = tokens.shape[1], 0, None
+    for number in range(1, plan.max_sweeps + 1 if len(rows) else 0):
+        here, wanted, passes = tokens[rows], count[rows], plan.sweep(number, n)
+        buffer = _sweep(model, here, passes, buffer)
         new = buffer.memory(range(1, n + 1))
         assert new is not None
-        change = change_of(old, new, count[rows])
-        settled = (change <= plan.tolerance) | (count[rows] <= known)
-        last = number == plan.max_sweeps
-        for leaving, exact in ((settled, None), (~settled & last, known)):
-            if leaving.any():
-                at = leaving.nonzero()[:, 0]
-                top, hidden = finish(model, tokens[rows[at]], buffer.take(at), new[at])
-                by_tolerance = change[at][count[rows[at]] > known]
-                residual = float(by_tolerance.max()) if exact is None and len(by_tolerance) else 0.0
-                yield Group(rows[at], top, hidden, exact, number, residual)
-        stay = (~settled).nonzero()[:, 0] if not last else rows[:0]
-        rows, buffer, old = rows[stay], buffer.take(stay), new[stay]
+        known = exact_prefix(passes, n, known) if model.config.memory.on else n
+        change = change_of(old, new, wanted)
+        settled = (change <= plan.tolerance) | (wanted <= known)
+        leaving = settled if number < plan.max_sweeps else torch.ones_like(settled)
+        if leaving.any():
+            at, every = leaving.nonzero()[:, 0], bool(leaving.all())
+            whole, hidden = finish(model, here[at], buffer if every else buffer.take(at), new[at])
+            taken = torch.where(settled, wanted, wanted.clamp(max=known))
+            residual = change.masked_fill(~settled | (wanted <= known), 0).max()
+            yield Group(rows[at], taken[at], whole, hidden, number, float(residual))
+            if every:
+                return
+            stay = (~leaving).nonzero()[:, 0]
+            rows, buffer, new = rows[stay], buffer.take(stay), new[stay]
+        old = new
+
+
+def _sweep(model: LRT, tokens: TokensBN, passes: list[Pass], buffer: Buffer) -> Buffer:
+    """The buffer after these passes; announcing the full pass that may come last lets them stop at the source block."""
+    announced = [*passes, silent(range(tokens.shape[1]))]
+    *_, (_, _, buffer) = itertools.islice(fold(model, tokens, announced, model.starts(tokens), buffer), len(passes))
+    return buffer
 
 
 def finish(model: LRT, tokens: TokensBN, buffer: Buffer, source: StreamBND) -> tuple[Buffer, StreamBND]:

@@ -60,7 +60,7 @@ def test_any_split_equals_the_reference(cfg, mode):
         close(logits, expected[every, at])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from([config(source=s, window=w) for s in (2, 3) for w in (1, 4, 9)]),
     st.lists(st.integers(1, 18), min_size=1, max_size=4),
@@ -216,7 +216,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(REQUESTS)
 def test_a_request_gives_the_same_text_alone_and_in_any_batch(requests):
     """Log-probabilities agree to 1e-10 in float64; the tokens are the same."""
