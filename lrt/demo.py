@@ -58,25 +58,25 @@ def run_demo(demo: Demo) -> str:
         folder = demo.out / name
         require(not folder.exists(), f"{folder} exists; remove it or choose another --out")
         with Live(samples=False) as live:
-            result = train(_configure(make(), name, demo), folder, sinks=[live, Jsonl(folder / "metrics.jsonl")])
-        rows.append(_row(name, result))
+            config = _configure(make(), name, demo)
+            result = train(config, folder, sinks=[live, Jsonl(folder / "metrics.jsonl")])
+        rows.append(_row(name, config.train.schedule, result))
     return _write(demo.out, rows, time.perf_counter() - started)
 
 
 def _configure(config: RunConfig, name: str, demo: Demo) -> RunConfig:
     horizon = config.train.horizon if demo.compute is None else f"compute={demo.compute}"
-    every = config.train.eval_every
-    training = replace(config.train, horizon=horizon, seed=demo.seed, eval_every=every)
+    training = replace(config.train, horizon=horizon, seed=demo.seed)
     return replace(config, name=name, train=training, data=replace(config.data, source=demo.source))
 
 
-def _row(name: str, result: Result) -> dict[str, Any]:
+def _row(name: str, schedule: str, result: Result) -> dict[str, Any]:
     config, p, bpb = result.model.config, result.progress, result.bpb
     tokenizer = result.prepared.tokenizer
     prompt = Sampling(max_new_tokens=160, temperature=0.7, seed=1)
     return {
         "name": name,
-        "schedule": bpb.schedule,
+        "schedule": schedule,
         "projection": config.memory.projection,
         "parameters": sum(accounting.parameters_by_group(config).values()),
         "scaling_parameters": accounting.scaling_parameters(config),
