@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from helpers import VARIANTS, config, randomised, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrt.bench import convergence
+from lrt.bench import decode as bench
 from lrt.cache import Cache, positions_held, visible_slots
 from lrt.decode import generate, prefill, score, step
 from lrt.loss import IGNORE
@@ -335,3 +338,20 @@ def test_the_compiled_step_equals_the_plain_one_and_compiles_twice_at_most():
             b, theirs = advance(model, rows[:, t], theirs, active)
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_the_bench_measures_every_part_and_ends_in_json(tmp_path):
+    model = LRT.build(config(vocab_size=64), seed=2)
+    prompts = tokens(model.config, 2, 20)
+    cells = bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], 1, False, cache_gib=0.01)
+    prefills = bench.prefill_times(model, prompts, ["jacobi", "interleaved-4"], 1e-4)
+    result = {"decode": cells, "prefill": prefills, "score": bench.score_times(model, prompts, 1e-4)}
+    assert [(c["batch"], c["context"]) for c in cells] == [(1, 8), (2, 8)]
+    assert json.loads(bench.lines(result)[-1]) == result
+    assert all(c["max_logit_diff"] < 1e-2 and c["greedy_agree"] > 0.9 for c in prefills)
+    exact = convergence.exact_hidden(model, prompts)
+    points = convergence.curve(model, prompts, "jacobi", 20, exact)
+    assert points[-1].logit_diff < 1e-4
+    assert points[-1].greedy_agree == 1
+    convergence.draw({"random": {"jacobi": points}}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
