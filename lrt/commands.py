@@ -346,7 +346,7 @@ def demo(args: list[str]) -> int:
 
 
 def bench(args: list[str]) -> int:
-    kinds = {"decode": _bench_decode}
+    kinds = {"decode": _bench_decode, "train": _bench_train}
     require(bool(args) and args[0] in kinds, f"bench {' '.join(args[:1])}: choose one of {', '.join(kinds)}")
     return kinds[args[0]](args[1:])
 
@@ -355,6 +355,12 @@ def _bench_decode(args: list[str]) -> int:
     from lrt.bench import decode
 
     return decode.main(args)
+
+
+def _bench_train(args: list[str]) -> int:
+    from lrt.bench import train
+
+    return train.main(args)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
