@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -27,6 +28,7 @@ def rows_of(cfg, rows: int = 3, length: int = LENGTH) -> Rows:
     return Rows(tokens, targets, tokens == 0, targets % 4)
 
 
+@functools.cache
 def bpb(cfg, text: str, **options) -> BPB:
     return evaluate(fixed(cfg), Schedule.parse(text), rows_of(cfg), **options)
 

@@ -7,6 +7,7 @@ start; without memory the model is the plain transformer. In float64, every para
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -42,7 +43,7 @@ TOLERANCE = 1e-10
 FULL, LAST = config(), config(source=3, projection="shared")
 models = pytest.mark.parametrize("cfg", VARIANTS + CORNERS, ids=label)
 with_memory = pytest.mark.parametrize("cfg", VARIANTS + CORNERS[:-1], ids=label)
-few = pytest.mark.parametrize("cfg", [FULL, LAST, CORNERS[1]], ids=label)
+few = pytest.mark.parametrize("cfg", [FULL, LAST], ids=label)
 
 
 def near(a: Tensor, b: Tensor) -> bool:
@@ -74,7 +75,7 @@ def test_reference_is_the_sequential_schedule(cfg: ModelConfig):
     assert differ(got.source[:, 1:], got.source[:, :-1]).min() > 1e-3  # not constant: something was compared
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(pass_lists(), st.sampled_from([*VARIANTS, *CORNERS]), st.integers(0, 99))
 def test_any_passes_compute_what_the_oracle_does(case, cfg: ModelConfig, seed: int):
     length, run = case
@@ -92,7 +93,7 @@ def test_any_passes_compute_what_the_oracle_does(case, cfg: ModelConfig, seed: i
 @few
 @pytest.mark.parametrize("text", SCHEDULES)
 def test_every_schedule_computes_what_the_oracle_does(text: str, cfg: ModelConfig):
-    model, length = fixed(cfg), 7
+    model, length = fixed(cfg), 6
     ids, run = packed(cfg, 1, length), passes(text, length)
     expected = slow_passes(model, ids[0].tolist(), run)
     merged, memory = torch.zeros(length, cfg.vocab_size, dtype=torch.float64), torch.zeros(length, cfg.d).double()
@@ -107,9 +108,9 @@ def test_every_schedule_computes_what_the_oracle_does(text: str, cfg: ModelConfi
 
 
 @with_memory
-@pytest.mark.parametrize("exact", ["refinement-6", "interleaved-7", "settled-6"])
+@pytest.mark.parametrize("exact", ["refinement-5", "interleaved-6"])
 def test_as_many_passes_or_subsets_as_positions_end_in_the_sequential_states(exact: str, cfg: ModelConfig):
-    model, length = fixed(cfg), 7
+    model, length = fixed(cfg), 6
     ids = packed(cfg, 3, length)
     assert exact_prefix(passes(exact, length), length) == length
     assert same(outcome(model, ids, passes(exact, length)), outcome(model, ids, passes("sequential", length)))
@@ -238,10 +239,10 @@ def test_changing_a_token_changes_nothing_before_it(text: str, cfg: ModelConfig)
 @few
 @pytest.mark.parametrize("text", SCHEDULES)
 def test_rows_are_independent(text: str, cfg: ModelConfig):
-    model, ids = fixed(cfg), packed(cfg, 3, 7)
-    together = outcome(model, ids, passes(text, 7))
+    model, ids = fixed(cfg), packed(cfg, 3, 6)
+    together = outcome(model, ids, passes(text, 6))
     for row in range(3):
-        alone = outcome(model, ids[row : row + 1], passes(text, 7))
+        alone = outcome(model, ids[row : row + 1], passes(text, 6))
         assert near(together.hidden[row], alone.hidden[0])
         assert near(together.source[row], alone.source[0])
 
@@ -312,15 +313,15 @@ NEUTRAL = ("gate.weight", "gamma", "projection.key.weight", "projection.value.we
 
 
 @with_memory
-@pytest.mark.parametrize("text", ["refinement-2", "interleaved-3"])
-def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(text: str, cfg: ModelConfig):
-    model, plain = randomised(cfg), LRT.build(replace(cfg, memory=MEMORY_OFF)).double()
+def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(cfg: ModelConfig):
+    model, plain = deepcopy(fixed(cfg)), LRT.build(replace(cfg, memory=MEMORY_OFF)).double()
     weights = {name: p.zero_() if name.endswith(NEUTRAL) else p for name, p in model.state_dict().items()}
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
     assert plain.memory_parameters() == []
     assert set(weights) - set(plain.state_dict()) == {name for name in weights if name.endswith(NEUTRAL)}
     ids = packed(cfg, 2, 8)
-    assert near(outcome(model, ids, passes(text, 8)).hidden, outcome(plain, ids, passes("parallel", 8)).hidden)
+    for text in ("refinement-2", "interleaved-3"):
+        assert near(outcome(model, ids, passes(text, 8)).hidden, outcome(plain, ids, passes("parallel", 8)).hidden)
 
 
 @with_memory

@@ -20,11 +20,12 @@ from lrt.model import LRT
 from lrt.schedule import Pass, Schedule, memory_only
 from lrt.state import Buffer, Written
 
-LENGTH, EPSILON, TOLERANCE = 5, 1e-5, 1e-7
+LENGTH, EPSILON, TOLERANCE = 4, 1e-5, 1e-7
 SMALL = {"depth": 2, "width": 12, "heads": 2, "kv_heads": 1, "vocab_size": 7, "window": 3, "gate_width": 5}
 MODELS = [
     config(**SMALL, source=1),
     config(**SMALL | {"kv_heads": 2, "window_pattern": "L"}, source=2, projection="shared", value_embeddings="none"),
+    config(**SMALL, source=2, projection="none", value_embeddings="all"),
 ]
 UNDETACHED = [
     "parallel", "interleaved-2", "interleaved-3:weights=0/1", "refinement-2:weights=0.1/0.3/0.6", "chunked-2",
@@ -88,9 +89,14 @@ def check_gradients(cfg: ModelConfig, text: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("cfg", MODELS, ids=label)
 @pytest.mark.parametrize("text", UNDETACHED)
-def test_gradients_are_finite_differences(text: str, cfg: ModelConfig):
+def test_gradients_are_finite_differences(text: str):
+    check_gradients(MODELS[0], text)
+
+
+@pytest.mark.parametrize("cfg", MODELS[1:], ids=label)
+@pytest.mark.parametrize("text", ["interleaved-2", "settled-1"])
+def test_gradients_of_other_models_are_finite_differences(text: str, cfg: ModelConfig):
     check_gradients(cfg, text)
 
 

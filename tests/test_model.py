@@ -126,6 +126,16 @@ def test_a_window_hides_what_is_further_away():
     assert hidden[0].tolist() == [False] + [True] * 7
 
 
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_a_prefix_of_a_row_computes_a_prefix_of_its_states(window: int):
+    """Rows shorter than, as long as and longer than the window take different paths to the same attention."""
+    cfg = config(window_pattern="SSL", window=window)
+    model, ids = fixed(cfg), packed(cfg, 1, 9)
+    whole = parallel(model, ids).hidden
+    for length in range(1, 9):
+        torch.testing.assert_close(parallel(model, ids[:, :length]).hidden, whole[:, :length])
+
+
 def test_softcap_bounds_logits_and_none_leaves_them():
     capped, free = fixed(config(softcap=0.5)), fixed(config(softcap=None))
     hidden = torch.randn(2, 3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5
@@ -189,6 +199,13 @@ def test_autocast_runs_in_bfloat16_and_scores_in_float32(cfg: ModelConfig):
     assert coarse != exact
     coarse.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_logits_are_float32_whatever_the_model():
+    model = LRT.build(config()).bfloat16()
+    hidden = torch.randn(2, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert model.logits(hidden).dtype == torch.float32
+    assert fixed(config()).logits(hidden.double()).dtype == torch.float64
 
 
 def test_float32_and_float64_agree():
