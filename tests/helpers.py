@@ -149,9 +149,11 @@ def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[T
 
 
 def slices(length: int) -> st.SearchStrategy[range]:
-    """Non-empty slices start:stop:step of a row."""
-    parts = st.tuples(st.integers(0, length - 1), st.integers(0, length), st.integers(1, 4))
-    return parts.map(lambda x: range(x[0], max(x[0] + 1, x[1]), x[2]))
+    """Non-empty slices start:stop:step of a row: any, long strided ones, and the whole row."""
+    starts, steps = st.integers(0, length - 1), st.integers(1, 4)
+    some = st.tuples(starts, st.integers(0, length), steps).map(lambda x: range(x[0], max(x[0] + 1, x[1]), x[2]))
+    strided = st.tuples(st.integers(0, min(3, length - 1)), steps).map(lambda x: range(x[0], length, x[1]))
+    return st.one_of(strided, some, st.just(range(length)))
 
 
 @st.composite

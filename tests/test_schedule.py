@@ -283,6 +283,13 @@ def test_memory_only_figures(text: str, early: list[int]):
     assert memory_only(passes(text, 8)) == [bool(x) for x in early]
 
 
+def test_keys_that_only_passes_below_the_top_read_need_no_top():
+    settle, strided, last = Pass(range(8), 0.0, False), Pass(range(1, 8, 2), 0.0, False), Pass(range(8))
+    assert memory_only([settle, strided, last]) == [True, True, False]
+    assert memory_only([settle, strided, Pass(range(4)), last]) == [False, False, False, False]
+    assert memory_only([settle, strided]) == [False, False]  # what lies there at the end may be continued from
+
+
 @given(pass_lists())
 def test_memory_only_means_no_loss_and_keys_that_nobody_reads(case: tuple[int, tuple[Pass, ...]]):
     """By brute force: follow every key of every pass until it is overwritten."""

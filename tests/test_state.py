@@ -11,7 +11,7 @@ from lrt.state import Buffer, History, Written
 
 LENGTH, LAYERS, WIDTH, EARLY = 10, 3, 4, 1
 CPU = torch.device("cpu")
-runs = st.lists(st.tuples(slices(LENGTH), st.booleans()), max_size=6)
+runs = st.lists(st.tuples(slices(LENGTH), st.booleans()), min_size=1, max_size=6)
 """Passes: where, and whether they stop at the source block (`EARLY` layers)."""
 
 
