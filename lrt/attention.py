@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrt.ops import turn
 from lrt.shapes import HeadsBKNE, PositionsN
 
 Rotary = tuple[Tensor, Tensor]
@@ -26,9 +27,7 @@ def rotary(positions: PositionsN, width: int, theta: float, dtype: torch.dtype) 
 
 def rotate(x: HeadsBKNE, rope: Rotary) -> HeadsBKNE:
     """Turn each pair (channel i, channel i + E/2) by its position's angle; `x` is [B, H, N, E]."""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    return turn(x, *rope)
 
 
 def visible(queries: PositionsN, keys: PositionsN, window: int | None) -> Tensor:

@@ -33,10 +33,11 @@ def fold(
     for p, stop_early in zip(passes, memory_only(passes), strict=True):
         at = p.positions
         cut = slice(at.start - first, at[-1] + 1 - first, at.step)
-        read = buffer.detach() if p.detach else buffer
+        rest = buffer.without(at)  # cut once: the queries see it, and it stays
+        before, seen = (b.detach() if p.detach else b for b in (buffer, rest))
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-            past = read.past(at, model.config.source if stop_early else model.config.depth, tokens.device)
+            past = seen.past(at, model.config.source if stop_early else model.config.depth, tokens.device)
             reset = starts[:, cut] if starts is not None else None
-            written = model(tokens[:, cut], past, read.memory(at), reset, top=not stop_early)
-        buffer = buffer.write(at, written)
+            written = model(tokens[:, cut], past, before.memory(at), reset, top=not stop_early)
+        buffer = rest.write(at, written)
         yield p, written, buffer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrt.attention import Rotary, attend, rotary, rotate, visible
 from lrt.config import ModelConfig
-from lrt.ops import relu_squared, rms_norm
+from lrt.ops import relu_squared, rms_norm, weighted_sum
 from lrt.shapes import HeadsBKNE, StreamBND, TokensBN
 from lrt.state import LayerPast, Past, Written
 
@@ -44,11 +44,11 @@ class ResidualInjection(nn.Module):
         self.gamma = nn.Parameter(torch.empty(())) if config.memory.residual else None
 
     def forward(self, x: StreamBND, x0: StreamBND, memory: StreamBND | None) -> StreamBND:
-        if self.alpha is not None and self.beta is not None:
-            x = self.alpha * x + self.beta * x0
-        if self.gamma is not None and memory is not None:
-            x = x + self.gamma * memory
-        return x
+        if self.alpha is None or self.beta is None:
+            return x if self.gamma is None or memory is None else torch.addcmul(x, self.gamma, memory)
+        if self.gamma is None or memory is None:
+            return weighted_sum((self.alpha, self.beta), (x, x0))
+        return weighted_sum((self.alpha, self.beta, self.gamma), (x, x0, memory))
 
 
 class Attention(nn.Module):
@@ -94,11 +94,13 @@ class Attention(nn.Module):
             return k, v if extra is None else v + extra
         gates = 2 * torch.sigmoid(self.gate(a[..., : self.gate_width]))
         local, recurrent, *embedded = gates.unflatten(-1, (-1, self.kv_heads[0], 1)).unbind(2)
-        k, v = local * k, local * v
         pair = self.projection(memory) if self.projection is not None and memory is not None else shared
-        if pair is not None:
-            k, v = k + recurrent * pair[0], v + recurrent * pair[1]
-        return k, v if extra is None else v + embedded[0] * extra
+        weights, keys, values = (
+            ([local], [k], [v]) if pair is None else ([local, recurrent], [k, pair[0]], [v, pair[1]])
+        )
+        k = weighted_sum(weights, keys)
+        v = weighted_sum([*weights, *embedded], values if extra is None else [*values, extra])
+        return k, v
 
 
 class MLP(nn.Module):

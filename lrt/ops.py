@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,75 @@ class _ReLUSquared(torch.autograd.Function):
         return (positive * grads[0]).mul_(2)
 
 
+class _WeightedSum(torch.autograd.Function):
+    """y = sum_i w_i x_i in one buffer; dx_i = w_i dy, and dw_i = <dy, x_i> without a product of their size."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights_and_terms: Tensor) -> Tensor:
+        ctx.save_for_backward(*weights_and_terms)
+        half = len(weights_and_terms) // 2
+        (w, *weights), (x, *terms) = weights_and_terms[:half], weights_and_terms[half:]
+        y = w * x
+        for w, x in zip(weights, terms, strict=True):
+            y.addcmul_(w, x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), saved, needed = grads, ctx.saved_tensors, ctx.needs_input_grad
+        half = len(saved) // 2
+        pairs = list(zip(saved[:half], saved[half:], strict=True))
+        dw = [_inner(dy, x, w) if need else None for (w, x), need in zip(pairs, needed[:half], strict=True)]
+        return *dw, *(w * dy if need else None for (w, _), need in zip(pairs, needed[half:], strict=True))
+
+
+def _inner(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Inner product over the axes along which `w`, a number or [.., 1], was spread."""
+    if w.dim() == 0:
+        return torch.dot(dy.reshape(-1), x.reshape(-1)).to(w.dtype)
+    return torch.linalg.vecdot(dy, x).unsqueeze(-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Each pair (a, b) to (a cos + b sin, b cos - a sin); backward turns the other way, so the input is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(grads[0], *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    y = x * torch.cat((cos, cos), dim=-1)
+    (a, b), (first, second) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    first.addcmul_(b, sin, value=way)
+    second.addcmul_(a, sin, value=-way)
+    return y
+
+
+class _Split(torch.autograd.Function):
+    """Disjoint slices of one axis as views; backward writes each gradient into its place, once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, cuts: tuple[slice, ...]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.like, ctx.places = (x.shape, x.dtype, x.device), [(slice(None),) * axis + (cut,) for cut in cuts]
+        return tuple(x[place] for place in ctx.places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        shape, dtype, device = ctx.like
+        whole = torch.zeros(shape, dtype=dtype, device=device)
+        for place, grad in zip(ctx.places, grads, strict=True):
+            if grad is not None:
+                whole[place] = grad
+        return whole, None, None
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """RMSNorm over the last axis, without learned weights; the same shape and type. On cuda torch's kernel is fused."""
     if x.is_cuda:
@@ -54,3 +124,18 @@ def rms_norm(x: Tensor) -> Tensor:
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2 (Primer, So et al. 2021)."""
     return _ReLUSquared.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
+    """w_1 x_1 + w_2 x_2 + ..; each weight is a number (no axes) or spreads over the last axis, [.., 1]."""
+    return _WeightedSum.apply(*weights, *terms)  # pyright: ignore[reportReturnType]
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (channel i, channel i + E/2) of the last axis by an angle given as its cosine and sine."""
+    return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+def split(x: Tensor, axis: int, cuts: tuple[slice, ...]) -> tuple[Tensor, ...]:
+    """Disjoint slices of one axis, as views; their gradients are put together by one copy, however many there are."""
+    return _Split.apply(x, axis, cuts)  # pyright: ignore[reportReturnType]

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lrt.ops import split
 from lrt.schedule import intersect, subtract
 from lrt.shapes import HeadsBKNE, PositionsN, StreamBND
 
@@ -94,11 +95,23 @@ class Segment(NamedTuple):
         """The part over `at`, a sub-slice of `self.at`, as views: nothing is copied."""
         if at == self.at:
             return self
-        first = self.at.index(at[0])
-        cut = slice(first, self.at.index(at[-1]) + 1, at.step // self.at.step if len(at) > 1 else 1)
-        w = self.written
+        cut, w = self._cut(at), self.written
         keys, values = (tuple(x[:, :, cut] for x in xs) for xs in (w.keys, w.values))
         return Segment(at, Written(None, w.source[:, cut], keys, values))
+
+    def _cut(self, at: range) -> slice:
+        first = self.at.index(at[0])
+        return slice(first, self.at.index(at[-1]) + 1, at.step // self.at.step if len(at) > 1 else 1)
+
+    def split(self, slices: Sequence[range]) -> list[Segment]:
+        """The parts over disjoint sub-slices of `self.at`, as views whose gradients are put together once."""
+        if list(slices) == [self.at] or not slices:
+            return [self] if slices else []
+        cuts, w = tuple(self._cut(at) for at in slices), self.written
+        sources = split(w.source, 1, cuts)
+        keys, values = (list(zip(*(split(x, 2, cuts) for x in xs), strict=True)) for xs in (w.keys, w.values))
+        parts = zip(slices, sources, keys or [()] * len(cuts), values or [()] * len(cuts), strict=True)
+        return [Segment(at, Written(None, source, k, v)) for at, source, k, v in parts]
 
     def detach(self) -> Segment:
         """The same values, cut from the gradient."""
@@ -123,8 +136,11 @@ class Buffer:
 
     def write(self, at: range, written: Written) -> Buffer:
         """The buffer after a pass: its positions replace what stood there before."""
-        kept = (s.narrow(rest) for s in self.segments for rest in subtract(s.at, at))
-        return replace(self, segments=(Segment(at, written), *kept))
+        return replace(self, segments=(Segment(at, written), *self.without(at).segments))
+
+    def without(self, at: range) -> Buffer:
+        """The buffer less the positions `at`."""
+        return replace(self, segments=tuple(part for s in self.segments for part in s.split(subtract(s.at, at))))
 
     def detach(self) -> Buffer:
         """The same buffer, cut from the gradient."""
@@ -153,10 +169,10 @@ class Buffer:
 
         `depth` is the number of blocks the pass runs.
         """
-        rest = [(s, r) for s in self.segments for r in subtract(s.at, at) if r.start <= at[-1]]
-        others = [s.narrow(r).written for s, r in rest]
-        queries = torch.arange(at.start, at.stop, at.step, device=device)
-        places = [torch.arange(r.start, r.stop, r.step, device=device) for _, r in rest]
+        rest = [s for s in self.without(at).segments if s.at.start <= at[-1]]
+        others = [s.written for s in rest]
+        slices = (at, *(s.at for s in rest))
+        queries, *places = (torch.arange(r.start, r.stop, r.step, device=device) for r in slices)
         keys = torch.cat((queries, *places))
         layers = [
             Segments(tuple(w.keys[i] for w in others), tuple(w.values[i] for w in others), keys) for i in range(depth)
