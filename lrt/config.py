@@ -265,9 +265,11 @@ class TrainConfig:
     """Live gap (decoded minus parallel BPB) above which a warning is shown."""
 
     def __post_init__(self) -> None:
-        Schedule.parse(self.schedule)
+        schedule = Schedule.parse(self.schedule)
         self.horizon_parts()
         require(self.length >= 2, f"train.length is {self.length}; a row needs at least 2 positions")
+        for drawn in schedule.every_draw() if schedule.weights else ():
+            drawn.passes(self.length)  # raises now, not at the step that draws fewer passes than weights
         require(self.batch >= 1, f"train.batch is {self.batch}; it must be at least 1")
         require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
         require(self.keep >= 1, f"train.keep is {self.keep}; at least 1 checkpoint must be kept")

@@ -167,7 +167,9 @@ class Schedule:
         settling = [Pass(full, weight=0.0, grad=False) for _ in range(sweeps)]
         weights = list(self.weights) or [1.0]
         if len(weights) > len(slices):
-            raise ValueError(f"schedule {self} has {len(weights)} weights for {len(slices)} passes with gradient")
+            raise ValueError(
+                f"schedule {self} has {len(weights)} weights for {len(slices)} passes with gradient; give no more"
+            )
         weights += [weights[-1]] * (len(slices) - len(weights))
         passes = (*settling, *(Pass(at, w, True, self.detach) for at, w in zip(slices, weights, strict=True)))
         check(passes)

@@ -68,6 +68,8 @@ BAD: list[tuple[type, dict, list[str]]] = [
     (OptimConfig, {"warmup": 0.6, "decay": 0.6}, ["warmup 0.6", "decay 0.6", "exceed 1"]),
     (OptimConfig, {"clip": 0.0}, ["optim.clip is 0.0", "positive or none"]),
     (TrainConfig, {"schedule": "zigzag"}, ["'zigzag'", "interleaved"]),
+    (TrainConfig, {"schedule": "settled-2:weights=0/1"}, ["settled-2", "2 weights for 1 passes", "no more"]),
+    (TrainConfig, {"schedule": "refinement-1..3:weights=1/2/3"}, ["refinement-1", "3 weights for 2 passes"]),
     (TrainConfig, {"horizon": "steps=0"}, ["train.horizon is 'steps=0'", "steps=1000"]),
     (TrainConfig, {"horizon": "epochs=3"}, ["'epochs=3'", "compute=20"]),
     (TrainConfig, {"horizon": "tokens=many"}, ["'tokens=many'", "tokens=1e6"]),
