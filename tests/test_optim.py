@@ -218,6 +218,14 @@ def test_the_share_scales_every_rate():
     assert all(torch.allclose(whole * 0.5, half, rtol=1e-9) for whole, half in zip(*moves, strict=True))
 
 
+def test_shares_are_of_the_peak_whatever_came_before():
+    optimizer = Optimizer(fixed(config()), OptimConfig())
+    for share in (0.1, 1.0, 0.5):
+        optimizer.step(share)
+        assert [group["lr"] for group, _ in optimizer.peaks] == [peak * share for _, peak in optimizer.peaks]
+    assert {peak for _, peak in optimizer.peaks} >= {OptimConfig().matrix_lr, OptimConfig().scalar_lr}
+
+
 # The rate and the clip.
 
 
