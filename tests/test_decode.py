@@ -323,6 +323,7 @@ def test_steps_need_no_gradient_and_leave_the_model_alone(model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_the_compiled_step_equals_the_plain_one_and_compiles_twice_at_most():
     """Once for views of the slots, once for the whole of them; never per token."""
     cfg = config(context=400)
