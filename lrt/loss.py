@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.fold import fold
+from lrt.head import head_loss
 from lrt.model import LRT
 from lrt.schedule import Pass, Passes, Schedule
 from lrt.shapes import StreamBND, TokensBN
@@ -29,7 +30,10 @@ class LossOutput(NamedTuple):
 
 
 def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
-    """Cross-entropy of each position in nats, [B, N], float32 at least; 0 where the target is IGNORE."""
+    """Cross-entropy of each position in nats, [B, N], float32 at least; 0 where the target is IGNORE.
+
+    The slow twin of `head.head_loss`: all logits at once.
+    """
     logits = model.logits(hidden)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(
         targets
@@ -68,18 +72,19 @@ class ScheduledLoss(nn.Module):
         starts = self.model.starts(tokens) if starts is None else starts
         counts = targets_per_pass(targets, passes) if counts is None else counts
         total = sum(p.weight for p in passes)
-        losses, memory_read = [], False
+        hidden, aims, memory_read = [], [], False
         for p, written, _ in fold(self.model, tokens, passes, starts):
             memory_read |= p.weight > 0 and p is not passes[0] and p.positions[-1] > 0
             if p.weight > 0:
                 assert written.hidden is not None
-                here = targets[:, p.positions.start : p.positions.stop : p.positions.step]
-                losses.append(token_nats(self.model, written.hidden, here).sum() / counts[len(losses)])
-        weights = [p.weight / total for p in passes if p.weight > 0]
-        loss = torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum()
+                hidden.append(written.hidden)
+                aims.append(targets[:, p.positions.start : p.positions.stop : p.positions.step])
+        weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
+        scales = weights.to(counts.device, non_blocking=True) / counts
+        loss, sums = head_loss(self.model.head.weight, self.model.config.softcap, hidden, aims, scales)
         if not memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
             loss = loss + sum(0.0 * p.sum() for p in self.model.memory_parameters())
-        return LossOutput(loss, torch.stack(losses).detach(), passes)
+        return LossOutput(loss, sums / counts, passes)
 
 
 def targets_per_pass(targets: TokensBN, passes: tuple[Pass, ...]) -> Tensor:

@@ -95,12 +95,12 @@ class Attention(nn.Module):
         gates = 2 * torch.sigmoid(self.gate(a[..., : self.gate_width]))
         local, recurrent, *embedded = gates.unflatten(-1, (-1, self.kv_heads[0], 1)).unbind(2)
         pair = self.projection(memory) if self.projection is not None and memory is not None else shared
-        weights, keys, values = (
-            ([local], [k], [v]) if pair is None else ([local, recurrent], [k, pair[0]], [v, pair[1]])
-        )
-        k = weighted_sum(weights, keys)
-        v = weighted_sum([*weights, *embedded], values if extra is None else [*values, extra])
-        return k, v
+        weights, keys, values = [local], [k], [v]
+        if pair is not None:
+            weights, keys, values = [local, recurrent], [k, pair[0]], [v, pair[1]]
+        if extra is not None:
+            return weighted_sum(weights, keys), weighted_sum([*weights, *embedded], [*values, extra])
+        return weighted_sum(weights, keys), weighted_sum(weights, values)
 
 
 class MLP(nn.Module):
