@@ -23,7 +23,7 @@ COMMANDS = {
     "eval": "bits per byte of a run in every mode",
     "sample": "continue a prompt, decoding with memory",
     "chat": "talk to a model; its state is kept between turns",
-    "bench": "measure: bench decode",
+    "bench": "measure on this machine: bench train, bench decode",
 }
 
 
