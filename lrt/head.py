@@ -33,7 +33,7 @@ class _HeadLoss(torch.autograd.Function):
         if differentiate:
             ctx.save_for_backward(dw, *dhidden)
         ctx.mark_non_differentiable(sums)
-        return sums @ scales.to(sums.dtype), sums
+        return (sums * scales.to(sums.dtype)).sum(), sums  # no matrix product: autocast would round it
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
