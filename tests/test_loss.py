@@ -7,6 +7,7 @@ import torch
 from helpers import CORNERS, SCHEDULES, config, fixed, outcome, packed, passes
 from torch import Tensor
 
+from lrt import head
 from lrt.fold import fold
 from lrt.loss import IGNORE, LossOutput, ScheduledLoss, targets_per_pass, token_nats
 from lrt.schedule import Schedule
@@ -141,6 +142,28 @@ def check_gradients(text: str, cfg, length: int) -> None:
     for p in model.memory_parameters():
         assert (p.grad.abs().max() > 0) == reads
     model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 100, 2**20])
+@pytest.mark.parametrize("softcap", [2.0, None])
+def test_the_chunked_head_is_its_slow_twin(chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch):
+    """Value and gradients, with targets ignored, for chunks of a row, of a few, and for all logits at once."""
+    monkeypatch.setitem(head.CHUNK, "cpu", chunk)
+    model = fixed(config(softcap=softcap))
+    with torch.no_grad():
+        states = [w.hidden for _, w, _ in fold(model, IDS, passes("interleaved-2", 8), model.starts(IDS))]
+    hidden = [h.clone().requires_grad_() for h in states]
+    aims = [HOLES, HOLES[:, ::2], HOLES[:, 1::2]]
+    scales = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    weight = model.head.weight
+    loss, sums = head.head_loss(weight, softcap, hidden, aims, scales)
+    twin = [token_nats(model, h, t).sum() for h, t in zip(hidden, aims, strict=True)]
+    torch.testing.assert_close(sums, torch.stack(twin).detach())
+    slow = (torch.stack(twin) * scales).sum()
+    torch.testing.assert_close(loss, slow)
+    ours, theirs = (torch.autograd.grad(3 * x, [weight, *hidden]) for x in (loss, slow))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_parameters_are_those_of_the_model():

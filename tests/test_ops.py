@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrt.attention import attend, rotary, rotate, visible
-from lrt.ops import EPS, relu_squared, rms_norm
+from lrt.ops import EPS, relu_squared, rms_norm, split, turn, weighted_sum
 
 PLAIN = {
     rms_norm: lambda x: F.rms_norm(x, (x.shape[-1],), eps=EPS),
@@ -67,6 +67,43 @@ def test_a_row_of_zeros_stays_finite():
     y.sum().backward()
     assert y.abs().max() == 0
     torch.testing.assert_close(x.grad, torch.full_like(x, EPS**-0.5))
+
+
+@pytest.mark.parametrize("spread", [(), (2, 3, 1)])
+def test_weighted_sum(spread: tuple[int, ...]):
+    weights = [drawn(math.prod(spread), seed=i).view(spread).requires_grad_() for i in range(3)]
+    terms = [drawn(2, 3, 4, seed=5 + i).requires_grad_() for i in range(3)]
+    torch.testing.assert_close(weighted_sum(weights, terms), sum(w * x for w, x in zip(weights, terms, strict=True)))
+    assert torch.autograd.gradcheck(lambda *xs: weighted_sum(xs[:3], xs[3:]), (*weights, *terms))
+    torch.testing.assert_close(weighted_sum(weights[:1], terms[:1]), weights[0] * terms[0])
+
+
+def test_turning_back_is_the_gradient_of_turning():
+    x = drawn(2, 3, 4, 6).requires_grad_()
+    angles = drawn(4, 3, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.chunk(2, dim=-1)
+    torch.testing.assert_close(turn(x, cos, sin), torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
+    torch.testing.assert_close(turn(turn(x, cos, sin), cos, -sin), x)
+    assert torch.autograd.gradcheck(lambda x: turn(x, cos, sin), x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_split_is_slicing_with_one_gradient(axis: int):
+    x = drawn(6, 6, 6).requires_grad_()
+    cuts = (slice(0, 6, 2), slice(1, 2), slice(3, 6, 2))
+    parts = split(x, axis, cuts)
+    for part, cut in zip(parts, cuts, strict=True):
+        assert torch.equal(part, x[(slice(None),) * axis + (cut,)])
+        assert part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    used = parts[0].pow(3).sum() + parts[2].pow(2).sum()  # the middle one gets no gradient
+    (grad,) = torch.autograd.grad(used, x)
+    expected = torch.zeros_like(x)
+    for cut, slope in ((cuts[0], 3 * x.square()), (cuts[2], 2 * x)):
+        place = (slice(None),) * axis + (cut,)
+        expected[place] = slope[place]
+    torch.testing.assert_close(grad, expected)
+    assert torch.autograd.gradcheck(lambda x: split(x, axis, cuts), x)
 
 
 # Attention at positions.
