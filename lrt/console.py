@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 Event = dict[str, Any]
 RECORDED = ("start", "train", "eval", "sample", "warning", "checkpoint")
@@ -28,16 +29,20 @@ class Jsonl:
 
 
 class Live:
-    """Progress on standard error: rate, time left, losses; evaluations and warnings stay above the bar."""
+    """Progress on standard error: rate, time left, losses; evaluations and warnings stay above the bars.
+
+    Several runs may report at once, each under a name of its own (`live.named`).
+    """
 
     EVERY = 10.0
-    """Seconds between lines where there is no terminal."""
+    """Seconds between lines of a run where there is no terminal."""
 
     def __init__(self, samples: bool = True):
         self.console, self.samples = Console(stderr=True, highlight=False), samples
         columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[note]}"))
         self.bar = Progress(*columns, console=self.console, transient=True)
-        self.task, self.last = None, 0.0
+        self.tasks: dict[str, TaskID] = {}
+        self.last: dict[str, float] = {}
 
     def __enter__(self) -> Live:
         return self
@@ -46,59 +51,69 @@ class Live:
         self.bar.stop()
 
     def __call__(self, event: Event) -> None:
-        show = {
-            "prepare": self._prepare, "start": self._start, "train": self._train, "eval": self._eval,
-            "sample": self._sample, "warning": self._warning,
-        }  # fmt: skip
-        if event["kind"] in show:
-            show[event["kind"]](event)
+        self.show(event, "")
 
-    def _advance(self, description: str, done: float, total: float | None, note: str) -> None:
+    def named(self, name: str) -> Callable[[Event], None]:
+        """A sink for one of several runs."""
+        return lambda event: self.show(event, name)
+
+    def show(self, event: Event, name: str) -> None:
+        """Show an event of the run called `name`."""
+        if event["kind"] in ("prepare", "train"):
+            self._advance(name, *(_prepared if event["kind"] == "prepare" else _trained)(event))
+        kinds = {"start": _start, "eval": _eval, "sample": _sample, "warning": _warning}
+        if event["kind"] in kinds and (self.samples or event["kind"] != "sample"):
+            for text in kinds[event["kind"]](event):
+                style = {"warning": "yellow", "sample": "dim"}.get(event["kind"], "")
+                self.console.print(f"{name + ': ' if name else ''}{text}", style=style, markup=False, soft_wrap=True)
+
+    def _advance(self, name: str, what: str, done: float, total: float | None, note: str) -> None:
+        what = f"{name}: {what}" if name else what
         if self.console.is_terminal:
-            if self.task is None:
-                self.task = self.bar.add_task("", note="")
+            if name not in self.tasks:
+                self.tasks[name] = self.bar.add_task("", note="")
                 self.bar.start()
-            self.bar.update(self.task, description=description, completed=done, total=total, note=note)
-        elif time.monotonic() - self.last >= self.EVERY:
-            self.last = time.monotonic()
+            self.bar.update(self.tasks[name], description=what, completed=done, total=total, note=note)
+        elif time.monotonic() - self.last.get(name, 0) >= self.EVERY:
+            self.last[name] = time.monotonic()
             share = f"{done / total:4.0%}" if total else ""
-            self.say(f"{description} {share} {note}")
+            self.console.print(f"{what} {share} {note}", markup=False, soft_wrap=True)
 
-    def say(self, text: str, style: str = "") -> None:
-        """A line that stays."""
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
 
-    def _prepare(self, e: Event) -> None:
-        self._advance(f"data: {e['note']}", e["done"], e["total"], f"{e['done'] / 1e6:.1f} MB")
+def _prepared(e: Event) -> tuple[str, float, float | None, str]:
+    return f"data: {e['note']}", e["done"], e["total"], f"{e['done'] / 1e6:.1f} MB"
 
-    def _start(self, e: Event) -> None:
-        groups = ", ".join(f"{name} {n:,}" for name, n in e["parameters"].items() if n and name != "total")
-        self.say(f"{e['name']}: {e['parameters']['total']:,} parameters ({groups})")
-        where = f"{e['schedule']}, {e['steps']:,} steps from {e['step']:,}, {e['device']} {e['dtype']}"
-        self.say(f"  {where}; MFU over {e['peak_flops'] / 1e9:,.0f} GFLOP/s ({e['peak_source']})")
 
-    def _train(self, e: Event) -> None:
-        passes = " ".join(f"{x:.3f}" for x in e["per_pass"][:6]) + (" ..." if len(e["per_pass"]) > 6 else "")
-        left = time.strftime("%H:%M:%S" if e["seconds_left"] >= 3600 else "%M:%S", time.gmtime(e["seconds_left"]))
-        note = (
-            f"step {e['step']:,}/{e['steps']:,}  loss {e['loss']:.3f} (passes {passes})  "
-            f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  {left} left"
-        )
-        self._advance("train", e["step"], e["steps"], note)
+def _trained(e: Event) -> tuple[str, float, float | None, str]:
+    passes = " ".join(f"{x:.3f}" for x in e["per_pass"][:6]) + (" ..." if len(e["per_pass"]) > 6 else "")
+    left = time.strftime("%H:%M:%S" if e["seconds_left"] >= 3600 else "%M:%S", time.gmtime(e["seconds_left"]))
+    note = (
+        f"step {e['step']:,}/{e['steps']:,}  loss {e['loss']:.3f} (passes {passes})  "
+        f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  {left} left"
+    )
+    return "train", e["step"], e["steps"], note
 
-    def _eval(self, e: Event) -> None:
-        b = e["bpb"]
-        residuals = " ".join(f"{r:.1e}" for r in b["residuals"][:5])
-        self.say(
-            f"  step {e['step']:,}: BPB decoded {b['decoded']:.4f}, merged {b['merged']:.4f}, zero memory "
-            f"{b['zero_memory']:.4f}, live gap {b['live_gap']:+.4f}"
-            + (f", sweep residuals {residuals}" if residuals else "")
-        )
 
-    def _sample(self, e: Event) -> None:
-        if self.samples:
-            text = " ".join(e["text"].split())
-            self.say(f"  sample: {text[:150]}", style="dim")
+def _start(e: Event) -> list[str]:
+    groups = ", ".join(f"{name} {n:,}" for name, n in e["parameters"].items() if n and name != "total")
+    where = f"{e['schedule']}, {e['steps']:,} steps from {e['step']:,}, {e['device']} {e['dtype']}"
+    peak = f"MFU over {e['peak_flops'] / 1e9:,.0f} GFLOP/s ({e['peak_source']})"
+    return [f"{e['parameters']['total']:,} parameters ({groups})", f"  {where}; {peak}"]
 
-    def _warning(self, e: Event) -> None:
-        self.say(f"  warning: {e['text']}", style="yellow")
+
+def _eval(e: Event) -> list[str]:
+    b = e["bpb"]
+    residuals = " ".join(f"{r:.1e}" for r in b["residuals"][:5])
+    text = (
+        f"  step {e['step']:,}: BPB decoded {b['decoded']:.4f}, merged {b['merged']:.4f}, zero memory "
+        f"{b['zero_memory']:.4f}, live gap {b['live_gap']:+.4f}"
+    )
+    return [text + (f", sweep residuals {residuals}" if residuals else "")]
+
+
+def _sample(e: Event) -> list[str]:
+    return [f"  sample: {' '.join(e['text'].split())[:150]}"]
+
+
+def _warning(e: Event) -> list[str]:
+    return [f"  warning: {e['text']}"]

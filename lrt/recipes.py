@@ -20,7 +20,7 @@ def cpu_demo() -> RunConfig:
         model=ModelConfig(depth=3, width=64, heads=2, context=256, memory=LRT_MEMORY),
         data=DataConfig(source="python", tokenizer="bpe", vocab_size=512, max_bytes=16_000_000),
         optim=OptimConfig(embedding_lr=0.1),
-        train=TrainConfig(schedule="settled-1..3", batch=8, length=128, horizon="compute=12", eval_every=300),
+        train=TrainConfig(schedule="settled-1..3", batch=8, length=128, horizon="compute=9", eval_every=400),
     )
 
 
