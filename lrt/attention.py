@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrt.config import Backend
+from lrt.merged import Cut, cuts, merged
 from lrt.ops import turn
 from lrt.shapes import HeadsBKNE, PositionsN
+from lrt.state import LayerPast, Past
+
+MERGE_FROM = 1024
+"""Queries of a pass from which merging is faster than masking on the CPU (docs/speed.md)."""
+Keys = Tensor | Sequence[Tensor]
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each [.., N, E/2], with a heads axis where rows differ."""
@@ -40,13 +49,35 @@ def visible(queries: PositionsN, keys: PositionsN, window: int | None) -> Tensor
     return seen[:, None] if seen.dim() == 3 else seen
 
 
-def attend(q_BHNE: Tensor, k_BKME: Tensor, v_BKME: Tensor, seen: Tensor | None) -> Tensor:
+Sight = Tensor | tuple[Cut, ...] | None
+"""What queries see: `visible`'s mask, or the cuts of merged attention; None: queries and keys are 0..N-1, causal."""
+
+
+def look(past: Past, layer: LayerPast, window: int | None, backend: Backend, like: Tensor) -> Sight:
+    """What a pass sees in a layer, in the form that the chosen backend wants.
+
+    Where rows stand at positions of their own (decoding) there is only the mask, whatever is chosen. `like` gives the
+    type of the heads. ValueError: `merged` is chosen, and the slices have unequal strides.
+    """
+    n = past.queries.shape[-1]
+    if past.causal and (window is None or window >= n):
+        return None
+    wanted = backend == "merged" or (backend == "auto" and not like.is_cuda and n >= MERGE_FROM)
+    plan = cuts(past.slices, window, like) if wanted and past.slices else None
+    if plan is None and backend == "merged" and past.slices:
+        at = ", ".join(f"{r.start}:{r.stop}:{r.step}" for r in past.slices)
+        raise ValueError(f"merged attention cannot serve the slices {at}; set train.attention masked or auto")
+    return visible(past.queries, layer.positions, window) if plan is None else plan
+
+
+def attend(q_BHNE: Tensor, k: Keys, v: Keys, seen: Sight) -> Tensor:
     """Softmax attention of queries over keys; scale 1/sqrt(E); [B, H, N, E].
 
-    `seen` is `visible`'s mask; None means that keys and queries are the same positions 0..N-1, plainly causal.
-    Query head h reads key/value head h // (H / K).
+    Keys and values are [B, K, M, E], or segments of them where `seen` says how each is cut. Query head h reads
+    key/value head h // (H / K).
     """
-    grouped = q_BHNE.shape[1] != k_BKME.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHNE, k_BKME, v_BKME, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
-    )
+    if isinstance(seen, tuple):
+        return merged(q_BHNE, list(k), list(v), seen)
+    assert isinstance(k, Tensor) and isinstance(v, Tensor)
+    grouped = q_BHNE.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q_BHNE, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped)

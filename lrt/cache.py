@@ -46,6 +46,11 @@ class Slots(NamedTuple):
         self.values[self.rows, :, self.slot] = v.transpose(1, 2).to(self.values.dtype)
         return self.keys, self.values
 
+    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
+        """The same as one segment."""
+        keys, values = self.extend(k, v)
+        return (keys,), (values,)
+
 
 class Cache(NamedTuple):
     """The state of B rows. Position t lies in slot t, or in slot t mod R of the R slots of a sliding-window layer."""

@@ -12,6 +12,7 @@ from lrt.schedule import Schedule
 Projection = Literal["none", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
 Dtype = Literal["auto", "bfloat16", "float32"]
+Backend = Literal["auto", "masked", "merged"]
 C = TypeVar("C")
 
 
@@ -158,6 +159,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model computes, never what: every choice gives the same values and gradients, up to rounding."""
+
+    attention: Backend = "auto"
+    """Attention of strided passes: `masked`, `merged`, or `auto`, what was faster where measured (docs/speed.md)."""
+    recompute: bool = False
+    """Keep only the inputs of blocks for the backward pass and compute the rest again."""
+
+    def __post_init__(self) -> None:
+        require_choice("train.attention", self.attention, Backend)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
@@ -251,6 +265,10 @@ class TrainConfig:
     """Autocast type of training; evaluation is float32. `auto`: bfloat16 where the device multiplies it natively."""
     compile: bool = False
     """Compile the blocks; does not pay for runs of a few minutes on a CPU."""
+    attention: Backend = "auto"
+    """Attention of strided passes: `masked`, `merged`, or `auto`, what was faster where measured (docs/speed.md)."""
+    recompute: bool = False
+    """Keep only the inputs of blocks for the backward pass and compute the rest again: less memory, a third slower."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated. 0: only then."""
     eval_rows: int = 64
@@ -277,6 +295,7 @@ class TrainConfig:
         for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
             require(value >= 0, f"train.{name} is {value}; it must be at least 0")
         require_choice("train.dtype", self.dtype, Dtype)
+        require_choice("train.attention", self.attention, Backend)
         micro = self.micro_batch
         require(
             micro is None or (micro >= 1 and self.batch % micro == 0),
@@ -350,6 +369,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Projection": (str,),
     "ValueEmbeddings": (str,),
     "Dtype": (str,),
+    "Backend": (str,),
 }
 
 

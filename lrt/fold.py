@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lrt.model import LRT
 from lrt.schedule import Pass, memory_only
-from lrt.shapes import TokensBN
-from lrt.state import Buffer, Written
+from lrt.shapes import StreamBND, TokensBN
+from lrt.state import Buffer, Past, Written
 
 
 def fold(
@@ -33,11 +33,18 @@ def fold(
     for p, stop_early in zip(passes, memory_only(passes), strict=True):
         at = p.positions
         cut = slice(at.start - first, at[-1] + 1 - first, at.step)
-        rest = buffer.without(at)  # cut once: the queries see it, and it stays
-        before, seen = (b.detach() if p.detach else b for b in (buffer, rest))
+        reset = starts[:, cut] if starts is not None else None
+        blocks = model.config.source if stop_early else model.config.depth
+        buffer, memory, past = _opened(buffer, p, blocks, tokens.device)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-            past = seen.past(at, model.config.source if stop_early else model.config.depth, tokens.device)
-            reset = starts[:, cut] if starts is not None else None
-            written = model(tokens[:, cut], past, before.memory(at), reset, top=not stop_early)
-        buffer = rest.write(at, written)
+            written = model(tokens[:, cut], past, memory, reset, top=not stop_early)
+        buffer = buffer.write(at, written)
         yield p, written, buffer
+        del written  # the next pass may rewrite it all: then it need not exist beside it
+
+
+def _opened(buffer: Buffer, p: Pass, blocks: int, device: torch.device) -> tuple[Buffer, StreamBND | None, Past]:
+    """What of the buffer stays when a pass begins, the memory it reads, and what its queries see."""
+    rest = buffer.without(p.positions)  # cut once: the queries see it, and it stays
+    before, seen = (b.detach() if p.detach else b for b in (buffer, rest))
+    return rest, before.memory(p.positions), seen.past(p.positions, blocks, device)

@@ -73,12 +73,13 @@ class ScheduledLoss(nn.Module):
         counts = targets_per_pass(targets, passes) if counts is None else counts
         total = sum(p.weight for p in passes)
         hidden, aims, memory_read = [], [], False
-        for p, written, _ in fold(self.model, tokens, passes, starts):
+        for p, written, buffer in fold(self.model, tokens, passes, starts):
             memory_read |= p.weight > 0 and p is not passes[0] and p.positions[-1] > 0
             if p.weight > 0:
                 assert written.hidden is not None
                 hidden.append(written.hidden)
                 aims.append(targets[:, p.positions.start : p.positions.stop : p.positions.step])
+            del written, buffer  # or two passes' keys and values would exist where one's do
         weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
         scales = weights.to(counts.device, non_blocking=True) / counts
         loss, sums = head_loss(self.model.head.weight, self.model.config.softcap, hidden, aims, scales)

@@ -7,12 +7,14 @@ A nanochat-style decoder-only transformer; the memory enters by ResidualInjectio
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lrt.attention import Rotary, attend, rotary, rotate, visible
-from lrt.config import ModelConfig
+from lrt.attention import Rotary, Sight, attend, look, rotary, rotate
+from lrt.config import Execution, ModelConfig
 from lrt.ops import relu_squared, rms_norm, weighted_sum
 from lrt.shapes import HeadsBKNE, StreamBND, TokensBN
 from lrt.state import LayerPast, Past, Written
@@ -76,14 +78,15 @@ class Attention(nn.Module):
         memory: StreamBND | None,
         shared: Pair | None,
         rope: Rotary,
-        seen: Tensor | None,
+        seen: Sight,
         past: LayerPast,
     ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
         q = self.query(a).unflatten(-1, self.heads).transpose(1, 2)
         k, v = self.keys_values(a, tokens, memory, shared)
         q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k.transpose(1, 2), rope))
         v = v.transpose(1, 2)
-        out = attend(q, *past.extend(k, v), seen)
+        keys, values = past.parts(k, v) if isinstance(seen, tuple) else past.extend(k, v)
+        out = attend(q, keys, values, seen)
         return self.output(out.transpose(1, 2).flatten(2)), k, v
 
     def keys_values(self, a: StreamBND, tokens: TokensBN, memory: StreamBND | None, shared: Pair | None) -> Pair:
@@ -132,7 +135,7 @@ class Block(nn.Module):
         memory: StreamBND | None,
         shared: Pair | None,
         rope: Rotary,
-        seen: Tensor | None,
+        seen: Sight,
         past: LayerPast,
     ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
         x = self.injection(x, x0, memory)
@@ -151,6 +154,7 @@ class LRT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.head = nn.Linear(config.d, config.vocab_size, bias=False)
         self.projection = MemoryProjection(config) if config.memory.projection == "shared" else None
+        self.execution = Execution()
 
     @staticmethod
     def build(config: ModelConfig, device: str | torch.device = "cpu", seed: int = 0) -> LRT:
@@ -183,14 +187,14 @@ class LRT(nn.Module):
         memory = self._reset(memory, starts)
         shared = self.projection(memory) if self.projection is not None and memory is not None else None
         rope = rotary(past.queries, self.config.e, self.config.rope_theta, x0.dtype)
-        windows, masks = self.config.windows(), {}
+        windows, sights = self.config.windows(), {}
         for window, layer in zip(windows, past.layers, strict=False):
-            plain = past.causal and (window is None or window >= tokens.shape[1])
-            if window not in masks:  # layers of one window hold the same positions
-                masks[window] = None if plain else visible(past.queries, layer.positions, window)
+            if window not in sights:  # layers of one window hold the same positions
+                sights[window] = look(past, layer, window, self.execution.attention, x0)
         x, source, keys, values = x0, x0, [], []
+        run = _recomputed if self.execution.recompute and torch.is_grad_enabled() else _called
         for i in range(self.config.depth if top else self.config.source):
-            x, k, v = self.blocks[i](x, x0, tokens, memory, shared, rope, masks[windows[i]], past.layers[i])
+            x, k, v = run(self.blocks[i], x, x0, tokens, memory, shared, rope, sights[windows[i]], past.layers[i])
             keys.append(k)
             values.append(v)
             source = rms_norm(x) if i + 1 == self.config.source else source
@@ -228,6 +232,14 @@ class LRT(nn.Module):
             return None
         memory = memory if starts is None else memory.masked_fill(starts[..., None], 0)
         return memory.to(self.stream_dtype)
+
+
+def _called(block: nn.Module, *inputs: Any) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
+    return block(*inputs)
+
+
+def _recomputed(block: nn.Module, *inputs: Any) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()

@@ -43,6 +43,10 @@ class LayerPast(Protocol):
         """Keys and values that the pass may see, its own `k`, `v` included."""
         ...
 
+    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
+        """The same as segments, its own first, in the order of `Past.slices`."""
+        ...
+
 
 class Segments(NamedTuple):
     """Keys and values of earlier passes, to be read beside a pass's own."""
@@ -56,6 +60,10 @@ class Segments(NamedTuple):
         if not self.keys:
             return k, v
         return torch.cat((k, *self.keys), dim=2), torch.cat((v, *self.values), dim=2)
+
+    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
+        """Own positions first, then the buffer's; nothing is copied."""
+        return (k, *self.keys), (v, *self.values)
 
 
 class History(NamedTuple):
@@ -83,6 +91,8 @@ class Past(NamedTuple):
     """Whether the pass's own positions are 0..N-1 and nothing else is visible: plain causal attention."""
     layers: Sequence[LayerPast]
     """One per block."""
+    slices: tuple[range, ...] = ()
+    """Its own positions and those of every segment, as slices; none where rows stand at positions of their own."""
 
 
 class Segment(NamedTuple):
@@ -179,7 +189,7 @@ class Buffer:
         ]
         if self.history is not None:
             return _after(self.history, queries, layers)
-        return Past(queries, not rest and at == range(len(at)), layers)
+        return Past(queries, not rest and at == range(len(at)), layers, slices)
 
 
 def _after(history: History, queries: PositionsN, layers: Sequence[Segments]) -> Past:

@@ -21,7 +21,7 @@ import torch
 from lrt import accounting
 from lrt.bench.profile import parts
 from lrt.cli import parse
-from lrt.config import MEMORY_OFF, Dtype, MemoryConfig, ModelConfig, OptimConfig, require
+from lrt.config import MEMORY_OFF, Backend, Dtype, Execution, MemoryConfig, ModelConfig, OptimConfig, require
 from lrt.data import Loader
 from lrt.hardware import peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
 from lrt.loss import ScheduledLoss
@@ -63,6 +63,10 @@ class Bench:
     """Timed steps per row; the median counts."""
     compile: bool = False
     """Compile the blocks, the plain model's too."""
+    attention: Backend = "auto"
+    """Attention of strided passes: `masked`, `merged` or `auto`."""
+    recompute: bool = False
+    """Compute blocks again in the backward pass."""
     memory: bool = True
     """Also take each row's peak memory, in a process of its own."""
     profile: bool = False
@@ -112,6 +116,7 @@ class Stand:
         self.loss = ScheduledLoss(
             LRT.build(self.config, self.device), Schedule.parse("parallel" if name == PLAIN else name)
         )
+        self.loss.model.execution = Execution(attention=given.attention, recompute=given.recompute)
         self.optimizer = Optimizer(self.loss.model, OptimConfig(), self.dtype)
         if given.compile:
             for block in self.loss.model.blocks:
@@ -187,7 +192,8 @@ def measure(given: Bench) -> dict[str, Any]:
         "device": str(plain.device), "dtype": str(plain.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__, "depth": c.depth, "width": c.d, "vocab_size": c.vocab_size, "batch": given.batch,
-        "length": length, "compile": given.compile, "repeats": given.repeats,
+        "length": length, "compile": given.compile, "attention": given.attention,
+        "recompute": given.recompute, "repeats": given.repeats,
         "peak_flops": most, "peak_flops_source": source, "rows": rows,
     }  # fmt: skip
 
