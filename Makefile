@@ -17,7 +17,7 @@ demo: .venv
 	$(BIN)/lrt demo
 
 test: .venv
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: .venv
 	$(BIN)/pytest -m slow

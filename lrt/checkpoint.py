@@ -90,8 +90,11 @@ def save(
     checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
     meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
     write_json(aside / META, meta)
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = folder.with_name(folder.name + ".old.tmp")
+    if folder.exists():  # resumed past a checkpoint that did not verify
+        os.replace(folder, replaced)
     os.replace(aside, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     older = [p for p in checkpoints(run) if p.name <= folder.name]  # a newer one did not verify: it was resumed past
     for old in older[:-keep]:
         shutil.rmtree(old)

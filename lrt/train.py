@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,13 @@ class Session:
         )
         checkpoint.load_weights(self.model, started.model(self.device).state_dict())
         self.optimizer.load(started.optimizer_state())
-        self.progress = Progress(**started.extra["progress"])
+        spent = started.extra.get("progress")
+        known = {f.name for f in fields(Progress)}
+        fine = (
+            isinstance(spent, dict) and set(spent) == known and all(isinstance(x, (int, float)) for x in spent.values())
+        )
+        require(fine, f"{started.folder / checkpoint.META} does not say what was spent; resume an earlier checkpoint")
+        self.progress = Progress(**spent)
 
     def loop(self) -> None:
         """Run the steps that are left, with logs, evaluations and checkpoints on the way."""

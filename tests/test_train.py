@@ -145,6 +145,18 @@ def test_resume_refuses_other_data(source, tmp_path):
         train(replace(config, data=replace(config.data, source=str(other))), tmp_path / "run", resume=True)
 
 
+def test_resume_refuses_a_checkpoint_that_does_not_say_what_was_spent(source, tmp_path):
+    config = tiny(cpu_demo(), source, steps=2)
+    train(config, tmp_path / "run")
+    meta = checkpoint.checkpoints(tmp_path / "run")[0] / checkpoint.META
+    for spent in (None, {}, {"step": "two"}):
+        data = json.loads(meta.read_text(encoding="utf-8"))
+        data["extra"]["progress"] = spent
+        meta.write_text(json.dumps(data), encoding="utf-8")
+        with pytest.raises(ValueError, match="does not say what was spent"):
+            train(config, tmp_path / "run", resume=True)
+
+
 def test_a_widening_live_gap_is_said_aloud(source, tmp_path, monkeypatch):
     said = []
     config = tiny(cpu_demo(), source, steps=2, gap_warning=-9.0)
