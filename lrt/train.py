@@ -175,7 +175,7 @@ class Session:
         )
         checkpoint.load_weights(self.model, started.model(self.device).state_dict())
         self.optimizer.load(started.optimizer_state())
-        spent = started.extra.get("progress")
+        spent: Any = started.extra.get("progress")
         known = {f.name for f in fields(Progress)}
         fine = (
             isinstance(spent, dict) and set(spent) == known and all(isinstance(x, (int, float)) for x in spent.values())
