@@ -13,12 +13,13 @@ import tyro
 
 from lrt.cli import parse
 from lrt.config import DataConfig, ModelConfig, RunConfig, require
+from lrt.decode import DEFAULT_MODE
 from lrt.recipes import recipe
+from lrt.sampling import Sampling
 from lrt.schedule import Schedule
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
     from lrt.evals.bpb import BPB
-    from lrt.sampling import Sampling
 
 Positional = tyro.conf.Positional
 INFO_SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "refinement-3", "settled-1..3")
@@ -227,40 +228,11 @@ def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
 class Decoding:
     """How text is drawn; shared by `sample` and `chat`."""
 
-    max_new_tokens: int = 256
-    """Most tokens to generate."""
-    temperature: float = 0.8
-    """Logits are divided by it; 0 is greedy."""
-    top_k: int | None = None
-    """Keep the k most probable tokens."""
-    top_p: float = 1.0
-    """Keep the fewest most probable tokens that reach p in sum."""
-    min_p: float = 0.0
-    """Keep tokens at least min_p times as probable as the best one."""
-    repetition_penalty: float = 1.0
-    """Make tokens that have occurred less probable; 1 changes nothing."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer."""
-    seed: int = 0
-    """The same seed gives the same text."""
-    prefill: str = "default"
-    """How the prompt is taken in: exact, jacobi, interleaved-G, or the package's default."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=lambda: Sampling(temperature=0.8))
+    prefill: str = DEFAULT_MODE
+    """How the prompt is taken in: exact, jacobi or interleaved-G."""
     device: str = "auto"
     """cpu, cuda or auto."""
-
-    def sampling(self) -> Sampling:
-        """The library's form of it."""
-        from lrt.sampling import Sampling
-
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-        return Sampling(**{name: vars(self)[name] for name in names})
-
-    @property
-    def mode(self) -> str:
-        """The prefill mode."""
-        from lrt.decode import DEFAULT_MODE
-
-        return DEFAULT_MODE if self.prefill == "default" else self.prefill
 
 
 @dataclass(frozen=True)
@@ -283,7 +255,7 @@ def sample(args: list[str]) -> int:
 
     given = parse(Sample, args, "sample")
     require(given.samples >= 1, f"--samples is {given.samples}; draw at least 1")
-    sampling, mode = given.decoding.sampling(), given.decoding.mode
+    sampling, mode = given.decoding.sampling, given.decoding.prefill
     loaded = load_model(given.run, resolve_device(given.decoding.device))
     prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
     for i in range(given.samples):
@@ -308,7 +280,9 @@ class Chat:
     """Run folder, or one of its checkpoints."""
     template: str = "USER: {}\nBOT:"
     """What a turn becomes; {} is what you type. Use {} alone to talk in raw text."""
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(default_factory=lambda: Decoding(stop=("\nUSER:",)))
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Decoding(Sampling(temperature=0.8, stop=("\nUSER:",)))
+    )
 
 
 def chat(args: list[str]) -> int:
@@ -319,13 +293,13 @@ def chat(args: list[str]) -> int:
     given = parse(Chat, args, "chat")
     require("{}" in given.template, f"--template {given.template!r} has no place for your text; put {{}} into it")
     loaded = load_model(given.run, resolve_device(given.decoding.device))
-    talk = Conversation(loaded.model, loaded.tokenizer, given.decoding.mode)
+    talk = Conversation(loaded.model, loaded.tokenizer, given.decoding.prefill)
     print("Type a line; /new forgets, end of input (Ctrl-D) leaves.", file=sys.stderr)
     for line in iter(_ask, None):
         if line.strip() == "/new":
-            talk = Conversation(loaded.model, loaded.tokenizer, given.decoding.mode)
+            talk = Conversation(loaded.model, loaded.tokenizer, given.decoding.prefill)
             continue
-        for text in talk.say(given.template.replace("{}", line), given.decoding.sampling()):
+        for text in talk.say(given.template.replace("{}", line), given.decoding.sampling):
             print(text, end="", flush=True)
         print()
     return 0
