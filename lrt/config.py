@@ -166,9 +166,18 @@ class Execution:
     """Attention of strided passes: `masked`, `merged`, or `auto`, what was faster where measured (docs/speed.md)."""
     recompute: bool = False
     """Keep only the inputs of blocks for the backward pass and compute the rest again."""
+    compile: bool = False
+    """Compile the blocks, for passes over slices; decoding compiles its own step."""
 
     def __post_init__(self) -> None:
         require_choice("train.attention", self.attention, Backend)
+        fits = not (self.compile and self.attention == "merged")
+        require(fits, "train.attention merged is not compiled; set it to masked or auto, or train.compile to false")
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that is left: a compiled block takes keys and values as one tensor, so there is only the mask."""
+        return "masked" if self.compile else self.attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,12 +304,17 @@ class TrainConfig:
         for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
             require(value >= 0, f"train.{name} is {value}; it must be at least 0")
         require_choice("train.dtype", self.dtype, Dtype)
-        require_choice("train.attention", self.attention, Backend)
+        _ = self.execution  # checks its own
         micro = self.micro_batch
         require(
             micro is None or (micro >= 1 and self.batch % micro == 0),
             f"train.micro_batch {micro} must divide batch {self.batch}",
         )
+
+    @property
+    def execution(self) -> Execution:
+        """How the model computes."""
+        return Execution(attention=self.attention, recompute=self.recompute, compile=self.compile)
 
     def horizon_parts(self) -> tuple[str, float]:
         """The horizon's kind and number."""

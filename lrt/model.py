@@ -7,6 +7,8 @@ A nanochat-style decoder-only transformer; the memory enters by ResidualInjectio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from lrt.attention import Rotary, Sight, attend, look, rotary, rotate
 from lrt.config import Execution, ModelConfig
 from lrt.ops import relu_squared, rms_norm, weighted_sum
 from lrt.shapes import HeadsBKNE, StreamBND, TokensBN
-from lrt.state import LayerPast, Past, Written
+from lrt.state import LayerPast, Past, Segments, Written
 
 Pair = tuple[Tensor, Tensor]
 """Projected memory, (W_K m, W_V m), each [B, N, K, E]."""
@@ -190,11 +192,12 @@ class LRT(nn.Module):
         windows, sights = self.config.windows(), {}
         for window, layer in zip(windows, past.layers, strict=False):
             if window not in sights:  # layers of one window hold the same positions
-                sights[window] = look(past, layer, window, self.execution.attention, x0)
-        x, source, keys, values = x0, x0, [], []
-        run = _recomputed if self.execution.recompute and torch.is_grad_enabled() else _called
+                sights[window] = look(past, layer, window, self.execution.backend, x0)
+        run, layers = self._runner(past)
+        x = x0.clone() if self.execution.compile else x0  # one tensor given twice would be a graph of its own
+        source, keys, values = x0, [], []
         for i in range(self.config.depth if top else self.config.source):
-            x, k, v = run(self.blocks[i], x, x0, tokens, memory, shared, rope, sights[windows[i]], past.layers[i])
+            x, k, v = run(self.blocks[i], x, x0, tokens, memory, shared, rope, sights[windows[i]], layers[i])
             keys.append(k)
             values.append(v)
             source = rms_norm(x) if i + 1 == self.config.source else source
@@ -227,6 +230,14 @@ class LRT(nn.Module):
         """Parameters that take part only where memory is read: W_K, W_V and gamma."""
         return [p for name, p in self.named_parameters() if "projection." in name or name.endswith("gamma")]
 
+    def _runner(self, past: Past) -> tuple[Callable[..., tuple[StreamBND, HeadsBKNE, HeadsBKNE]], Sequence[LayerPast]]:
+        """How blocks are called, and what their attention sees of the past, in the form that suits that."""
+        compiled = self.execution.compile and bool(past.slices)
+        run, layers = (_compiled(), [_joined(layer) for layer in past.layers]) if compiled else (_called, past.layers)
+        if self.execution.recompute and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        return run, layers
+
     def _reset(self, memory: StreamBND | None, starts: Tensor | None) -> StreamBND | None:
         if memory is None or not self.config.memory.on:
             return None
@@ -238,8 +249,14 @@ def _called(block: nn.Module, *inputs: Any) -> tuple[StreamBND, HeadsBKNE, Heads
     return block(*inputs)
 
 
-def _recomputed(block: nn.Module, *inputs: Any) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+@cache
+def _compiled() -> Callable[..., tuple[StreamBND, HeadsBKNE, HeadsBKNE]]:
+    return torch.compile(_called, fullgraph=True)
+
+
+def _joined(layer: LayerPast) -> LayerPast:
+    assert isinstance(layer, Segments)
+    return layer.joined()
 
 
 @torch.no_grad()

@@ -129,6 +129,9 @@ def relu_squared(x: Tensor) -> Tensor:
 
 def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
     """w_1 x_1 + w_2 x_2 + ..; each weight is a number (no axes) or spreads over the last axis, [.., 1]."""
+    if torch.compiler.is_compiling():  # fuses the plain formula, and does not trace one tensor given twice
+        first, *others = (w * x for w, x in zip(weights, terms, strict=True))
+        return sum(others, first)
     return _WeightedSum.apply(*weights, *terms)  # pyright: ignore[reportReturnType]
 
 

@@ -65,6 +65,12 @@ class Segments(NamedTuple):
         """Own positions first, then the buffer's; nothing is copied."""
         return (k, *self.keys), (v, *self.values)
 
+    def joined(self) -> Segments:
+        """The same with at most one segment, contiguous: one shape for a compiler, however many passes there were."""
+        if not self.keys:
+            return self
+        return Segments((torch.cat(self.keys, dim=2),), (torch.cat(self.values, dim=2),), self.positions)
+
 
 class History(NamedTuple):
     """What rows have seen before a buffer begins: any number of positions, which may differ from row to row."""

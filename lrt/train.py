@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrt import accounting, checkpoint
 from lrt.checkpoint import Checkpoint
-from lrt.config import Execution, RunConfig, require, to_dict
+from lrt.config import RunConfig, require, to_dict
 from lrt.data import Batch, Loader, Prepared, prefetch, prepare
 from lrt.evals.bpb import BPB, Rows, evaluate, validation_rows
 from lrt.hardware import peak_flops, resolve_device, resolve_dtype
@@ -143,16 +143,13 @@ class Session:
         sizes = prepared.tokenizer.token_bytes()
         self.rows: Rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
         self.model = LRT.build(config.model, self.device, t.seed)
-        self.model.execution = Execution(attention=t.attention, recompute=t.recompute)
+        self.model.execution = t.execution
         self.dtype = torch.bfloat16 if t.dtype == "bfloat16" else torch.float32
         self.optimizer = Optimizer(self.model, config.optim, self.dtype)
         self.progress, self.bpb = Progress(), None
         if started is not None:
             self._restore(started)
         self.loss = ScheduledLoss(self.model, Schedule.parse(t.schedule), t.seed)
-        if t.compile:
-            for block in self.model.blocks:
-                block.compile(fullgraph=True)
         self.peak, self.peak_source = peak_flops(self.device, self.dtype)
         self._begin()
 

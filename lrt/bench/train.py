@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -116,11 +118,10 @@ class Stand:
         self.loss = ScheduledLoss(
             LRT.build(self.config, self.device), Schedule.parse("parallel" if name == PLAIN else name)
         )
-        self.loss.model.execution = Execution(attention=given.attention, recompute=given.recompute)
+        self.loss.model.execution = Execution(
+            attention=given.attention, recompute=given.recompute, compile=given.compile
+        )
         self.optimizer = Optimizer(self.loss.model, OptimConfig(), self.dtype)
-        if given.compile:
-            for block in self.loss.model.blocks:
-                block.compile(fullgraph=True)
         noise = RandomTokens(self.config.vocab_size, 4 * given.batch * length + 1)
         self.loader, self.steps = Loader(noise, batch=given.batch, length=length, bos=0, seed=0), 0
         self.passes = self.loss.passes(0, length)
@@ -231,8 +232,10 @@ def row(
 
 
 def peak(given: Bench, name: str) -> dict[str, float]:
-    """Peak memory of two steps in a fresh process, in MB (2^20 bytes)."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """Peak memory of two steps in a fresh process, in MB (2^20 bytes); `idle_mb` is what it held before the first."""
+    freed_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps freed memory, more or less of it by chance
+    fresh = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, freed_at_once), ProcessPoolExecutor(1, fresh) as pool:
         most, before = pool.submit(_peak, given, name).result()
     return {"peak_mb": most / 2**20, "idle_mb": before / 2**20}
 
