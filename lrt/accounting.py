@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from lrt.config import ModelConfig
 from lrt.model import LRT
+from lrt.model_config import ModelConfig
 from lrt.schedule import NO_GRAD_COST, Passes, Schedule, memory_only
 
 BACKWARD = 1 / NO_GRAD_COST

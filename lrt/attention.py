@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrt.config import Backend
 from lrt.merged import Cut, cuts, merged
+from lrt.model_config import Backend
 from lrt.ops import turn
 from lrt.shapes import HeadsBKNE, PositionsN
 from lrt.state import LayerPast, Past

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
-Command = Callable[[list[str]], int]
+
+
+class Command(NamedTuple):
+    """A command: where its function is, imported only when it runs, and its line in the overview."""
+
+    where: str
+    """`module:function`; it takes the arguments and returns the exit code."""
+    text: str
+
 
 COMMANDS = {
-    "demo": "train a plain transformer and two LRTs on this machine, compare them, write a report",
-    "info": "parameters, FLOPs of every schedule, cache bytes of a recipe",
-    "schedule": "draw a schedule as text or SVG",
-    "tokenize": "turn a text source into token shards",
-    "train": "train a recipe on your text, or resume a run",
-    "eval": "bits per byte of a run in every mode",
-    "sample": "continue a prompt, decoding with memory",
-    "chat": "talk to a model; its state is kept between turns",
-    "bench": "measure on this machine: bench train, bench decode",
+    "demo": Command("lrt.commands:demo", "train a plain transformer and two LRTs on this machine, write a report"),
+    "info": Command("lrt.commands:info", "parameters, FLOPs of every schedule, cache bytes of a recipe"),
+    "schedule": Command("lrt.commands:schedule", "draw a schedule as text or SVG"),
+    "tokenize": Command("lrt.commands:tokenize", "turn a text source into token shards"),
+    "train": Command("lrt.commands:train", "train a recipe on your text, or resume a run"),
+    "eval": Command("lrt.commands:evaluate", "bits per byte of a run in every mode"),
+    "sample": Command("lrt.commands:sample", "continue a prompt, decoding with memory"),
+    "chat": Command("lrt.commands:chat", "talk to a model; its state is kept between turns"),
+    "bench": Command("lrt.commands:bench", "measure on this machine: bench train, bench decode"),
 }
 
 
@@ -51,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """What `lrt --help` prints."""
-    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:<10} {command.text}" for name, command in COMMANDS.items())
     return (
         "usage: lrt [--traceback] COMMAND ...\n\nThe Latent Recurrent Transformer: train it in parallel passes, "
         f"decode it exactly with memory.\n\n{rows}\n\nlrt COMMAND --help says more. lrt --version prints the version."
@@ -59,10 +68,9 @@ def overview() -> str:
 
 
 def _run(name: str, args: list[str], show_traceback: bool) -> int:
-    from lrt import commands
-
+    module, _, function = COMMANDS[name].where.partition(":")
     try:
-        return commands.COMMANDS[name](args)
+        return getattr(importlib.import_module(module), function)(args)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

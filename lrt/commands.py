@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from lrt.cli import parse
-from lrt.config import DataConfig, ModelConfig, RunConfig, require
+from lrt.config import DataConfig, RunConfig
 from lrt.decode import DEFAULT_MODE
+from lrt.model_config import ModelConfig, require
 from lrt.recipes import recipe
 from lrt.sampling import Sampling
 from lrt.schedule import Schedule
@@ -362,9 +362,3 @@ def _bench_train(args: list[str]) -> int:
     from lrt.bench import train
 
     return train.main(args)
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "demo": demo, "info": info, "schedule": schedule, "tokenize": tokenize, "train": train, "eval": evaluate,
-    "sample": sample, "chat": chat, "bench": bench,
-}  # fmt: skip

@@ -17,11 +17,12 @@ import torch
 
 from lrt import accounting
 from lrt.checkpoint import load_model, read_json, write_json
-from lrt.config import RunConfig, require
+from lrt.config import RunConfig
 from lrt.console import Jsonl, Live
 from lrt.decode import generate
 from lrt.hardware import peak_memory, resolve_device
 from lrt.model import LRT
+from lrt.model_config import require
 from lrt.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
 from lrt.report import curves, page, read_run, table
 from lrt.sampling import Sampling

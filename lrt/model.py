@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrt.attention import Rotary, Sight, attend, look, rotary, rotate
-from lrt.config import Execution, ModelConfig
+from lrt.model_config import Execution, ModelConfig
 from lrt.ops import relu_squared, rms_norm, weighted_sum
 from lrt.shapes import HeadsBKNE, StreamBND, TokensBN
 from lrt.state import LayerPast, Past, Segments, Written

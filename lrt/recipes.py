@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lrt.config import MEMORY_OFF, DataConfig, MemoryConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lrt.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 
 PAPER_MEMORY = MemoryConfig(projection="shared")
 """The paper's default: shared projections, both injections, memory from the last block."""

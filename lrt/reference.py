@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.config import ModelConfig
+from lrt.model_config import ModelConfig
 
 
 class Trace(NamedTuple):

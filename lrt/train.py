@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lrt import accounting, checkpoint
 from lrt.checkpoint import Checkpoint
-from lrt.config import RunConfig, require, to_dict
+from lrt.config import RunConfig, to_dict
 from lrt.data import Batch, Loader, Prepared, prefetch, prepare
 from lrt.evals.bpb import BPB, Rows, evaluate, validation_rows
 from lrt.hardware import peak_flops, resolve_device, resolve_dtype
 from lrt.loss import LossOutput, ScheduledLoss, targets_per_pass
 from lrt.model import LRT
+from lrt.model_config import require
 from lrt.optim import Optimizer, clip, rate
 from lrt.sampling import Sampling
 from lrt.schedule import NO_GRAD_COST, Passes, Schedule, effective_forwards

@@ -12,9 +12,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrt.config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.fold import fold
 from lrt.model import LRT
+from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.reference import _token
 from lrt.schedule import Pass, Schedule, check
 

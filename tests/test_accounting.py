@@ -22,8 +22,8 @@ from lrt.accounting import (
     scaling_parameters,
     train_flops_per_token,
 )
-from lrt.config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.fold import fold
+from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import recipe
 from lrt.schedule import Schedule
 

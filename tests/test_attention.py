@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrt.attention import MERGE_FROM, attend, look, visible
-from lrt.config import Execution, ModelConfig, TrainConfig
+from lrt.config import TrainConfig
 from lrt.loss import ScheduledLoss
 from lrt.merged import cuts
 from lrt.model import LRT
+from lrt.model_config import Execution, ModelConfig
 from lrt.schedule import Schedule
 from lrt.state import Buffer, Written
 

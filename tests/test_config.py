@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrt.config import (
-    MEMORY_OFF,
-    DataConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    from_dict,
-    to_dict,
-)
+from lrt.config import DataConfig, OptimConfig, RunConfig, TrainConfig, from_dict, to_dict
+from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import RECIPES, recipe
 
 NAN = float("nan")

@@ -32,9 +32,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrt.config import MEMORY_OFF, ModelConfig
 from lrt.fold import fold
 from lrt.model import LRT
+from lrt.model_config import MEMORY_OFF, ModelConfig
 from lrt.reference import reference
 from lrt.schedule import Pass, exact_prefix, memory_only
 from lrt.state import Buffer

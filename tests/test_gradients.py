@@ -13,10 +13,10 @@ import torch
 from helpers import config, fixed, label, packed, passes, randomised
 from torch import Tensor
 
-from lrt.config import ModelConfig
 from lrt.fold import fold
 from lrt.loss import ScheduledLoss, targets_per_pass, token_nats
 from lrt.model import LRT
+from lrt.model_config import ModelConfig
 from lrt.schedule import Pass, Schedule, memory_only
 from lrt.state import Buffer, Written
 

@@ -10,9 +10,9 @@ import torch
 from helpers import CORNERS, VARIANTS, config, fixed, label, packed, randomised
 from torch import Tensor
 
-from lrt.config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.loss import ScheduledLoss
 from lrt.model import LRT
+from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import RECIPES
 from lrt.schedule import Schedule
 from lrt.state import Buffer

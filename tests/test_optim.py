@@ -10,9 +10,10 @@ import torch
 from helpers import CORNERS, VARIANTS, config, fixed, label, packed, randomised
 from torch import Tensor, nn
 
-from lrt.config import ModelConfig, OptimConfig
+from lrt.config import OptimConfig
 from lrt.loss import ScheduledLoss
 from lrt.model import LRT
+from lrt.model_config import ModelConfig
 from lrt.optim import REFERENCE_WIDTH, Muon, Optimizer, clip, parameter_groups, rate
 from lrt.schedule import Schedule
 

@@ -16,10 +16,11 @@ from torch._dynamo.utils import counters
 import lrt.attention
 import lrt.model
 import lrt.state
-from lrt.config import Execution, OptimConfig
+from lrt.config import OptimConfig
 from lrt.fold import fold
 from lrt.loss import ScheduledLoss, targets_per_pass, token_nats
 from lrt.model import LRT
+from lrt.model_config import Execution
 from lrt.optim import Optimizer
 from lrt.schedule import Schedule
 

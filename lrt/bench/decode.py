@@ -21,11 +21,11 @@ from torch import Tensor
 
 from lrt.bench.convergence import MODES
 from lrt.cache import Cache
-from lrt.config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, score, step
 from lrt.hardware import resolve_device, synchronise
 from lrt.loss import IGNORE
 from lrt.model import LRT
+from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import recipe as find_recipe
 from lrt.shapes import TokensBN
 from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solve

@@ -23,11 +23,12 @@ import torch
 from lrt import accounting
 from lrt.bench.profile import parts
 from lrt.cli import parse
-from lrt.config import MEMORY_OFF, Backend, Dtype, Execution, MemoryConfig, ModelConfig, OptimConfig, require
+from lrt.config import Dtype, OptimConfig
 from lrt.data import Loader
 from lrt.hardware import peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
 from lrt.loss import ScheduledLoss
 from lrt.model import LRT
+from lrt.model_config import MEMORY_OFF, Backend, Execution, MemoryConfig, ModelConfig, require
 from lrt.optim import Optimizer, clip
 from lrt.recipes import recipe as find_recipe
 from lrt.schedule import NO_GRAD_COST, Passes, Schedule

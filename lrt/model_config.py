@@ -1,0 +1,175 @@
+"""What a model is, and how it computes: frozen dataclasses with validation. A whole run is in `config.py`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Projection = Literal["none", "shared", "layerwise"]
+ValueEmbeddings = Literal["none", "alternating", "all"]
+Backend = Literal["auto", "masked", "merged"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition`; the message names the numbers and the remedy."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_choice(name: str, value: str, choices: Any) -> None:
+    """Raise `ValueError` unless `value` is one of a Literal's."""
+    require(value in get_args(choices), f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The recurrent memory: where it is taken from and how it is injected (SPEC section 2)."""
+
+    projection: Projection = "layerwise"
+    """KVProjection: `shared` has one W_K, W_V for all layers (the paper's default), `layerwise` a pair a layer."""
+    residual: bool = True
+    """ResidualInjection: add gamma_l m_{t-1} to the stream before every block."""
+    source: int | None = None
+    """Block (1..L) after which the memory is taken; none means the last one, L."""
+    gate_width: int | None = None
+    """Channels of the attention input that the gates read; none means all of them."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.memory.projection", self.projection, Projection)
+
+    @property
+    def on(self) -> bool:
+        """Whether the model has any memory at all; without it, it is exactly the plain transformer."""
+        return self.projection != "none" or self.residual
+
+
+MEMORY_OFF = MemoryConfig(projection="none", residual=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A nanochat-style decoder-only transformer with a recurrent memory."""
+
+    depth: int = 12
+    """Blocks, L."""
+    width: int | None = None
+    """Model width, D; none means 64 x depth."""
+    heads: int | None = None
+    """Query heads, H; none means one per 128 channels (at least one)."""
+    kv_heads: int | None = None
+    """Key/value heads, K; none means as many as query heads."""
+    context: int = 2048
+    """Longest sequence (prompt and answer together) that the model is meant for, in tokens."""
+    vocab_size: int = 32768
+    """Vocabulary size, V; `lrt train` sets it from the tokenizer."""
+    bos: int | None = None
+    """Token that starts a document: the memory is reset there. None: only position 0 resets it."""
+    window_pattern: str = "L"
+    """A letter a layer, repeated: L sees everything, S a sliding window; the last layer is always L."""
+    window: int | None = None
+    """Positions a sliding-window layer sees, the current one included; none means half the context."""
+    value_embeddings: ValueEmbeddings = "none"
+    """Token-indexed value embeddings E_l: in no layer, in every second one (the last included), or in all."""
+    residual_scalars: bool = True
+    """Learned scalars alpha_l (stream) and beta_l (normalised embedding x0) before every block."""
+    softcap: float | None = 15.0
+    """Logits are softcap x tanh(logits / softcap); none leaves them as they are."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """The recurrent memory."""
+
+    def __post_init__(self) -> None:
+        require(self.depth >= 1, f"model.depth is {self.depth}; a model needs at least 1 block")
+        width, heads, kv_heads = self.d, self.h, self.k
+        require(width >= 2, f"model.width is {width}; it must be at least 2")
+        require(heads >= 1 and width % heads == 0, f"model.width {width} is not a multiple of model.heads {heads}")
+        require(width // heads % 2 == 0, f"head width {width // heads} is odd; rotary embeddings need an even one")
+        require(
+            kv_heads >= 1 and heads % kv_heads == 0, f"model.heads {heads} is not a multiple of kv_heads {kv_heads}"
+        )
+        require(self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; at least 2 tokens are needed")
+        require(self.context >= 1, f"model.context is {self.context}; it must be at least 1 token")
+        in_range = self.bos is None or 0 <= self.bos < self.vocab_size
+        require(in_range, f"model.bos {self.bos} lies outside the vocabulary of {self.vocab_size}")
+        pattern = self.window_pattern
+        require(bool(pattern) and set(pattern) <= {"L", "S"}, f"model.window_pattern {pattern!r} may hold only L and S")
+        require(self.window is None or self.window >= 1, f"model.window is {self.window}; it must be at least 1")
+        soft = self.softcap is None or 0 < self.softcap < math.inf
+        require(soft, f"model.softcap is {self.softcap}; it must be positive or none")
+        require(0 < self.rope_theta < math.inf, f"model.rope_theta is {self.rope_theta}; it must be positive")
+        require_choice("model.value_embeddings", self.value_embeddings, ValueEmbeddings)
+        source, gates = self.memory.source, self.memory.gate_width
+        require(
+            source is None or 1 <= source <= self.depth,
+            f"model.memory.source is block {source}; this model has blocks 1..{self.depth}",
+        )
+        require(
+            gates is None or 1 <= gates <= width,
+            f"model.memory.gate_width is {gates}; it must be between 1 and the width, {width}",
+        )
+
+    # The letters of shapes.py, resolved to integers; the fields stay as given, so that overriding depth moves them.
+    @property
+    def d(self) -> int:
+        """Width, D."""
+        return 64 * self.depth if self.width is None else self.width
+
+    @property
+    def h(self) -> int:
+        """Query heads, H."""
+        return max(1, self.d // 128) if self.heads is None else self.heads
+
+    @property
+    def k(self) -> int:
+        """Key/value heads, K."""
+        return self.h if self.kv_heads is None else self.kv_heads
+
+    @property
+    def e(self) -> int:
+        """Head width, E."""
+        return self.d // self.h
+
+    @property
+    def source(self) -> int:
+        """Block whose output is the memory, 1..L."""
+        return self.memory.source or self.depth
+
+    @property
+    def gate_width(self) -> int:
+        """Channels the gates read, G."""
+        return self.memory.gate_width or self.d
+
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of every layer: positions seen including the current one, or None for all of them."""
+        short = self.window or max(1, self.context // 2)
+        letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth)]
+        return tuple(short if c == "S" and i < self.depth - 1 else None for i, c in enumerate(letters))
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether block `layer` (0-based) has a value embedding."""
+        alternate = layer % 2 == (self.depth - 1) % 2
+        return self.value_embeddings == "all" or (self.value_embeddings == "alternating" and alternate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model computes, never what: every choice gives the same values and gradients, up to rounding."""
+
+    attention: Backend = "auto"
+    """Attention of strided passes: `masked`, `merged`, or `auto`, what was faster where measured (docs/speed.md)."""
+    recompute: bool = False
+    """Keep only the inputs of blocks for the backward pass and compute the rest again."""
+    compile: bool = False
+    """Compile the blocks, for passes over slices; decoding compiles its own step."""
+
+    def __post_init__(self) -> None:
+        require_choice("train.attention", self.attention, Backend)
+        fits = not (self.compile and self.attention == "merged")
+        require(fits, "train.attention merged is not compiled; set it to masked or auto, or train.compile to false")
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that is left: a compiled block takes keys and values as one tensor, so there is only the mask."""
+        return "masked" if self.compile else self.attention
