@@ -136,6 +136,21 @@ class Cache(NamedTuple):
         here, there = kept.nonzero(as_tuple=True)
         return here, there, (self.length[rows[here]] + offset[there]) % slots
 
+    def first(self, n: int) -> Cache:
+        """The first n rows: the same tensors of keys and values, which a step fills in place."""
+        if n == self.rows:
+            return self
+        keys, values = (tuple(x[:n] for x in xs) for xs in (self.keys, self.values))
+        return self._replace(keys=keys, values=values, memory=self.memory[:n], length=self.length[:n])
+
+    def with_first(self, part: Cache) -> Cache:
+        """This state after a step of `first(n)` has made `part`."""
+        n = part.rows
+        if n == self.rows:
+            return part
+        memory, length = torch.cat((part.memory, self.memory[n:])), torch.cat((part.length, self.length[n:]))
+        return self._replace(memory=memory, length=length, longest=part.longest)
+
     def take(self, rows: Tensor) -> Cache:
         """An independent copy whose row i is this state's row `rows[i]`: n samples from one prompt, or a kept state."""
         keys, values = (tuple(x[rows] for x in xs) for xs in (self.keys, self.values))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lrt.batch import Batch, Emission, Request
 from lrt.cache import Cache
 from lrt.fold import fold
 from lrt.loss import token_nats
 from lrt.model import LRT
-from lrt.sampling import Laws, Sampling, choose, uniforms
+from lrt.sampling import Sampling
 from lrt.shapes import StreamBND, TokensBN
 from lrt.solve import Effort, OneToken, Plan, advance, one_token, silent, solve, total
 from lrt.streaming import DecodeBytes, TextStream
@@ -109,6 +108,33 @@ def step(model: LRT, tokens: Tensor, cache: Cache, active: Tensor | None = None)
 
 
 @torch.no_grad()
+def states(
+    model: LRT,
+    tokens: TokensBN,
+    *,
+    mode: str = DEFAULT_MODE,
+    tolerance: float = DEFAULT_TOLERANCE,
+    chunk: int = DEFAULT_CHUNK,
+    max_sweeps: int = DEFAULT_SWEEPS,
+) -> Iterator[tuple[int, StreamBND, Effort]]:
+    """The head's input at every position of `tokens` [B, T] as the model decodes them: first column, [B, n, D], effort.
+
+    Chunk by chunk, so that a caller may do something else in between. `mode` is one of `prefill`'s, or `zero_memory`:
+    one parallel pass that reads no memory.
+    """
+    _check_tokens(model, tokens)
+    if mode == "zero_memory":
+        (_, written, _) = next(fold(model, tokens, [silent(range(tokens.shape[1]))], model.starts(tokens)))
+        assert written.hidden is not None
+        yield 0, written.hidden, Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
+        return
+    plan = Plan.parse(mode, tolerance, max_sweeps, chunk)
+    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
+    for first, solved in solve(model, tokens, lengths, Cache.empty(model, *tokens.shape), plan):
+        yield first, solved.hidden, solved.effort
+
+
+@torch.no_grad()
 def score(
     model: LRT,
     tokens: TokensBN,
@@ -122,35 +148,16 @@ def score(
     """Negative log-likelihood of every target under the decoded model, in nats.
 
     `tokens` and `targets` are int64 [B, T]; targets may be IGNORE. The mode is one of `prefill`'s, or `zero_memory`:
-    one parallel pass that reads no memory. There is no limit to T but memory.
+    one parallel pass without memory. There is no limit to T but memory.
     """
-    _check_tokens(model, tokens)
-    if mode == "zero_memory":
-        (_, written, _) = next(fold(model, tokens, [silent(range(tokens.shape[1]))], model.starts(tokens)))
-        assert written.hidden is not None
-        effort = Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
-        return Scored(_nats(model, written.hidden, targets), mode, effort)
-    plan = Plan.parse(mode, tolerance, max_sweeps, chunk)
-    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
     nats, parts = [], []
-    for first, solved in solve(model, tokens, lengths, Cache.empty(model, *tokens.shape), plan):
-        n = solved.hidden.shape[1]
-        nats.append(_nats(model, solved.hidden, targets[:, first : first + n]))
-        parts.append((n, solved.effort))
-    return Scored(torch.cat(nats, dim=1), str(plan), total(parts))
-
-
-class Emission(NamedTuple):
-    """One new token of one row."""
-
-    row: int
-    token: int
-    logprob: float
-    """Log-probability under the model itself, before any sampling law."""
-    text: str
-    """Text that has become certain with it; empty without a tokenizer."""
-    finish: str | None
-    """Why the row ends here: `stop`, `length`, or None if it goes on."""
+    found = states(model, tokens, mode=mode, tolerance=tolerance, chunk=chunk, max_sweeps=max_sweeps)
+    for first, hidden, effort in found:
+        n = hidden.shape[1]
+        nats.append(_nats(model, hidden, targets[:, first : first + n]))
+        parts.append((n, effort))
+    name = mode if mode == "zero_memory" else str(Plan.parse(mode, tolerance, max_sweeps, chunk))
+    return Scored(torch.cat(nats, dim=1), name, total(parts))
 
 
 class Generated(NamedTuple):
@@ -160,30 +167,6 @@ class Generated(NamedTuple):
     """One per row that was still running."""
     cache: Cache
     """The state, which has taken in everything but this step's tokens."""
-
-
-@dataclass
-class Request:
-    """One row of a running batch, as the host sees it."""
-
-    row: int
-    sampling: Sampling
-    stop_tokens: tuple[int, ...]
-    left: int
-    """Tokens it may still emit."""
-    stream: TextStream | None
-    running: bool = True
-
-    def emit(self, token: int, logprob: float) -> Emission:
-        """Take in the row's newest token."""
-        self.left -= 1
-        stopped = token in self.stop_tokens
-        text = "" if self.stream is None or stopped else self.stream.push(token)
-        stopped |= self.stream is not None and self.stream.stopped
-        self.running = not stopped and self.left > 0
-        if not self.running and self.stream is not None:
-            text += self.stream.close()
-        return Emission(self.row, token, logprob, text, None if self.running else "stop" if stopped else "length")
 
 
 @torch.no_grad()
@@ -225,24 +208,14 @@ def generate(
     start = prefill(model, tokens, mode=mode, tolerance=tolerance, lengths=lengths, cache=cache, capacity=capacity)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
     cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
-    requests = _requests(model, laws, samples, cache, decode_bytes)
-    drawn = _draws(requests, samples, model.device)
-    law = Laws.of([r.sampling for r in requests], model.config.vocab_size, model.device)
-    seen = _seen(logits, tokens, lengths)[rows] if law.penalised else None
-    active = torch.ones(len(requests), dtype=torch.bool, device=model.device)
-    for uniform in drawn:
-        token, logprob = choose(logits, law, uniform, seen)
-        pairs = list(zip(token.tolist(), logprob.tolist(), strict=True))
-        emissions = [r.emit(*pairs[r.row]) for r in requests if r.running]
-        yield Generated(emissions, cache)
-        if not any(r.running for r in requests):
+    batch = Batch(model, cache, logits=logits, run=run)
+    for request in _requests(model, laws, samples, cache, decode_bytes):
+        batch.join(request, prompts[request.row // samples])
+    while True:
+        yield Generated(batch.draw(), batch.cache)
+        if not batch.running:
             return
-        if any(e.finish for e in emissions):
-            active = torch.tensor([r.running for r in requests], device=model.device)
-        if seen is not None:
-            seen = seen.scatter(1, token[:, None], True)
-        hidden, cache = advance(model, token, cache, active, run)
-        logits = model.logits(hidden)
+        batch.advance()
 
 
 def _requests(
@@ -255,22 +228,8 @@ def _requests(
         stop = bos if law.stop_tokens is None else law.stop_tokens
         stream = None if decode_bytes is None else TextStream(decode_bytes, law.stop)
         left = min(law.max_new_tokens, cache.capacity - length + 1)
-        requests.append(Request(row, law, stop, left, stream))
+        requests.append(Request(row, law, stop, left, stream, row % samples, length))
     return requests
-
-
-def _draws(requests: list[Request], samples: int, device: torch.device) -> Tensor:
-    """Each row's uniform numbers, a row of them per step: [steps, B], float64."""
-    steps = max(r.left for r in requests)
-    drawn = [uniforms(r.sampling.seed, r.row % samples, steps) for r in requests]
-    return torch.from_numpy(np.stack(drawn, axis=1)).to(device)
-
-
-def _seen(logits: Tensor, tokens: TokensBN, lengths: Tensor) -> Tensor:
-    """Which tokens each prompt holds, boolean [B, V]."""
-    padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
-    first = torch.where(padding, tokens[:, :1], tokens)  # padding repeats a token that does count
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, first, True)
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[TokensBN, Tensor]:
