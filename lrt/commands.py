@@ -343,6 +343,8 @@ class BenchDecode:
     """Timed pairs per latency figure; the median is reported."""
     compile: bool = True
     """Compile the step."""
+    peer: bool = False
+    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
     device: str = "auto"
     """cpu, cuda or auto."""
     json: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,8 @@ class Conversation:
     cache: Cache | None = None
     pending: list[int] = field(default_factory=list)
     """Tokens emitted or fixed that the state has not taken in yet."""
+    ended: Sequence[str] = ()
+    """The stop texts, one of which ended the last answer; empty if none did."""
 
     @property
     def used(self) -> int:
@@ -52,12 +54,31 @@ class Conversation:
         return len(self.pending) + (int(self.cache.length[0]) if self.cache else 0)
 
     def say(self, text: str, sampling: Sampling) -> Iterator[str]:
-        """Add `text` and stream the model's continuation."""
+        """Add `text` and stream the model's continuation.
+
+        A stop text that ends the answer does not enter the state: the answer as shown is taken in with the next turn,
+        and after it as much of the stop text as the turn's own text does not begin with.
+        """
         opening = [] if self.cache or self.pending else [self.tokenizer.bos]
-        prompt = [*self.pending, *opening, *self.tokenizer.encode(text)]
+        prompt = [*self.pending, *opening, *self.tokenizer.encode(_lead(self.ended, text) + text)]
         require_room(self.model, self.used + len(prompt) - len(self.pending))
         cache = self.cache or Cache.empty(self.model, 1, self.model.config.context)
-        decode = self.tokenizer.decode_bytes
+        self.ended, before, said, decode = (), None, [], self.tokenizer.decode_bytes
+        shown = ""
         for step in generate(self.model, [prompt], sampling, decode_bytes=decode, cache=cache, mode=self.mode):
-            self.cache, self.pending = step.cache, [step.emissions[0].token]
-            yield step.emissions[0].text
+            if before is None and sampling.stop:
+                before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
+            emission = step.emissions[0]
+            self.cache, self.pending = step.cache, [emission.token]
+            said.append(emission.token)
+            shown += emission.text
+            yield emission.text
+        raw = decode(said).decode("utf-8", errors="replace")
+        if before is not None and any(stop in raw for stop in sampling.stop):
+            self.cache, self.pending, self.ended = before, self.tokenizer.encode(shown), sampling.stop
+
+
+def _lead(ended: Sequence[str], text: str) -> str:
+    """What comes before `text` where one of these stop texts ended an answer and `text` begins with its end."""
+    leads = [stop[:-n] for stop in ended for n in range(len(stop), 0, -1) if text.startswith(stop[-n:])]
+    return min(leads, key=len, default="")

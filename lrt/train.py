@@ -17,7 +17,7 @@ from lrt.checkpoint import Checkpoint
 from lrt.config import RunConfig, to_dict
 from lrt.data import Batch, Loader, Prepared, prefetch, prepare
 from lrt.evals.bpb import BPB, Rows, evaluate, validation_rows
-from lrt.hardware import peak_flops, resolve_device, resolve_dtype
+from lrt.hardware import keep_freed_memory, peak_flops, resolve_device, resolve_dtype
 from lrt.loss import LossOutput, ScheduledLoss, targets_per_pass
 from lrt.model import LRT
 from lrt.model_config import require
@@ -139,6 +139,8 @@ class Session:
         t = config.train
         self.config, self.run, self.prepared, self.sinks = config, run, prepared, sinks
         self.device, self.steps = torch.device(t.device), horizon(config)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         bos = prepared.tokenizer.bos
         self.loader = Loader(prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed)
         sizes = prepared.tokenizer.token_bytes()

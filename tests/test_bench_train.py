@@ -6,9 +6,11 @@ import json
 import math
 
 import pytest
+import torch
 
+from lrt.bench.peer import PEER, nanochat
 from lrt.bench.profile import PARTS
-from lrt.bench.train import Bench, ideal, main, shape
+from lrt.bench.train import PLAIN, Bench, Stand, ideal, main, shape
 from lrt.cli import main as lrt_main
 from lrt.schedule import Schedule
 
@@ -48,6 +50,25 @@ def test_peak_memory_is_taken_in_a_process_of_its_own(capsys):
     assert [row["schedule"] for row in result["rows"]] == ["plain", "settled-1"]
     assert result["recompute"] is True and result["attention"] == "masked"
     assert all(row["peak_mb"] >= row["idle_mb"] > 10 for row in result["rows"])
+
+
+def test_the_peer_is_a_row_of_its_own(capsys):
+    pytest.importorskip("transformers")
+    result = report(capsys, "--no-memory --schedules settled-1 --peer --profile")
+    plain, peer, _ = result["rows"]
+    assert peer["schedule"] == "transformers" and peer["ratio"] > 0 and "parts" not in peer
+    assert peer["ideal"] == plain["ideal"] == 1.0
+
+
+def test_the_peer_has_our_shape_and_our_loss_at_the_start():
+    """Both begin with a head near zero: the loss is that of guessing; and the matrices are as many."""
+    pytest.importorskip("transformers")
+    given = Bench(depth=2, width=128, vocab_size=30, batch=2, length=16, dtype="float32", device="cpu")
+    ours, theirs = Stand(given, PLAIN), Stand(given, PEER)
+    batch = ours.loader.batch(0)
+    assert theirs.loss(*batch).item() == pytest.approx(math.log(30), rel=0.05)
+    matrices = [p.numel() for p in ours.model.parameters() if p.ndim == 2]
+    assert sum(p.numel() for p in nanochat(shape(given)[0], torch.device("cpu")).parameters()) == sum(matrices)
 
 
 def test_shapes_come_from_the_recipe_unless_given():

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from helpers import VARIANTS, config, randomised, tokens
+from helpers import PLAIN_OPTIONS, VARIANTS, config, randomised, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from lrt.cache import Cache, positions_held, visible_slots
 from lrt.decode import generate, prefill, score, step
 from lrt.loss import IGNORE
 from lrt.model import LRT
+from lrt.model_config import MEMORY_OFF
 from lrt.reference import reference
 from lrt.sampling import Sampling
 from lrt.solve import advance, compiled
@@ -356,3 +357,11 @@ def test_the_bench_measures_every_part_and_ends_in_json(tmp_path):
     assert points[-1].greedy_agree == 1
     convergence.draw({"random": {"jacobi": points}}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_bench_decodes_beside_transformers():
+    pytest.importorskip("transformers")
+    plain = dataclasses.replace(config(depth=2, width=32, context=32, **PLAIN_OPTIONS), memory=MEMORY_OFF)
+    found = bench.against_transformers(plain, torch.device("cpu"), False, tokens=4, repeats=1)
+    speeds = [found[f"{name}_tokens_per_second"] for name in ("transformers", "eager")]
+    assert all(s > 0 for s in speeds) and found["eager_ratio"] == pytest.approx(speeds[1] / speeds[0])

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from lrt.bench.convergence import MODES
+from lrt.bench.peer import nanochat
 from lrt.cache import Cache
-from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, score, step
+from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, generate, score, step
 from lrt.hardware import resolve_device, synchronise
 from lrt.loss import IGNORE
 from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import recipe as find_recipe
+from lrt.sampling import Sampling
 from lrt.shapes import TokensBN
 from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solve
 
@@ -49,6 +51,7 @@ def run(
     lengths: Sequence[int] = (256, 1024),
     tolerance: float = DEFAULT_TOLERANCE,
     rows: int = 4,
+    peer: bool = False,
 ) -> dict[str, Any]:
     """Measure; the result is plain JSON data with the keys `decode`, `prefill`, `score` and `setting`.
 
@@ -61,6 +64,7 @@ def run(
         steps: timed steps per cell and model.
         compile: whether steps are compiled.
         modes, lengths, tolerance, rows: prompts of these lengths, so many each, from the run's held-out text.
+        peer: also time `generate` of transformers' own nanochat model beside ours, the backbone without memory.
     """
     where = resolve_device(device)
     setting: dict[str, Any] = {"device": where.type, "threads": torch.get_num_threads(), "compiled": compile}
@@ -83,7 +87,35 @@ def run(
     result["decode"] = latencies(config, where, batches, contexts, steps, compile, cache_gib)
     if result["decode"]:
         setting["median_overhead"] = median(cell["overhead"] for cell in result["decode"])
+    if peer:
+        result["peer"] = against_transformers(replace(config, memory=MEMORY_OFF), where, compile)
     return result
+
+
+def against_transformers(
+    config: ModelConfig, device: torch.device, compile: bool, *, tokens: int = 128, repeats: int = 5
+) -> dict[str, Any]:
+    """Greedy tokens per second of one row after a prompt of 16, in turns with transformers' nanochat of the same sizes.
+
+    Ours is timed uncompiled, as transformers' is, and compiled too if `compile`; median of `repeats`.
+    """
+    model, other = LRT.build(config, device), nanochat(config, device).eval()
+    prompt = list(range(1, 17))
+    greedy = Sampling(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
+
+    def ours(run: OneToken) -> None:
+        assert sum(1 for _ in generate(model, [prompt], greedy, run=run)) == tokens
+
+    def theirs() -> None:
+        out = other.generate(torch.tensor([prompt], device=device), max_new_tokens=tokens, do_sample=False)
+        assert out.shape[1] == len(prompt) + tokens
+
+    works = {"transformers": theirs, "eager": partial(ours, one_token)}
+    works |= {"compiled": partial(ours, compiled())} if compile else {}
+    times = [{name: _timed(device, work)[1] for name, work in works.items()} for _ in range(repeats + 1)][1:]
+    speeds = {f"{name}_tokens_per_second": tokens / median(t[name] for t in times) for name in works}
+    ratios = {f"{name}_ratio": median(t["transformers"] / t[name] for t in times) for name in works}
+    return {"depth": config.depth, "width": config.d, "tokens": tokens} | speeds | ratios
 
 
 @torch.no_grad()
@@ -233,4 +265,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         out.append(
             "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.1e} relative".format(**result["score"])
         )
+    if "peer" in result:
+        speeds = {name: value for name, value in result["peer"].items() if name.endswith("second")}
+        out.append("greedy, one row: " + ", ".join(f"{name} {value:,.1f}" for name, value in speeds.items()))
     return [*out, json.dumps(result)]

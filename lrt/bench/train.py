@@ -1,7 +1,7 @@
 """`lrt bench train`: what a training step of every schedule costs beside the plain transformer's, and beside its ideal.
 
-All rows are timed in turns in one process, in an order that rotates, so that whatever else the machine does falls on
-all of them alike; peak memory is taken from a fresh process per row.
+All rows are timed in turns in one process, a plain step before and after every other: a ratio compares neighbours in
+time, so that whatever else the machine does falls on both. Peak memory is taken from a fresh process per row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lrt import accounting
+from lrt.bench.peer import PEER, nanochat
 from lrt.bench.profile import parts
 from lrt.cli import parse
 from lrt.config import Dtype, OptimConfig
 from lrt.data import Loader
-from lrt.hardware import peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
+from lrt.hardware import keep_freed_memory, peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
 from lrt.loss import ScheduledLoss
 from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, Backend, Execution, MemoryConfig, ModelConfig, require
@@ -33,6 +35,10 @@ from lrt.optim import Optimizer, clip
 from lrt.recipes import recipe as find_recipe
 from lrt.schedule import NO_GRAD_COST, Passes, Schedule
 
+Timing = tuple[float, float]
+"""Seconds of forward and backward, and of the whole step."""
+LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The loss of tokens, targets and starts."""
 PLAIN = "plain"
 SCHEDULES = (
     "interleaved-2", "interleaved-4", "interleaved-8", "refinement-1", "refinement-3",
@@ -74,6 +80,8 @@ class Bench:
     """Also take each row's peak memory, in a process of its own."""
     profile: bool = False
     """Also divide each row's step among its parts."""
+    peer: bool = False
+    """Also time transformers' own nanochat model of the same sizes (its whole step with fused AdamW alone)."""
     json: bool = False
     """End with one JSON object on a line of its own."""
 
@@ -113,33 +121,52 @@ class Stand:
 
     def __init__(self, given: Bench, name: str):
         config, length = shape(given)
-        self.config = replace(config, memory=MEMORY_OFF) if name == PLAIN else config
+        self.config = replace(config, memory=MEMORY_OFF) if name in (PLAIN, PEER) else config
         self.device = resolve_device(given.device)
         self.dtype = getattr(torch, resolve_dtype(given.dtype, self.device))
-        self.loss = ScheduledLoss(
-            LRT.build(self.config, self.device), Schedule.parse("parallel" if name == PLAIN else name)
-        )
-        self.loss.model.execution = Execution(
-            attention=given.attention, recompute=given.recompute, compile=given.compile
-        )
-        self.optimizer = Optimizer(self.loss.model, OptimConfig(), self.dtype)
+        self.schedule = Schedule.parse("parallel" if name in (PLAIN, PEER) else name)
         noise = RandomTokens(self.config.vocab_size, 4 * given.batch * length + 1)
         self.loader, self.steps = Loader(noise, batch=given.batch, length=length, bos=0, seed=0), 0
-        self.passes = self.loss.passes(0, length)
+        self.passes = self.schedule.passes(length)
+        self.loss, self.update = self._peer() if name == PEER else self._ours(given)
 
-    def step(self) -> tuple[float, float]:
-        """Seconds of forward and backward, and of the whole step; the weights stay (rate 0), the work is the same."""
+    def _ours(self, given: Bench) -> tuple[LossOf, Callable[[], None]]:
+        loss = ScheduledLoss(LRT.build(self.config, self.device), self.schedule)
+        loss.model.execution = Execution(attention=given.attention, recompute=given.recompute, compile=given.compile)
+        optimizer = Optimizer(loss.model, OptimConfig(), self.dtype)
+        self.model = loss.model
+
+        def update() -> None:
+            clip(loss.model.parameters(), 1.0)
+            optimizer.step(0.0)
+
+        return lambda tokens, targets, starts: loss(tokens, targets, starts).loss, update
+
+    def _peer(self) -> tuple[LossOf, Callable[[], None]]:
+        model = nanochat(self.config, self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+
+        def update() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return (
+            lambda tokens, targets, _: model(tokens, shift_labels=targets, labels=targets, use_cache=False).loss,
+            update,
+        )
+
+    def step(self) -> Timing:
+        """One step; the weights stay (rate 0), the work is the same."""
         start = self._clock()
         with torch.profiler.record_function("data"):
             tokens, targets, starts = (x.to(self.device, non_blocking=True) for x in self.loader.batch(self.steps))
         ready = self._clock()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.loss(tokens, targets, starts).loss
+            loss = self.loss(tokens, targets, starts)
         loss.backward()
         done = self._clock()
         with torch.profiler.record_function("optimizer"):
-            clip(self.loss.model.parameters(), 1.0)
-            self.optimizer.step(0.0)
+            self.update()
         self.steps += 1
         return done - ready, self._clock() - start
 
@@ -175,20 +202,22 @@ def ideal(passes: Passes) -> float:
 
 def measure(given: Bench) -> dict[str, Any]:
     """Everything, as plain data: the object that `--json` prints."""
-    names = (PLAIN, *given.schedules)
+    names = (PLAIN, *([PEER] if given.peer else []), *given.schedules)
     peaks = {name: peak(given, name) for name in names} if given.memory else {}  # first, while this process is small
+    if resolve_device(given.device).type == "cpu":
+        keep_freed_memory()  # as training does
     stands = {name: Stand(given, name) for name in names}
     first = {name: stand.step()[0] for name, stand in stands.items()}
     times = interleave({name: stand.step for name, stand in stands.items()}, given.repeats)
-    rows = [row(name, stands[name], times[name], times[PLAIN], given, peaks) for name in names]
+    rows = [row(name, stands[name], times[name], given, peaks) for name in names]
     plain = stands[PLAIN]
     most, source = peak_flops(plain.device, plain.dtype)
     for r in rows:
         r["mfu"] = r["flops_per_second"] / most
         if given.compile:
             r["first_seconds"] = first[r["schedule"]]
-        if given.profile:
-            r["parts"] = parts(stands[r["schedule"]].step, stands[r["schedule"]].loss.model)
+        if given.profile and r["schedule"] != PEER:
+            r["parts"] = parts(stands[r["schedule"]].step, stands[r["schedule"]].model)
     c, length = plain.config, plain.loader.batch(0).tokens.shape[1]
     return {
         "device": str(plain.device), "dtype": str(plain.dtype).removeprefix("torch."),
@@ -200,29 +229,28 @@ def measure(given: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def interleave(
-    works: dict[str, Callable[[], tuple[float, float]]], repeats: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Run every work `repeats` times, in turns, each round beginning with another one."""
-    names, times = list(works), {name: [] for name in works}
-    for i in range(repeats):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(works[name]())
+def interleave(works: dict[str, Callable[[], Timing]], repeats: int) -> dict[str, list[tuple[Timing, Timing]]]:
+    """Each work's timings, each with the mean of the plain step's right before and after it, from `repeats` rounds."""
+    times: dict[str, list[tuple[Timing, Timing]]] = {name: [] for name in works}
+    before = works[PLAIN]()
+    for name in [name for _ in range(repeats) for name in works]:
+        timing = works[name]()
+        if name == PLAIN:
+            times[name].append((timing, timing))
+            before = timing
+            continue
+        after = works[PLAIN]()
+        times[name].append((timing, ((before[0] + after[0]) / 2, (before[1] + after[1]) / 2)))
+        before = after
     return times
 
 
 def row(
-    name: str,
-    stand: Stand,
-    times: list[tuple[float, float]],
-    plain: list[tuple[float, float]],
-    given: Bench,
-    peaks: dict[str, dict[str, float]],
+    name: str, stand: Stand, times: list[tuple[Timing, Timing]], given: Bench, peaks: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """One schedule's figures. Ratios are medians of the ratios within a round; `ms` is forward and backward."""
-    seconds, step = (median(t[i] for t in times) for i in range(2))
-    ratio, whole = (median(t[i] / p[i] for t, p in zip(times, plain, strict=True)) for i in range(2))
+    """One schedule's figures. Ratios are medians over the repeats; `ms` is forward and backward."""
+    seconds, step = (median(t[i] for t, _ in times) for i in range(2))
+    ratio, whole = (median(t[i] / p[i] for t, p in times) for i in range(2))
     least = ideal(stand.passes)
     tokens = stand.loader.batch(0).tokens.numel()
     return {
