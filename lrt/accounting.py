@@ -26,7 +26,7 @@ def group_of(name: str) -> str:
         return "value embeddings"
     if name.startswith(("embedding.", "head.")):
         return name.partition(".")[0]
-    return "scalars" if name.endswith(("alpha", "beta")) else "matrices"
+    return "scalars" if name.endswith(("alpha", "beta", "norm.weight", "bias")) else "matrices"
 
 
 def parameters_by_group(config: ModelConfig) -> dict[str, int]:
@@ -40,9 +40,12 @@ def parameters_by_group(config: ModelConfig) -> dict[str, int]:
 
 
 def scaling_parameters(config: ModelConfig) -> int:
-    """Matrices and head, without embeddings and memory: what R, tokens per scaling parameter, divides by."""
+    """Matrices and head, without embeddings and memory: what R, tokens per scaling parameter, divides by.
+
+    A tied embedding counts, as the head that it is.
+    """
     groups = parameters_by_group(config)
-    return groups["matrices"] + groups["head"]
+    return groups["matrices"] + groups["embedding" if config.backbone.tied else "head"]
 
 
 def memory_overhead(config: ModelConfig) -> float:
@@ -66,7 +69,8 @@ def forward_flops(config: ModelConfig, positions: range, *, memory: bool, top: b
     """
     d, kv, n = config.d, config.k * config.e, len(positions)
     blocks = config.depth if top else config.source
-    weights = blocks * (2 * d * d + 2 * d * kv + 8 * d * d)
+    inner, hidden = config.h * config.e, config.mlp_width * (3 if config.backbone.mlp == "swiglu" else 2)
+    weights = blocks * d * (2 * inner + 2 * kv + hidden)
     projection = config.memory.projection
     if projection != "none":
         rows = sum(3 if config.has_value_embedding(i) else 2 for i in range(blocks))
@@ -74,7 +78,7 @@ def forward_flops(config: ModelConfig, positions: range, *, memory: bool, top: b
         weights += 2 * d * kv * (1 if projection == "shared" else blocks) if memory else 0
     weights += d * config.vocab_size if head else 0
     keys = sum(_seen(positions, window) for window in config.windows()[:blocks])
-    return 2 * weights * n + 4 * d * keys
+    return 2 * weights * n + 4 * inner * keys
 
 
 def passes_flops(config: ModelConfig, passes: Passes) -> int:
@@ -113,7 +117,7 @@ def describe(config: ModelConfig, length: int, schedules: Iterable[str]) -> dict
     groups = parameters_by_group(config)
     return {
         "parameters": {**groups, "total": sum(groups.values())},
-        "scaling_parameters": groups["matrices"] + groups["head"],
+        "scaling_parameters": scaling_parameters(config),
         "memory_overhead": memory_overhead(config),
         "length": length,
         "train_flops_per_token": {s: train_flops_per_token(config, Schedule.parse(s), length) for s in schedules},

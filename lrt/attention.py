@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.merged import Cut, cuts, merged
-from lrt.model_config import Backend
+from lrt.model_config import Backend, RopeScaling
 from lrt.ops import turn
 from lrt.shapes import HeadsBKNE, PositionsN
 from lrt.state import LayerPast, Past
@@ -22,16 +23,29 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each [.., N, E/2], with a heads axis where rows differ."""
 
 
-def rotary(positions: PositionsN, width: int, theta: float, dtype: torch.dtype) -> Rotary:
+def rotary(
+    positions: PositionsN, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> Rotary:
     """Cosines and sines of RoPE at `positions` [N] or [B, N] for heads `width` wide (RoFormer, eq. 34).
 
     Angles are computed in float32 (float64 for a float64 model) and rounded to `dtype` last.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     channels = torch.arange(0, width, 2, device=positions.device, dtype=exact)
-    angles = positions[..., None].to(exact) * theta ** (-channels / width)
+    speeds = theta ** (-channels / width)
+    speeds = speeds if scaling is None or scaling.kind == "none" else slowed(speeds, scaling)
+    angles = positions[..., None].to(exact) * speeds
     angles = angles[:, None] if angles.dim() == 3 else angles  # [B, 1, N, E/2] broadcasts over heads
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def slowed(speeds: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies [E/2], in radians per position, after `scaling`."""
+    if scaling.kind == "linear":
+        return speeds / scaling.factor
+    turns = scaling.original * speeds / (2 * math.pi)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)  # 1: fast channels, left as they are
+    return speeds * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x: HeadsBKNE, rope: Rotary) -> HeadsBKNE:

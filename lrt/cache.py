@@ -69,7 +69,7 @@ class Cache(NamedTuple):
     @staticmethod
     def empty(model: LRT, rows: int, capacity: int) -> Cache:
         """An empty state of `rows` rows of `capacity` tokens each, of which sliding-window layers keep their window."""
-        c, like = model.config, model.head.weight
+        c, like = model.config, model.embedding.weight
         sizes = [min(capacity + 1, window or capacity + 1) for window in c.windows()]
         keys, values = (
             tuple(like.new_zeros((rows, c.k, r, c.e), dtype=model.stream_dtype) for r in sizes) for _ in range(2)

@@ -7,7 +7,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from lrt.model_config import Backend, Execution, MemoryConfig, ModelConfig, require, require_choice
+from lrt.model_config import (
+    BackboneConfig,
+    Backend,
+    Execution,
+    MemoryConfig,
+    ModelConfig,
+    RopeScaling,
+    require,
+    require_choice,
+)
 from lrt.schedule import Schedule
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -53,7 +62,7 @@ class OptimConfig:
     embedding_lr: float = 0.3
     """AdamW's rate for token and value embeddings, at width 768; scaled by (width / 768)^-1/2."""
     head_lr: float = 0.004
-    """AdamW's rate for the output head and the gates, at width 768; scaled likewise."""
+    """AdamW's rate for the output head, biases and weights of norms, at width 768; scaled likewise."""
     scalar_lr: float = 0.04
     """AdamW's rate for alpha, beta and gamma."""
     weight_decay: float = 0.0
@@ -122,6 +131,8 @@ class TrainConfig:
     """Checkpoints kept."""
     log_every: int = 10
     """Steps between metric lines; the loss is read from the device only then."""
+    init_from: str | None = None
+    """Run whose weights (not its optimizer) training starts from; `lrt train --init-from` sets it, and the model."""
     gap_warning: float = 0.02
     """Live gap (decoded minus parallel BPB) above which a warning is shown."""
 
@@ -207,7 +218,10 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     return cls(**values)
 
 
-_NESTED: dict[str, type] = {c.__name__: c for c in (MemoryConfig, ModelConfig, DataConfig, OptimConfig, TrainConfig)}
+_NESTED: dict[str, type] = {
+    c.__name__: c
+    for c in (RopeScaling, BackboneConfig, MemoryConfig, ModelConfig, DataConfig, OptimConfig, TrainConfig)
+}
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -218,6 +232,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "ValueEmbeddings": (str,),
     "Dtype": (str,),
     "Backend": (str,),
+    "MLPKind": (str,),
+    "Biases": (str,),
+    "QKNorm": (str,),
+    "RopeKind": (str,),
 }
 
 

@@ -82,7 +82,7 @@ class ScheduledLoss(nn.Module):
             del written, buffer  # or two passes' keys and values would exist where one's do
         weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
         scales = weights.to(counts.device, non_blocking=True) / counts
-        loss, sums = head_loss(self.model.head.weight, self.model.config.softcap, hidden, aims, scales)
+        loss, sums = head_loss(self.model.unembedding, self.model.config.softcap, hidden, aims, scales)
         if not memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
             loss = loss + sum(0.0 * p.sum() for p in self.model.memory_parameters())
         return LossOutput(loss, sums / counts, passes)

@@ -1,7 +1,8 @@
 """The model and its one forward: any pass, over any positions, against any state.
 
-A nanochat-style decoder-only transformer; the memory enters by ResidualInjection (before every block) and KVProjection
-(inside attention), SPEC section 2. Turn both off and it is exactly the plain transformer.
+A decoder-only transformer, nanochat-style unless `ModelConfig.backbone` says otherwise; the memory enters by
+ResidualInjection (before every block) and KVProjection (inside attention), SPEC section 2. Turn both off and it is
+exactly the plain transformer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +25,21 @@ from lrt.state import LayerPast, Past, Segments, Written
 
 Pair = tuple[Tensor, Tensor]
 """Projected memory, (W_K m, W_V m), each [B, N, K, E]."""
+
+
+class Norm(nn.Module):
+    """RMSNorm over the last axis, with a learned weight of `width` channels where one is given."""
+
+    def __init__(self, width: int | None, eps: float):
+        super().__init__()
+        self.weight, self.eps = None if width is None else nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(rms_norm(x, self.eps))
+
+    def scale(self, x: Tensor) -> Tensor:
+        """The learned weight's part alone."""
+        return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
 class MemoryProjection(nn.Module):
@@ -56,16 +73,20 @@ class ResidualInjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm whose keys and values may take in the memory (KVProjection)."""
+    """Grouped-query attention whose keys and values may take in the memory (KVProjection)."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        d, kv, memory = config.d, config.k * config.e, config.memory
+        d, kv, memory, back = config.d, config.k * config.e, config.memory, config.backbone
         self.heads, self.kv_heads, self.gate_width = (config.h, config.e), (config.k, config.e), config.gate_width
-        self.query = nn.Linear(d, d, bias=False)
-        self.key = nn.Linear(d, kv, bias=False)
-        self.value = nn.Linear(d, kv, bias=False)
-        self.output = nn.Linear(d, d, bias=False)
+        inner, bias = config.h * config.e, back.biases != "none"
+        self.query = nn.Linear(d, inner, bias=bias)
+        self.key = nn.Linear(d, kv, bias=bias)
+        self.value = nn.Linear(d, kv, bias=bias)
+        self.output = nn.Linear(inner, d, bias=back.biases in ("attention", "all"))
+        self.qk_norm = back.qk_norm
+        learned = config.e if back.qk_norm == "before" else None
+        self.query_norm, self.key_norm = (Norm(learned, back.norm_eps) for _ in range(2))
         embedded = config.has_value_embedding(layer)
         self.value_embedding = nn.Embedding(config.vocab_size, kv) if embedded else None
         rows = 3 if embedded else 2  # local, memory, and the value embedding's
@@ -85,11 +106,16 @@ class Attention(nn.Module):
     ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
         q = self.query(a).unflatten(-1, self.heads).transpose(1, 2)
         k, v = self.keys_values(a, tokens, memory, shared)
-        q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k.transpose(1, 2), rope))
+        q, k = self._turned(q, self.query_norm, rope), self._turned(k.transpose(1, 2), self.key_norm, rope)
         v = v.transpose(1, 2)
         keys, values = past.parts(k, v) if isinstance(seen, tuple) else past.extend(k, v)
         out = attend(q, keys, values, seen)
         return self.output(out.transpose(1, 2).flatten(2)), k, v
+
+    def _turned(self, x: HeadsBKNE, norm: Norm, rope: Rotary) -> HeadsBKNE:
+        """Queries or keys with RoPE and their norm, in this model's order."""
+        x = rotate(norm(x) if self.qk_norm == "before" else x, rope)
+        return norm(x) if self.qk_norm == "after" else x
 
     def keys_values(self, a: StreamBND, tokens: TokensBN, memory: StreamBND | None, shared: Pair | None) -> Pair:
         """Local keys and values, gated, with the memory's and the value embedding's terms; [B, N, K, E] each."""
@@ -109,14 +135,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with ReLU squared between them, 4 D wide."""
+    """down(relu(up(a))^2), or the gated down(silu(glu(a)) up(a)) (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up = nn.Linear(config.d, 4 * config.d, bias=False)
-        self.down = nn.Linear(4 * config.d, config.d, bias=False)
+        wide, bias = config.mlp_width, config.backbone.biases == "all"
+        self.glu = nn.Linear(config.d, wide, bias=bias) if config.backbone.mlp == "swiglu" else None
+        self.up = nn.Linear(config.d, wide, bias=bias)
+        self.down = nn.Linear(wide, config.d, bias=bias)
 
     def forward(self, a: StreamBND) -> StreamBND:
+        if self.glu is not None:
+            return self.down(F.silu(self.glu(a)) * self.up(a))
         return self.down(relu_squared(self.up(a)))
 
 
@@ -128,6 +158,7 @@ class Block(nn.Module):
         self.injection = ResidualInjection(config)
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
+        self.attention_norm, self.mlp_norm = (_stream_norm(config) for _ in range(2))
 
     def forward(
         self,
@@ -141,9 +172,13 @@ class Block(nn.Module):
         past: LayerPast,
     ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
         x = self.injection(x, x0, memory)
-        attended, k, v = self.attention(rms_norm(x), tokens, memory, shared, rope, seen, past)
+        attended, k, v = self.attention(self.attention_norm(x), tokens, memory, shared, rope, seen, past)
         x = x + attended
-        return x + self.mlp(rms_norm(x)), k, v
+        return x + self.mlp(self.mlp_norm(x)), k, v
+
+
+def _stream_norm(config: ModelConfig) -> Norm:
+    return Norm(config.d if config.backbone.norm_weights else None, config.backbone.norm_eps)
 
 
 class LRT(nn.Module):
@@ -154,7 +189,8 @@ class LRT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.head = nn.Linear(config.d, config.vocab_size, bias=False)
+        self.norm = _stream_norm(config)
+        self.head = None if config.backbone.tied else nn.Linear(config.d, config.vocab_size, bias=False)
         self.projection = MemoryProjection(config) if config.memory.projection == "shared" else None
         self.execution = Execution()
 
@@ -185,10 +221,11 @@ class LRT(nn.Module):
             starts: boolean [B, N], True at the first token of a document, where the memory is reset.
             top: whether the blocks above the source block run; without them there is no `hidden`.
         """
-        x0 = rms_norm(self.embedding(tokens)).to(self.stream_dtype)
+        eps, x0 = self.config.backbone.norm_eps, self.embedding(tokens)
+        x0 = (rms_norm(x0, eps) if self.config.backbone.embedding_norm else x0).to(self.stream_dtype)
         memory = self._reset(memory, starts)
         shared = self.projection(memory) if self.projection is not None and memory is not None else None
-        rope = rotary(past.queries, self.config.e, self.config.rope_theta, x0.dtype)
+        rope = rotary(past.queries, self.config.e, self.config.rope_theta, x0.dtype, self.config.backbone.rope)
         windows, sights = self.config.windows(), {}
         for window, layer in zip(windows, past.layers, strict=False):
             if window not in sights:  # layers of one window hold the same positions
@@ -200,27 +237,33 @@ class LRT(nn.Module):
             x, k, v = run(self.blocks[i], x, x0, tokens, memory, shared, rope, sights[windows[i]], layers[i])
             keys.append(k)
             values.append(v)
-            source = rms_norm(x) if i + 1 == self.config.source else source
-        hidden = (source if self.config.source == self.config.depth else rms_norm(x)) if top else None
+            source = rms_norm(x, eps) if i + 1 == self.config.source else source
+        last = source if self.config.source == self.config.depth else x
+        hidden = (self.norm.scale(last) if last is source else self.norm(last)) if top else None
         return Written(hidden, source, tuple(keys), tuple(values))
 
     def logits(self, hidden: StreamBND) -> Tensor:
         """Next-token logits [.., V], soft-capped, in float32 at least."""
-        z = self.head(hidden)
+        z = F.linear(hidden, self.unembedding)
         z = z.float() if z.dtype != torch.float64 else z
         cap = self.config.softcap
         return z if cap is None else cap * torch.tanh(z / cap)
 
     @property
+    def unembedding(self) -> Tensor:
+        """The head's matrix [V, D]: its own, or the embedding's."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
     def stream_dtype(self) -> torch.dtype:
         """Type of the residual stream: autocast's where it is on, else the parameters'."""
-        device = self.head.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype
+        device, dtype = self.device.type, self.embedding.weight.dtype
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.head.weight.device
+        return self.embedding.weight.device
 
     def starts(self, tokens: TokensBN) -> Tensor | None:
         """Where documents start: at every BOS token; boolean like `tokens`, or None if the model knows no BOS."""
@@ -266,8 +309,9 @@ def initialise(model: LRT, seed: int) -> None:
     | parameter | start |
     | --- | --- |
     | embedding | normal, deviation 1 |
-    | head | normal, deviation 0.001 |
-    | output, mlp.down, gate | 0: blocks start as the identity, gates at 2 sigmoid(0) = 1 |
+    | head | normal, deviation 0.001 (0.02 where it is the embedding) |
+    | output, mlp.down, gate, biases | 0: blocks start as the identity, gates at 2 sigmoid(0) = 1 |
+    | weights of norms | 1 |
     | other matrices, value embeddings | uniform, deviation 1/sqrt(D) |
     | alpha, beta, gamma | 1, 0.1, 0.1 |
     """
@@ -278,8 +322,11 @@ def initialise(model: LRT, seed: int) -> None:
         if kind in ("alpha", "beta", "gamma"):
             p.fill_(1.0 if kind == "alpha" else 0.1)
         elif kind in ("embedding", "head"):
-            p.normal_(0, 1.0 if kind == "embedding" else 0.001, generator=random)
-        elif kind in ("output", "down", "gate"):
+            wide = kind == "embedding" and not model.config.backbone.tied
+            p.normal_(0, 1.0 if wide else 0.02 if kind == "embedding" else 0.001, generator=random)
+        elif kind in ("output", "down", "gate", "bias"):
             p.zero_()
+        elif kind.endswith("norm"):
+            p.fill_(1.0)
         else:
             p.uniform_(-bound, bound, generator=random)

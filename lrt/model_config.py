@@ -9,6 +9,10 @@ from typing import Any, Literal, get_args
 Projection = Literal["none", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
 Backend = Literal["auto", "masked", "merged"]
+MLPKind = Literal["relu2", "swiglu"]
+Biases = Literal["none", "qkv", "attention", "all"]
+QKNorm = Literal["none", "before", "after"]
+RopeKind = Literal["none", "linear", "llama3"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -44,12 +48,68 @@ class MemoryConfig:
         return self.projection != "none" or self.residual
 
 
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are slowed down so that a model reaches beyond the length it was first trained on."""
+
+    kind: RopeKind = "none"
+    """`linear`: all by the factor; `llama3`: the slow ones by the factor, the fast ones not, a ramp between."""
+    factor: float = 1.0
+    """How many times slower."""
+    low: float = 1.0
+    """Llama 3: channels that turn at most so often over the original context are slowed in full."""
+    high: float = 4.0
+    """Llama 3: channels that turn at least so often over it are left alone."""
+    original: int = 8192
+    """Llama 3: the original context, in tokens."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.backbone.rope.kind", self.kind, RopeKind)
+        sound = self.factor >= 1 and 0 < self.low < self.high and self.original >= 1
+        numbers = f"factor {self.factor}, low {self.low}, high {self.high}, original {self.original}"
+        require(sound, f"model.backbone.rope has {numbers}; use factor >= 1, 0 < low < high, original >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Where the backbone departs from nanochat's, as other families' checkpoints need it. The defaults do not."""
+
+    head_width: int | None = None
+    """Channels of a head, E; none means width / heads."""
+    mlp: MLPKind = "relu2"
+    """`relu2`: two matrices and ReLU squared; `swiglu`: three, down(silu(glu(x)) up(x))."""
+    mlp_width: int | None = None
+    """Hidden channels of the MLP; none means 4 x width."""
+    tied: bool = False
+    """The head is the embedding's matrix."""
+    biases: Biases = "none"
+    """Biases of the projections: of query, key and value, of the output too, or of the MLP's as well."""
+    norm_weights: bool = False
+    """Learned weights of the norms before attention, before the MLP and before the head (the memory's has none)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every norm."""
+    embedding_norm: bool = True
+    """RMSNorm of the token embedding."""
+    qk_norm: QKNorm = "after"
+    """RMSNorm of queries and keys: after RoPE without weights (nanochat), before it with weights (Qwen3), or none."""
+    rope: RopeScaling = field(default_factory=RopeScaling)
+    """Scaling of the rotary frequencies."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.backbone.mlp", self.mlp, MLPKind)
+        require_choice("model.backbone.biases", self.biases, Biases)
+        require_choice("model.backbone.qk_norm", self.qk_norm, QKNorm)
+        for name, size in (("head_width", self.head_width), ("mlp_width", self.mlp_width)):
+            require(size is None or size >= 1, f"model.backbone.{name} is {size}; it must be at least 1, or none")
+        require(0 < self.norm_eps < 1, f"model.backbone.norm_eps is {self.norm_eps}; it must be positive and small")
+
+
 MEMORY_OFF = MemoryConfig(projection="none", residual=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A nanochat-style decoder-only transformer with a recurrent memory."""
+    """A decoder-only transformer, nanochat-style unless `backbone` says otherwise, with a recurrent memory."""
 
     depth: int = 12
     """Blocks, L."""
@@ -79,13 +139,16 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """The recurrent memory."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Departures of the backbone from nanochat's."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, f"model.depth is {self.depth}; a model needs at least 1 block")
         width, heads, kv_heads = self.d, self.h, self.k
         require(width >= 2, f"model.width is {width}; it must be at least 2")
-        require(heads >= 1 and width % heads == 0, f"model.width {width} is not a multiple of model.heads {heads}")
-        require(width // heads % 2 == 0, f"head width {width // heads} is odd; rotary embeddings need an even one")
+        even = self.backbone.head_width is not None or (heads >= 1 and width % heads == 0)
+        require(heads >= 1 and even, f"model.width {width} is not a multiple of model.heads {heads}")
+        require(self.e % 2 == 0, f"head width {self.e} is odd; rotary embeddings need an even one")
         require(
             kv_heads >= 1 and heads % kv_heads == 0, f"model.heads {heads} is not a multiple of kv_heads {kv_heads}"
         )
@@ -129,7 +192,12 @@ class ModelConfig:
     @property
     def e(self) -> int:
         """Head width, E."""
-        return self.d // self.h
+        return self.backbone.head_width or self.d // self.h
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden channels of the MLP."""
+        return self.backbone.mlp_width or 4 * self.d
 
     @property
     def source(self) -> int:

@@ -16,18 +16,18 @@ class _RMSNorm(torch.autograd.Function):
     """y = x / rms(x); dx = (dy - y mean(dy y)) / rms(x), from y and one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = (size.square() / x.shape[-1] + EPS).rsqrt().to(x.dtype)
+        scale = (size.square() / x.shape[-1] + eps).rsqrt().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy,), (y, scale) = grads, ctx.saved_tensors
         along = torch.linalg.vecdot(dy, y).unsqueeze(-1) / y.shape[-1]
-        return torch.addcmul(dy, y, along, value=-1).mul_(scale)
+        return torch.addcmul(dy, y, along, value=-1).mul_(scale), None
 
 
 class _ReLUSquared(torch.autograd.Function):
@@ -115,11 +115,11 @@ class _Split(torch.autograd.Function):
         return whole, None, None
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, eps: float = EPS) -> Tensor:
     """RMSNorm over the last axis, without learned weights; the same shape and type. On cuda torch's kernel is fused."""
     if x.is_cuda:
-        return F.rms_norm(x, (x.shape[-1],), eps=EPS)
-    return _RMSNorm.apply(x)  # pyright: ignore[reportReturnType]
+        return F.rms_norm(x, (x.shape[-1],), eps=eps)
+    return _RMSNorm.apply(x, eps)  # pyright: ignore[reportReturnType]
 
 
 def relu_squared(x: Tensor) -> Tensor:

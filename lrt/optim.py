@@ -24,15 +24,19 @@ def rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: LRT) -> dict[str, dict[str, nn.Parameter]]:
-    """Every trainable parameter by name, in one of `matrix`, `embedding`, `head`, `scalar`."""
-    groups: dict[str, dict[str, nn.Parameter]] = {"matrix": {}, "embedding": {}, "head": {}, "scalar": {}}
+    """Every trainable parameter by name, in one of `matrix`, `embedding`, `head`, `scalar`, `vector`.
+
+    A tied embedding is trained as a head; vectors are biases and weights of norms.
+    """
+    kinds = ("matrix", "embedding", "head", "scalar", "vector")
+    groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in kinds}
     for name, p in model.named_parameters():
-        if "embedding" in name:
-            groups["embedding"][name] = p
-        elif name.startswith("head."):
+        if name == "head.weight" or p is model.unembedding:
             groups["head"][name] = p
+        elif "embedding" in name:
+            groups["embedding"][name] = p
         else:
-            groups["matrix" if p.ndim == 2 else "scalar"][name] = p
+            groups[("scalar", "vector", "matrix")[p.ndim]][name] = p
     return groups
 
 
@@ -94,7 +98,8 @@ class Optimizer:
         """`dtype` is the type in which Muon orthogonalises: the training's own."""
         groups = parameter_groups(model)
         scale = (model.config.d / REFERENCE_WIDTH) ** -0.5
-        rates = {"embedding": config.embedding_lr * scale, "head": config.head_lr * scale, "scalar": config.scalar_lr}
+        head = config.head_lr * scale
+        rates = {"embedding": config.embedding_lr * scale, "head": head, "scalar": config.scalar_lr, "vector": head}
         adam = [{"params": list(groups[kind].values()), "lr": lr} for kind, lr in rates.items() if groups[kind]]
         fused = model.device.type == "cuda"
         self.adam = torch.optim.AdamW(adam, betas=config.betas, eps=1e-10, weight_decay=0.0, fused=fused)

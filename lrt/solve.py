@@ -166,7 +166,7 @@ def _sweep(model: LRT, tokens: TokensBN, passes: list[Pass], buffer: Buffer) -> 
 def finish(model: LRT, tokens: TokensBN, buffer: Buffer, source: StreamBND) -> tuple[Buffer, StreamBND]:
     """Complete keys and values, and the head's input: one more full pass if the sweeps stopped below the top."""
     if model.config.source == model.config.depth:
-        return buffer, source
+        return buffer, model.norm.scale(source)
     full = silent(range(tokens.shape[1]))
     _, written, buffer = next(fold(model, tokens, [full], model.starts(tokens), buffer))
     assert written.hidden is not None

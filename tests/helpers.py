@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lrt.fold import fold
 from lrt.model import LRT
-from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
-from lrt.reference import _token
+from lrt.model_config import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
+from lrt.reference import _logits, _token
 from lrt.schedule import Pass, Schedule, check
 
 
@@ -40,10 +40,23 @@ VARIANTS = [
     )
     if source == 2 or options
 ]
+LLAMA = BackboneConfig(
+    mlp="swiglu", mlp_width=20, tied=True, norm_weights=True, norm_eps=1e-2, embedding_norm=False, qk_norm="none",
+    rope=RopeScaling(kind="llama3", factor=4.0, low=1.0, high=3.0, original=30),
+)  # fmt: skip
+QWEN = BackboneConfig(
+    head_width=8, mlp="swiglu", biases="qkv", norm_weights=True, embedding_norm=False, qk_norm="before"
+)
+OTHER = BackboneConfig(
+    head_width=4, mlp_width=10, biases="all", qk_norm="none", rope=RopeScaling(kind="linear", factor=2.5)
+)
 CORNERS = [
     config(source=3),
     config(source=1, residual=False, residual_scalars=False, softcap=None, gate_width=None, value_embeddings="all"),
     config(window_pattern="SSL", window=1, kv_heads=1, projection="shared", rope_theta=50.0),
+    config(backbone=LLAMA, source=3, softcap=None, residual_scalars=False, value_embeddings="none"),
+    config(backbone=QWEN, projection="shared", softcap=None, residual_scalars=False),
+    config(backbone=OTHER, source=3, window_pattern="L"),
     replace(config(), memory=MEMORY_OFF),
 ]
 """What the variants leave out: every option at another value, and no memory at all."""
@@ -58,7 +71,8 @@ def label(cfg: ModelConfig) -> str:
     """A readable test id."""
     m = cfg.memory
     options = [f"kv{cfg.k}", cfg.window_pattern, cfg.value_embeddings, m.projection, "residual" if m.residual else "-"]
-    return "/".join([*options, f"source{cfg.source}"])
+    back = {id(LLAMA): "llama", id(QWEN): "qwen", id(OTHER): "other"}.get(id(cfg.backbone), "nanochat")
+    return "/".join([*options, f"source{cfg.source}", back])
 
 
 def randomised(cfg: ModelConfig, seed: int = 0, scale: float = 0.6) -> LRT:
@@ -142,8 +156,7 @@ def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[T
             x, memory[t] = _token(w, c, row[t], t, reads, seen)
             for layer, extended in zip(past, seen, strict=True):
                 layer[t] = extended[t]
-            z = w["head.weight"] @ (x / torch.sqrt((x * x).mean() + 1e-6))
-            logits.append(c.softcap * torch.tanh(z / c.softcap) if c.softcap else z)
+            logits.append(_logits(w, c, x))
         found.append((torch.stack(logits), torch.stack([memory[t] for t in p.positions])))
     return found
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrt.config import DataConfig, OptimConfig, RunConfig, TrainConfig, from_dict, to_dict
-from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
+from lrt.model_config import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
 from lrt.recipes import RECIPES, recipe
 
 NAN = float("nan")
@@ -36,6 +36,14 @@ BAD: list[tuple[type, dict, list[str]]] = [
     (ModelConfig, {"softcap": INF}, ["model.softcap is inf", "positive or none"]),
     (ModelConfig, {"rope_theta": 0.0}, ["model.rope_theta is 0.0", "positive"]),
     (ModelConfig, {"value_embeddings": "some"}, ["model.value_embeddings is 'some'", "alternating"]),
+    (BackboneConfig, {"mlp": "gelu"}, ["model.backbone.mlp is 'gelu'", "swiglu"]),
+    (BackboneConfig, {"biases": "some"}, ["model.backbone.biases is 'some'", "qkv"]),
+    (BackboneConfig, {"qk_norm": "both"}, ["model.backbone.qk_norm is 'both'", "before"]),
+    (BackboneConfig, {"mlp_width": 0}, ["model.backbone.mlp_width is 0", "at least 1"]),
+    (BackboneConfig, {"norm_eps": 0.0}, ["model.backbone.norm_eps is 0.0", "positive"]),
+    (RopeScaling, {"kind": "yarn"}, ["model.backbone.rope.kind is 'yarn'", "llama3"]),
+    (RopeScaling, {"low": 4.0, "high": 4.0}, ["low 4.0, high 4.0", "low < high"]),
+    (ModelConfig, {"width": 24, "backbone": BackboneConfig(head_width=3)}, ["head width 3 is odd"]),
     (ModelConfig, {"depth": 3, "memory": MemoryConfig(source=4)}, ["model.memory.source is block 4", "blocks 1..3"]),
     (ModelConfig, {"depth": 3, "memory": MemoryConfig(source=0)}, ["model.memory.source is block 0", "blocks 1..3"]),
     (ModelConfig, {"depth": 1, "memory": MemoryConfig(gate_width=65)}, ["gate_width is 65", "width, 64"]),

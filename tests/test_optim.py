@@ -28,7 +28,8 @@ def test_every_parameter_is_in_exactly_one_group(cfg: ModelConfig):
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert all(p.ndim == 2 for p in groups["matrix"].values())
     assert all(p.ndim == 0 for p in groups["scalar"].values())
-    assert set(groups["head"]) == {"head.weight"}
+    assert all(p.ndim == 1 for p in groups["vector"].values())
+    assert set(groups["head"]) == {"embedding.weight" if cfg.backbone.tied else "head.weight"}
     assert all("embedding" in name for name in groups["embedding"])
     optimizer = Optimizer(model, OptimConfig())
     stepped = [id(p) for o in (optimizer.adam, optimizer.muon) for group in o.param_groups for p in group["params"]]

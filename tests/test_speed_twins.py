@@ -40,7 +40,7 @@ def slow(monkeypatch):
     """A switch to the plain formulae."""
 
     def switch() -> None:
-        monkeypatch.setattr(lrt.model, "rms_norm", lambda x: F.rms_norm(x, (x.shape[-1],), eps=1e-6))
+        monkeypatch.setattr(lrt.model, "rms_norm", lambda x, eps: F.rms_norm(x, (x.shape[-1],), eps=eps))
         monkeypatch.setattr(lrt.model, "relu_squared", lambda x: F.relu(x).square())
         monkeypatch.setattr(lrt.model, "weighted_sum", lambda ws, xs: sum(w * x for w, x in zip(ws, xs, strict=True)))
         monkeypatch.setattr(lrt.attention, "turn", plain_turn)
