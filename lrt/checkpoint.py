@@ -163,11 +163,12 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
     checkpoint = open_checkpoint(Path(folder))
     run = checkpoint.folder.parent.parent
     tokenizer = load_tokenizer(run / "tokenizer")
-    if tokenizer.vocab_size != checkpoint.config.model.vocab_size:
+    if tokenizer.vocab_size > checkpoint.config.model.vocab_size:  # a smaller one: other families pad theirs
         raise ValueError(
             f"{run / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}; "
             "they do not belong together: restore the run's own tokenizer"
         )
+    tokenizer.widen(checkpoint.config.model.vocab_size)
     return Loaded(checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run)
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": Command("lrt.commands:evaluate", "bits per byte of a run in every mode"),
     "sample": Command("lrt.commands:sample", "continue a prompt, decoding with memory"),
     "chat": Command("lrt.commands:chat", "talk to a model; its state is kept between turns"),
+    "convert": Command("lrt.hf.convert:main", "import a Llama or Qwen checkpoint, or add memory to a model"),
     "bench": Command("lrt.commands:bench", "measure on this machine: bench train, bench decode"),
 }
 

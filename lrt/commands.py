@@ -129,6 +129,8 @@ class Train:
     """Run folder; by default runs/NAME."""
     resume: Path | None = None
     """Continue the run in this folder from its newest valid checkpoint; no other flag may be given."""
+    init_from: Path | None = None
+    """Start from the weights of this run, of whatever step, with its model and tokenizer (see `lrt convert`)."""
 
 
 def train(args: list[str]) -> int:
@@ -137,6 +139,8 @@ def train(args: list[str]) -> int:
     from lrt.train import train as run_training
 
     base = recipe(_named(args, "--recipe", "cpu_demo"))
+    origin = _named(args, "--init-from", "")
+    base = replace(base, **_from_run(base, Path(origin))) if origin else base
     given = parse(Train, args, "train", default=Train(config=base, recipe=base.name))
     folder, config = given.out or Path("runs") / given.config.name, given.config
     if given.resume is not None:
@@ -153,6 +157,19 @@ def train(args: list[str]) -> int:
         )
     print(f"{folder}: decoded BPB {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
     return 0
+
+
+def _from_run(base: RunConfig, run: Path) -> dict[str, Any]:
+    """The parts of `base` that a run to start from replaces: model, tokenizer, and what must fit them."""
+    from lrt.checkpoint import open_checkpoint
+
+    found = open_checkpoint(run)
+    length = min(base.train.length, found.config.model.context)
+    return {
+        "model": found.config.model,
+        "data": replace(base.data, tokenizer=str(found.folder.parent.parent / "tokenizer")),
+        "train": replace(base.train, init_from=str(run), length=length),
+    }
 
 
 def _named(args: list[str], flag: str, default: str) -> str:

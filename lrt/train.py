@@ -80,9 +80,15 @@ def horizon(config: RunConfig) -> int:
 
 
 def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
-    """The configuration with everything that depends on data and machine filled in: what is stored and resumed."""
-    device = resolve_device(config.train.device)
-    model = replace(config.model, vocab_size=prepared.tokenizer.vocab_size, bos=prepared.tokenizer.bos)
+    """The configuration with everything that depends on data and machine filled in: what is stored and resumed.
+
+    A model that starts from another's weights keeps its vocabulary, which may be larger than the tokenizer's.
+    """
+    device, known = resolve_device(config.train.device), prepared.tokenizer.vocab_size
+    size = config.model.vocab_size if config.train.init_from else known
+    require(known <= size, f"the tokenizer has {known} tokens, the model only {size}; use the tokenizer it came with")
+    prepared.tokenizer.widen(size)
+    model = replace(config.model, vocab_size=size, bos=prepared.tokenizer.bos)
     train = replace(config.train, device=device.type, dtype=resolve_dtype(config.train.dtype, device))
     return replace(config, model=model, train=train)
 
@@ -146,6 +152,8 @@ class Session:
         sizes = prepared.tokenizer.token_bytes()
         self.rows: Rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
         self.model = LRT.build(config.model, self.device, t.seed)
+        if t.init_from is not None and started is None:
+            self._begin_from(Path(t.init_from))
         self.model.execution = t.execution
         self.dtype = torch.bfloat16 if t.dtype == "bfloat16" else torch.float32
         self.optimizer = Optimizer(self.model, config.optim, self.dtype)
@@ -167,6 +175,13 @@ class Session:
             parameters=groups | {"total": sum(groups.values())}, schedule=self.config.train.schedule,
             device=str(self.device), dtype=self.config.train.dtype, peak_flops=self.peak, peak_source=self.peak_source,
         )  # fmt: skip
+
+    def _begin_from(self, run: Path) -> None:
+        """Take over the weights of another run of the same model; its context may differ."""
+        found, mine = checkpoint.open_checkpoint(run), self.config.model
+        theirs = replace(found.config.model, context=mine.context, bos=mine.bos)
+        require(theirs == mine, f"{run} is of another model than this config's; leave the model's flags to --init-from")
+        checkpoint.load_weights(self.model, found.model(self.device).state_dict())
 
     def _restore(self, started: Checkpoint) -> None:
         data, here = started.extra.get("data"), self.prepared.train.hash

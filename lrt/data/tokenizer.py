@@ -64,6 +64,11 @@ class Tokenizer(ABC):
         """Bytes of text each id stands for, int32 [V]; 0 for special tokens. The denominator of bits per byte."""
         return np.array([len(spelling) for spelling in self._spellings], dtype=np.int32)
 
+    def widen(self, size: int) -> None:
+        """Take ids up to `size` for known, and spell nothing by them: other families' models have more than words."""
+        self._spellings += [b""] * (size - self.vocab_size)
+        self.vocab_size = size
+
     def _spell(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
             raise ValueError(

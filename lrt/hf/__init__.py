@@ -1,0 +1,1 @@
+"""Other families and transformers: conversion both ways."""
