@@ -151,6 +151,12 @@ class Cache(NamedTuple):
         memory, length = torch.cat((part.memory, self.memory[n:])), torch.cat((part.length, self.length[n:]))
         return self._replace(memory=memory, length=length, longest=part.longest)
 
+    def clear(self, row: int) -> Cache:
+        """This state with one row empty; its slots are not touched: nobody sees what they hold."""
+        memory, length = self.memory.clone(), self.length.clone()
+        memory[row], length[row] = 0, 0
+        return self._replace(memory=memory, length=length)
+
     def take(self, rows: Tensor) -> Cache:
         """An independent copy whose row i is this state's row `rows[i]`: n samples from one prompt, or a kept state."""
         keys, values = (tuple(x[rows] for x in xs) for xs in (self.keys, self.values))

@@ -33,7 +33,8 @@ COMMANDS = {
     "sample": Command("lrt.commands:sample", "continue a prompt, decoding with memory"),
     "chat": Command("lrt.commands:chat", "talk to a model; its state is kept between turns"),
     "convert": Command("lrt.hf.convert:main", "import a Llama or Qwen checkpoint, or add memory to a model"),
-    "bench": Command("lrt.commands:bench", "measure on this machine: bench train, bench decode"),
+    "serve": Command("lrt.serve.command:main", "serve a model: an OpenAI-compatible API and a page"),
+    "bench": Command("lrt.commands:bench", "measure on this machine: bench train, decode, serve"),
 }
 
 

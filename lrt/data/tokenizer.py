@@ -32,6 +32,7 @@ class Tokenizer(ABC):
         vocab_size: number of ids V; every id is in [0, V).
         bos: the id put in front of each document; text alone never encodes to it.
         hash: sha256 hex of the canonical content; equal hashes mean equal encodings.
+        specials: the special tokens' names and ids; no text encodes to them, so who wants one puts its id.
     """
 
     def __init__(self, *, spellings: list[bytes], bos: int, canonical: str) -> None:
@@ -39,6 +40,7 @@ class Tokenizer(ABC):
         self.bos = bos
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
         self._spellings = spellings
+        self.specials: dict[str, int] = {}
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -117,6 +119,7 @@ class BPETokenizer(Tokenizer):
         super().__init__(spellings=spellings, bos=token, canonical=json.dumps([bos, content], sort_keys=True))
         specials = {i: t.content for i, t in self._core.get_added_tokens_decoder().items() if t.special} | {token: bos}
         self._specials = frozenset(specials)
+        self.specials = {text: i for i, text in specials.items()}
         # Matches nothing but the place inside a written-out special token, after its first character.
         inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in specials.values() if len(text) > 1)
         self._inside_special = re.compile("|".join(inside))

@@ -1,0 +1,85 @@
+"""`lrt serve`: load a model, open a port, answer until told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from lrt.cli import parse
+from lrt.model_config import require
+from lrt.serve.settings import Settings
+
+SWITCH_INTERVAL = 5e-4
+"""Seconds a thread may hold the interpreter while the other waits: the step must not wait 5 ms for the web side."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model: OpenAI-compatible API, a page to write and inspect at /, Prometheus metrics (docs/serving.md)."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    host: str = "127.0.0.1"
+    """Address to listen at; by default only this machine can connect."""
+    port: int = 8000
+    """Port; 0 takes any free one."""
+    name: str | None = None
+    """Name of the model in the API; by default the run's."""
+    api_key: str | None = None
+    """Ask for this key as a bearer token; the variable LRT_API_KEY does the same, unseen in the list of processes."""
+    drain: int = 30
+    """Seconds that running answers have left after SIGTERM."""
+    threads: int | None = None
+    """Threads of a step; by default one core less than there are, which is the web side's."""
+    compile: bool = False
+    """Compile the step; it takes a minute or so, once."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+
+def main(args: list[str]) -> int:
+    """Run the server until SIGINT or SIGTERM."""
+    given = parse(Serve, args, "serve")
+    try:
+        import uvicorn
+
+        from lrt.serve.api import create_app
+        from lrt.serve.calls import Served
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; install latent-recurrent-transformer[serve]") from None
+    from lrt.checkpoint import load_model
+    from lrt.hardware import resolve_device
+    from lrt.solve import compiled, one_token
+
+    require(given.drain >= 0, f"--drain is {given.drain}; give at least 0 seconds")
+    require(0 <= given.port < 2**16, f"--port is {given.port}; give 0 to 65535")
+    torch.set_num_threads(given.threads or max(1, (os.cpu_count() or 2) - 1))
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    loaded = load_model(given.run, resolve_device(given.device))
+    served = Served(loaded, given.settings, given.name, compiled() if given.compile else one_token)
+    app = create_app(served, given.api_key or os.environ.get("LRT_API_KEY") or None)
+    listener = _listen(given.host, given.port)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=given.drain,
+                            limit_concurrency=1024, server_header=False, ws="none")  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    print(f"{served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host} port {port} ({error.strerror}): choose another --port") from None

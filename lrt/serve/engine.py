@@ -1,0 +1,323 @@
+"""The engine: one thread that runs the batch, and beside it, a chunk at a time, everything else that needs the model.
+
+A cycle: drop what was cancelled or has expired, seat what waits, one chunk of one lane (a long prompt's sweeps, a
+score), one step of the batch. Requests come in through `submit`; events go out to the event loop, once per cycle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from lrt.batch import Batch, Emission, Request
+from lrt.cache import Cache
+from lrt.decode import DEFAULT_SWEEPS
+from lrt.model import LRT
+from lrt.sampling import Sampling
+from lrt.serve.metrics import Metrics
+from lrt.serve.settings import Settings
+from lrt.serve.states import Kept, Store
+from lrt.solve import OneToken, Plan, one_token, solve
+from lrt.streaming import DecodeBytes, TextStream
+
+log = logging.getLogger("lrt.serve")
+Lane = Generator[None, None, Any]
+"""Work done a chunk at a time; what it returns is the result."""
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+    def __init__(self, retry_after: int):
+        super().__init__("the queue is full")
+        self.retry_after = retry_after
+
+
+class Expired(Exception):
+    """The deadline has passed."""
+
+
+class Failed(Exception):
+    """Our own fault."""
+
+
+class Event(NamedTuple):
+    """What a job's owner hears: a token, the result of a task, or why it ended without."""
+
+    number: int
+    """The job's number within its request."""
+    what: Any
+    """An `Emission`, a task's result, or an exception."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Something the engine does for a request."""
+
+    number: int
+    """Within its request."""
+    events: asyncio.Queue[Event]
+    deadline: float
+    """On time.monotonic's clock."""
+    began: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+
+@dataclass(eq=False)
+class Answer(Job):
+    """One continuation of one prompt."""
+
+    prompt: list[int] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    sample: int = 0
+    top: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    made: list[int] = field(default_factory=list)
+    mark: Tensor | None = None
+    """Memory after the prompt."""
+
+
+@dataclass(eq=False)
+class Task(Job):
+    """Work on the model that is not decoding: scoring, looking inside."""
+
+    work: Callable[[], Lane] = field(default=lambda: iter(()))  # pyright: ignore[reportAssignmentType]
+
+
+@final
+class Engine:
+    """Runs jobs; every method but the private ones may be called from the event loop's thread."""
+
+    def __init__(
+        self, model: LRT, settings: Settings, decode_bytes: DecodeBytes, metrics: Metrics, run: OneToken = one_token
+    ):
+        self.model, self.settings, self.metrics = model, settings, metrics
+        self.capacity = model.config.context
+        self.store = Store(settings.keep_mb * 2**20)
+        self.plan = Plan.parse(settings.prefill, settings.tolerance, DEFAULT_SWEEPS, settings.chunk)
+        cache = Cache.empty(model, settings.shapes[-1], self.capacity)
+        self._batch = Batch(model, cache, run=run, shapes=settings.shapes)
+        self._decode_bytes = decode_bytes
+        self._seated: dict[int, Answer] = {}
+        self._lanes: deque[tuple[Job, Lane]] = deque()
+        self._answers: deque[Answer] = deque()
+        self._tasks: deque[Task] = deque()
+        self._wake = threading.Condition()
+        self._outbox: list[tuple[Job, Event]] = []
+        self._closing = False
+        self._typical = 1.0
+        self._thread = threading.Thread(target=self._run, name="lrt-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin; events go to queues of this loop."""
+        self._loop = loop
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what runs and what waits, then stop; returns when it has."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue all of these jobs, or none: `Busy`."""
+        with self._wake:
+            waiting = len(self._answers) + len(self._tasks)
+            if waiting + len(jobs) > self.settings.queue or self._closing:
+                self.metrics.refused.inc()
+                raise Busy(max(1, math.ceil(self._typical * waiting / self.settings.rows)))
+            self._answers.extend(job for job in jobs if isinstance(job, Answer))
+            self._tasks.extend(job for job in jobs if isinstance(job, Task))
+            self._wake.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: their rows are free at the next step."""
+        for job in jobs:
+            job.cancelled = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not (self._seated or self._lanes or self._answers or self._tasks)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while self.idle and not self._closing:
+                    self._gauges()
+                    self._wake.wait()
+                if self.idle:
+                    return
+            try:
+                self._cycle()
+            except Exception as error:  # better all of them than a server that hangs
+                log.exception("a step failed")
+                self._abandon(error)
+            self._flush()
+
+    @torch.no_grad()
+    def _cycle(self) -> None:
+        self._drop(time.monotonic())
+        self._admit()
+        if self._lanes:
+            self._advance_lane()
+        if self._batch.running:
+            for emission in self._batch.draw():
+                self._emitted(emission)
+        self._gauges()
+        self._flush()
+        if self._batch.running:
+            ending = [r for r in self._batch.running if len(r.prompt) == 1]
+            self._batch.advance()
+            self.metrics.steps.inc()
+            for r in ending:
+                self._seated[r.row].mark = self._batch.cache.memory[r.row].clone()
+
+    def _drop(self, now: float) -> None:
+        """Forget jobs that were cancelled or whose time is up."""
+        over = [job for job in self._jobs() if job.cancelled or now > job.deadline]
+        if not over:
+            return
+        for job in over:
+            (self.metrics.cancelled if job.cancelled else self.metrics.expired).inc()
+            self._post(job, Expired())
+        gone = set(map(id, over))
+        with self._wake:
+            self._answers = deque(job for job in self._answers if id(job) not in gone)
+            self._tasks = deque(job for job in self._tasks if id(job) not in gone)
+        self._lanes = deque((job, lane) for job, lane in self._lanes if id(job) not in gone)
+        for row in [row for row, answer in self._seated.items() if id(answer) in gone]:
+            self._free(row)
+
+    def _jobs(self) -> list[Job]:
+        with self._wake:
+            waiting = [*self._answers, *self._tasks]
+        return [*self._seated.values(), *(job for job, _ in self._lanes if isinstance(job, Task)), *waiting]
+
+    def _admit(self) -> None:
+        """Seat answers that wait, as long as there are rows, and begin tasks, as long as few are under way."""
+        for row in range(self.settings.rows):
+            if row in self._seated:
+                continue
+            with self._wake:
+                answer = self._answers.popleft() if self._answers else None
+            if answer is None:
+                break
+            self._seat(answer, row)
+        while self._tasks and len(self._lanes) < self.settings.rows:
+            with self._wake:
+                task = self._tasks.popleft()
+            self._lanes.append((task, task.work()))
+
+    def _seat(self, answer: Answer, row: int) -> None:
+        self._seated[row] = answer
+        kept, done = self.store.find(answer.prompt)
+        self.metrics.prompt_tokens.inc(len(answer.prompt))
+        self.metrics.reused_tokens.inc(done)
+        rest = len(answer.prompt) - 1 - done
+        if self.plan.stride and rest >= self.settings.sweep_from:
+            self._lanes.append((answer, self._sweep(answer, row, kept, done)))
+            return
+        cache = self._batch.cache
+        self._batch.cache = kept.into(cache, row, done) if kept else cache.clear(row)
+        self._join(answer, row, done)
+
+    def _sweep(self, answer: Answer, row: int, kept: Kept | None, done: int) -> Lane:
+        """Take in all of a long prompt but its last token, a chunk at a time, then join the batch."""
+        cache, known = Cache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
+        cache = kept.into(cache, 0, done) if kept else cache
+        tokens = torch.tensor([known[done:]], device=self.model.device)
+        for _, solved in solve(self.model, tokens, torch.full_like(tokens[:, 0], tokens.shape[1]), cache, self.plan):
+            cache = solved.cache
+            yield
+        self.metrics.swept_tokens.inc(len(known) - done)
+        self.store.add(known, cache, 0, {len(known): cache.memory[0].clone()})
+        self._batch.cache = self._batch.cache.put(torch.tensor([row], device=tokens.device), cache)
+        self._join(answer, row, len(known))
+
+    def _join(self, answer: Answer, row: int, done: int) -> None:
+        law = answer.sampling
+        left = min(law.max_new_tokens, self.capacity - len(answer.prompt) + 1)
+        stream = TextStream(self._decode_bytes, law.stop)
+        prompt = answer.prompt[done:][::-1]
+        request = Request(row, law, answer.stop_tokens, left, stream, answer.sample, done, prompt, answer.top)
+        self._batch.join(request, answer.prompt)
+
+    def _advance_lane(self) -> None:
+        """One chunk of the lane whose turn it is."""
+        job, lane = self._lanes.popleft()
+        try:
+            next(lane)
+            self._lanes.append((job, lane))
+        except StopIteration as end:
+            if isinstance(job, Task):
+                self._post(job, end.value)
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                log.exception("a task failed")
+            self._post(job, error if isinstance(error, ValueError) else Failed())
+            for row in [row for row, answer in self._seated.items() if answer is job]:
+                self._free(row)
+
+    def _emitted(self, emission: Emission) -> None:
+        answer, now = self._seated[emission.row], time.monotonic()
+        if not answer.made:
+            self.metrics.first_token.observe(now - answer.began)
+        answer.made.append(emission.token)
+        self.metrics.tokens.inc()
+        self._post(answer, emission)
+        if emission.finish:
+            self.metrics.seconds.observe(now - answer.began)
+            self._typical += 0.1 * (now - answer.began - self._typical)
+            self._keep(emission.row, answer)
+            self._free(emission.row)
+
+    def _keep(self, row: int, answer: Answer) -> None:
+        """Keep the state of a finished answer: it has taken in all but its last token."""
+        tokens, cache = [*answer.prompt, *answer.made[:-1]], self._batch.cache
+        assert answer.mark is not None
+        self.store.add(tokens, cache, row, {len(answer.prompt): answer.mark, len(tokens): cache.memory[row].clone()})
+
+    def _free(self, row: int) -> None:
+        self._seated.pop(row, None)
+        self._batch.leave(row)
+
+    def _abandon(self, error: Exception) -> None:
+        """A step has failed: everyone in it is told."""
+        for job in {*self._seated.values(), *(job for job, _ in self._lanes)}:
+            self._post(job, Failed())
+        self._lanes.clear()
+        for row in list(self._seated):
+            self._free(row)
+
+    def _post(self, job: Job, what: Any) -> None:
+        self._outbox.append((job, Event(job.number, what)))
+
+    def _flush(self) -> None:
+        if self._outbox and self._loop is not None:
+            events, self._outbox = self._outbox, []
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
+                self._loop.call_soon_threadsafe(_deliver, events)
+
+    def _gauges(self) -> None:
+        self.metrics.running.set(len(self._seated))
+        self.metrics.waiting.set(len(self._answers) + len(self._tasks))
+        self.metrics.kept_bytes.set(self.store.size)
+
+
+def _deliver(events: list[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.events.put_nowait(event)

@@ -1,0 +1,121 @@
+"""Looking inside: what the memory does to every token of a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrt.batch import Ranked, ranked
+from lrt.decode import states
+from lrt.evals.bpb import bits_per_byte
+from lrt.model import LRT, Attention, Block, ResidualInjection
+from lrt.schedule import Schedule
+from lrt.serve.engine import Lane
+from lrt.serve.text import Vocabulary
+
+KINDS = ("residual", "key", "value")
+
+
+class Strengths:
+    """How much the memory adds to what is there without it, per layer and position, while passes run under `watch`.
+
+    residual: |gamma m| / |alpha x + beta x0|; key, value: |g_memory W m| / |the same without memory|, over all heads.
+    Taken as differences between the model's own formulas with memory and without it; the last pass over a position
+    stands, which is the settled one.
+    """
+
+    def __init__(self, model: LRT, length: int):
+        self.model = model
+        self.values = {kind: torch.zeros(model.config.depth, length) for kind in KINDS}
+        self._at = torch.empty(0, dtype=torch.int64)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record the passes of one row that run inside."""
+        hooks = [self.model.register_forward_pre_hook(self._begin)]
+        for layer, block in enumerate(self.model.blocks):
+            assert isinstance(block, Block)
+            hooks += [part.register_forward_pre_hook(self._seen(layer)) for part in (block.injection, block.attention)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._at = inputs[1].queries.reshape(-1)
+
+    def _seen(self, layer: int):
+        def hook(part: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(part, ResidualInjection):
+                x, x0, memory = inputs
+                self._record(layer, "residual", part.forward(x, x0, memory), part.forward(x, x0, None))
+            elif isinstance(part, Attention):
+                a, tokens, memory, shared = inputs[:4]
+                pairs = zip(
+                    part.keys_values(a, tokens, memory, shared), part.keys_values(a, tokens, None, None), strict=True
+                )
+                for kind, (with_memory, without) in zip(("key", "value"), pairs, strict=True):
+                    self._record(layer, kind, with_memory.flatten(2), without.flatten(2))
+
+        return hook
+
+    def _record(self, layer: int, kind: str, with_memory: Tensor, without: Tensor) -> None:
+        strength = (with_memory - without).norm(dim=-1) / without.norm(dim=-1).clamp(min=1e-12)
+        self.values[kind][layer, self._at.cpu()] = strength[0].float().cpu()
+
+
+def trained_without_memory(schedule: str, length: int) -> bool:
+    """Whether some pass with loss read no memory: the first pass of a schedule never has any to read."""
+    return any(s.passes(length)[0].weight > 0 for s in Schedule.parse(schedule).every_draw())
+
+
+def inspect(model: LRT, words: Vocabulary, ids: list[int], top: int, **how: Any) -> Lane:
+    """Score `ids` [T] decoded and with the memory reset at every token; `how` are `states`' mode, tolerance, chunk.
+
+    Returns plain data: tokens with both log-probabilities (nats) and alternatives, BPB in both modes, strengths by
+    layer and by the position that predicts the token.
+    """
+    strengths = Strengths(model, len(ids) - 1)
+    decoded = yield from score(model, ids, top, strengths if model.config.memory.on else None, **how)
+    zero = yield from score(model, ids, top, mode="zero_memory")
+    sizes = torch.tensor([len(words.tokenizer.decode_bytes([i])) for i in ids[1:]])
+    bpb = {}
+    for name, rows in (("decoded", decoded), ("zero", zero)):
+        bits = bits_per_byte(torch.tensor([-p for p, _ in rows]), sizes)
+        bpb[name] = bits if math.isfinite(bits) else None
+    tokens = [
+        {"id": i, "text": words.spell(i), "bytes": list(words.tokenizer.decode_bytes([i]))}
+        | {"decoded": _spelled(words, d), "zero": _spelled(words, z)}
+        for i, d, z in zip(ids[1:], decoded, zero, strict=True)
+    ]
+    rounded = {kind: [[round(x, 5) for x in row] for row in rows.tolist()] for kind, rows in strengths.values.items()}
+    return {"tokens": tokens, "bpb": bpb, "strength": rounded}
+
+
+def _spelled(words: Vocabulary, scored: tuple[float, Ranked]) -> dict[str, Any]:
+    value, best = scored
+    return {"logprob": value, "top": [[words.spell(token), p] for token, p in best]}
+
+
+def score(model: LRT, ids: list[int], top: int, strengths: Strengths | None = None, **how: Any) -> Lane:
+    """Log-probability and alternatives of every token of `ids` but the first; `how` are `states`' options."""
+    found: list[tuple[float, Ranked]] = []
+    passes = states(model, torch.tensor([ids[:-1]], device=model.device), **how) if len(ids) > 1 else iter(())
+    while True:
+        with strengths.watch() if strengths else nullcontext():
+            solved = next(passes, None)
+        if solved is None:
+            return found
+        first, hidden, _ = solved
+        aims = ids[first + 1 : first + 1 + hidden.shape[1]]
+        logits = model.logits(hidden[0])
+        values = logits.double().log_softmax(-1).gather(-1, torch.tensor(aims, device=logits.device)[:, None])
+        best = ranked(logits, [top] * len(aims)) if top else [()] * len(aims)
+        found += zip(values[:, 0].tolist(), best, strict=True)
+        yield

@@ -1,0 +1,58 @@
+"""What a server is allowed to do, and how it decodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lrt.decode import DEFAULT_MODE
+from lrt.model_config import require
+from lrt.solve import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Limits and decoding of a server."""
+
+    rows: int = 32
+    """Answers that decode together."""
+    queue: int = 128
+    """Answers that may wait for a row; a request that does not fit is refused (429)."""
+    max_prompt: int | None = None
+    """Longest prompt in tokens; by default what the model's context leaves room for."""
+    max_output: int | None = None
+    """Most tokens of one answer; by default the model's context."""
+    max_choices: int = 64
+    """Most answers of one request: prompts times n."""
+    max_body: int = 1_000_000
+    """Largest request body in bytes."""
+    deadline: float = 120.0
+    """Seconds after which a request is given up (408)."""
+    keep_mb: int = 256
+    """Memory for the states of finished conversations, in MB; 0 keeps none."""
+    prefill: str = DEFAULT_MODE
+    """How long prompts are taken in: jacobi or interleaved-G sweeps, or exact: all prompts step with the batch."""
+    tolerance: float = 1e-5
+    """Relative change of the memory at which sweeps stop; at 1e-5 what is left is rounding (docs/serving.md)."""
+    chunk: int = 128
+    """Positions of a long prompt that are taken in between two steps of the batch."""
+    sweep_from: int = 64
+    """Tokens from which a prompt is swept; shorter ones step with the batch, at no cost to the others."""
+
+    def __post_init__(self) -> None:
+        Plan.parse(self.prefill, self.tolerance, 1, self.chunk)
+        for name in ("rows", "queue", "max_choices", "max_body", "sweep_from"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        for name in ("max_prompt", "max_output"):
+            limit = getattr(self, name)
+            require(limit is None or limit >= 1, f"--{name.replace('_', '-')} is {limit}; give at least 1, or none")
+        require(self.keep_mb >= 0, f"--keep-mb is {self.keep_mb}; give at least 0, which keeps nothing")
+        require(self.deadline > 0, f"--deadline is {self.deadline}; give some seconds")
+
+    @property
+    def shapes(self) -> tuple[int, ...]:
+        """Numbers of rows a step computes: 8, 16, 32, .. up to all. Steps of 4 rows and more agree bit for bit where
+        this was measured (docs/serving.md), so that a row does not notice how many others there are."""
+        sizes = [8]
+        while sizes[-1] < self.rows:
+            sizes.append(2 * sizes[-1])
+        return tuple(sizes)

@@ -1,0 +1,142 @@
+"""Between text and tokens: prompts, conversations, and tokens as the API spells them."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+from lrt.batch import Ranked
+from lrt.data import Tokenizer
+
+TURN, NEXT = "USER: {}\nBOT:", "\nUSER:"
+"""How `lrt chat` writes a turn, and what ends an answer."""
+
+
+@final
+class Vocabulary:
+    """A tokenizer as the API needs it."""
+
+    def __init__(self, tokenizer: Tokenizer, folder: Path | None = None) -> None:
+        """`folder` may hold a chat template: chat_template.jinja, or `chat_template` in tokenizer_config.json."""
+        self.tokenizer, self._names = tokenizer, {i: name for name, i in tokenizer.specials.items()}
+        self._template = _chat_template(folder)
+        self._special = re.compile("|".join(re.escape(s) for s in sorted(tokenizer.specials, key=len, reverse=True)))
+
+    def opened(self, text: str) -> list[int]:
+        """`text` as the beginning of a document."""
+        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+
+    def spell(self, token: int) -> str:
+        """A token as text; one that is no text by itself as `bytes:\\x..`, a special one by its name."""
+        data = self.tokenizer.decode_bytes([token])
+        if not data:
+            return self._names.get(token, f"<|{token}|>" if token != self.tokenizer.bos else "<|bos|>")
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], tuple[str, ...]]:
+        """A conversation as a prompt, and the texts that end its answer. ValueError: the template refuses it."""
+        if self._template is None:
+            return self._plain(messages), (NEXT,)
+        return self._rendered(messages), ()
+
+    def _plain(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """As `lrt chat` writes it; every message is encoded by itself, so that an answer keeps its tokens."""
+        ids, answered = [self.tokenizer.bos], False
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("messages end with the assistant's; the last one must be the user's")
+        for message in messages:
+            text = message["content"]
+            if message["role"] == "assistant":
+                text = text if text[:1].isspace() else f" {text}"
+            elif message["role"] == "user":
+                text = ("\n" if answered else "") + TURN.replace("{}", text)
+            else:
+                text = f"{text}\n"
+            answered = message["role"] == "assistant"
+            ids += self.tokenizer.encode(text)
+        return ids
+
+    def _rendered(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """By the tokenizer's template. Contents are put in after rendering: they can never spell a special token."""
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        places = [f"\ue000{i}\ue001" for i in range(len(messages))]
+        marked = [m | {"content": place} for m, place in zip(messages, places, strict=True)]
+        bos = self._names.get(self.tokenizer.bos, "")
+        try:
+            template = environment.from_string(self._template or "")
+            text = template.render(messages=marked, add_generation_prompt=True, bos_token=bos, eos_token="")
+        except TemplateError as error:
+            raise ValueError(f"messages do not fit the model's chat template: {error}") from None
+        ids: list[int] = []
+        for i, part in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+            ids += self.tokenizer.encode(messages[int(part)]["content"]) if i % 2 else self._with_specials(part)
+        return ids if ids[:1] == [self.tokenizer.bos] else [self.tokenizer.bos, *ids]
+
+    def _with_specials(self, text: str) -> list[int]:
+        ids, at = [], 0
+        for found in self._special.finditer(text) if self.tokenizer.specials else ():
+            ids += [*self.tokenizer.encode(text[at : found.start()]), self.tokenizer.specials[found[0]]]
+            at = found.end()
+        return [*ids, *self.tokenizer.encode(text[at:])]
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _chat_template(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else None
+
+
+@final
+class Listing:
+    """Tokens with their log-probabilities, in the shapes of the two endpoints; offsets count on from token to token."""
+
+    def __init__(self, vocabulary: Vocabulary, offset: int = 0) -> None:
+        self._words, self._offset = vocabulary, offset
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def completion(self, tokens: Sequence[tuple[int, float | None, Ranked]]) -> dict[str, list]:
+        """`logprobs` of /v1/completions."""
+        spell, offsets = self._words.spell, []
+        for token, _, _ in tokens:
+            offsets.append(self._offset)
+            self._offset += len(self._utf8.decode(self._words.tokenizer.decode_bytes([token])))
+        tops = [
+            None if value is None else {spell(t): p for t, p in (*top, (token, value))} for token, value, top in tokens
+        ]
+        return {
+            "tokens": [spell(token) for token, _, _ in tokens],
+            "token_logprobs": [value for _, value, _ in tokens],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+    def chat(self, tokens: Sequence[tuple[int, float | None, Ranked]]) -> dict[str, Any]:
+        """`logprobs` of /v1/chat/completions."""
+
+        def one(token: int, value: float | None) -> dict[str, Any]:
+            data = self._words.tokenizer.decode_bytes([token])
+            return {"token": self._words.spell(token), "logprob": value, "bytes": list(data)}
+
+        listed = [one(token, value) | {"top_logprobs": [one(*pair) for pair in top]} for token, value, top in tokens]
+        return {"content": listed, "refusal": None}

@@ -1,0 +1,80 @@
+"""A small model in a run folder, and a real server for it on a free loopback port."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from lrt import checkpoint
+from lrt.config import RunConfig, TrainConfig
+from lrt.data import train_bpe
+from lrt.model import LRT
+from lrt.model_config import MemoryConfig, ModelConfig
+from lrt.serve.api import create_app
+from lrt.serve.calls import Served
+from lrt.serve.settings import Settings
+
+WORDS = "def area(self, width, height):\n    return width * height\n# the quick brown fox jumps over the lazy dog é\n"
+
+
+def make_run(folder: Path, context: int = 256, **memory) -> Path:
+    """A run of a random model whose memory matters and whose sweeps settle; nothing is trained."""
+    tokenizer = train_bpe([WORDS * 20], 300)
+    model = ModelConfig(
+        depth=2, width=32, heads=2, context=context, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos,
+        memory=MemoryConfig(**memory),
+    )  # fmt: skip
+    config = RunConfig(name="tiny", model=model, train=TrainConfig(length=32, schedule="settled-1..3"))
+    lrt, random = LRT.build(model, seed=1), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in lrt.named_parameters():
+            if p.ndim == 2 and "embedding" not in name:
+                p.normal_(0, 0.7 / p.shape[1] ** 0.5 * (6 if "head" in name else 1), generator=random)
+    tokenizer.save(folder / "tokenizer")
+    checkpoint.save(folder, 1, config, lrt, {}, {}, keep=1)
+    return folder
+
+
+class Server:
+    """A server in a thread of this process."""
+
+    def __init__(self, run: Path, api_key: str | None = None, **settings):
+        self.loaded = checkpoint.load_model(run)
+        self.served = Served(self.loaded, replace(Settings(), **settings))
+        app = create_app(self.served, api_key)
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none", access_log=False)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self) -> Server:
+        self.thread.start()
+        end = time.monotonic() + 30
+        while not self.server.started:
+            assert time.monotonic() < end and self.thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        host, port = self.server.servers[0].sockets[0].getsockname()[:2]
+        self.address, self.url = (host, port), f"http://{host}:{port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    def metric(self, name: str) -> float:
+        """One of the server's counters."""
+        value = self.served.metrics.registry.get_sample_value(name)
+        assert value is not None, name
+        return value
+
+    def wait_idle(self, seconds: float = 20) -> None:
+        """Wait until nothing runs or waits."""
+        end = time.monotonic() + seconds
+        while not self.served.engine.idle:
+            assert time.monotonic() < end, "the server does not come to rest"
+            time.sleep(0.01)
