@@ -6,15 +6,20 @@ A run folder holds
     tokenizer/                        what decodes its tokens
     metrics.jsonl                     one JSON object a line
     checkpoints/step_00001000/        model.safetensors, optimizer.safetensors, meta.json with their SHA-256
+                                      (a folder ending in .tmp was being written; the next save removes it)
     result.json                       the final evaluation
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from torch import Tensor
 from lrt.config import RunConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
 from lrt.model import LRT
+from lrt.sharding import fill
 
 FORMAT = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
@@ -40,13 +46,17 @@ class Checkpoint:
     step: int
     config: RunConfig
     extra: dict[str, Any]
-    """What the training stored beside it: best BPB, data hash, seconds so far."""
+    """What the training stored beside it: the BPB at this step, data hash, what was spent so far."""
 
     def model(self, device: str | torch.device = "cpu") -> LRT:
         """The model with its weights, in evaluation mode; a weight that does not fit raises ValueError naming it."""
         model = LRT.build(self.config.model, device)
         load_weights(model, _tensors(self.folder / MODEL))
         return model.eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, on the CPU."""
+        return _tensors(self.folder / MODEL)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name."""
@@ -78,27 +88,79 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def save(
-    run: Path, step: int, config: RunConfig, model: LRT, optimizer: dict[str, Tensor], extra: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    config: RunConfig,
+    weights: LRT | dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    extra: dict[str, Any],
+    keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` and drop all but it and the `keep` - 1 before it."""
+    """Write the checkpoint of `step`; keep it, the `keep` - 1 before it, and the best of all by decoded BPB.
+
+    OSError: it cannot be written; then nothing of it stays, and the earlier ones are as they were.
+    """
     folder = run / "checkpoints" / f"step_{step:08d}"
     aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, aside / MODEL)
-    save_file({k: v.detach().contiguous() for k, v in optimizer.items()}, aside / OPTIMIZER)
-    checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
-    meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
-    write_json(aside / META, meta)
+    for left in folder.parent.glob("*.tmp"):  # of writes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        weights = weights.state_dict() if isinstance(weights, LRT) else weights
+        for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / name)
+        checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
+        meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
+        write_json(aside / META, meta)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"{folder} could not be written ({error}); free space or choose another disk, then continue with "
+            f"--resume {run}; the checkpoints before it are whole"
+        ) from None
     replaced = folder.with_name(folder.name + ".old.tmp")
     if folder.exists():  # resumed past a checkpoint that did not verify
         os.replace(folder, replaced)
     os.replace(aside, folder)
+    _sync_folder(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     older = [p for p in checkpoints(run) if p.name <= folder.name]  # a newer one did not verify: it was resumed past
+    best = min(older, key=_score)
     for old in older[:-keep]:
-        shutil.rmtree(old)
+        if old != best or _score(old) == math.inf:
+            shutil.rmtree(old)
     return folder
+
+
+def _score(folder: Path) -> float:
+    """The decoded BPB that a checkpoint was evaluated with; infinite where it was not, or cannot be read."""
+    try:
+        return float(read_json(folder / META, "checkpoint description")["extra"]["bpb"]["decoded"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return math.inf
+
+
+class Writer:
+    """Writes one thing after the other; with `background`, in a thread of its own while training goes on."""
+
+    def __init__(self, background: bool):
+        self.background = background
+        self._pool = ThreadPoolExecutor(1, "lrt-checkpoint") if background else None
+        self._running: Future[None] | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do `work`, or begin it once what was begun before is done; an error of that is raised here."""
+        self.wait()
+        if self._pool is None:
+            work()
+        else:
+            self._running = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong meanwhile."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -106,8 +168,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".tmp" and p.is_dir())
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and open a checkpoint folder, or the newest checkpoint of a run folder."""
+def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
+    """Verify and open a checkpoint folder, or the newest checkpoint of a run folder.
+
+    verify: whether checksums are compared; another process may have done so.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is not a folder; give the folder of a run or of one of its checkpoints")
@@ -128,17 +193,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ):
         raise ValueError(f"{folder / META} lacks step, sha256 or extra; use another checkpoint")
     for name, expected in sums.items():
-        if not (folder / name).is_file() or _hash(folder / name) != expected:
+        if not (folder / name).is_file() or (verify and _hash(folder / name) != expected):
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
     return Checkpoint(folder, step, from_dict(RunConfig, meta.get("config"), str(folder / META)), extra)
 
 
-def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that verifies, and a line for each newer one that did not."""
+def newest_valid(run: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies (see `open_checkpoint`); a line for each newer one that did not."""
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
         try:
-            return open_checkpoint(folder), problems
+            return open_checkpoint(folder, verify), problems
         except ValueError as error:
             problems.append(str(error))
     return None, problems
@@ -182,7 +247,8 @@ def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
         if value.shape != own[name].shape:
             shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
             raise ValueError(f"weight {name} is {shapes}; the checkpoint is of another model: use its own config")
-    model.load_state_dict(weights)
+    for name, value in weights.items():
+        fill(own[name], value)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -204,3 +270,13 @@ def _sync_and_hash(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return _hash(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where folders can be synced."""
+    with contextlib.suppress(OSError):
+        at = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(at)
+        finally:
+            os.close(at)

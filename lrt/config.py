@@ -20,6 +20,7 @@ from lrt.model_config import (
 from lrt.schedule import Schedule
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+Parallelism = Literal["ddp", "fsdp"]
 C = TypeVar("C")
 
 
@@ -104,6 +105,10 @@ class TrainConfig:
     """Rows of one optimizer step, over all devices."""
     micro_batch: int | None = None
     """Rows of one forward and backward on one device; none means the whole share of the batch."""
+    parallel: Parallelism = "ddp"
+    """What torchrun's processes do: `ddp` replicates the model, `fsdp` shards it (docs/scaling.md)."""
+    reshard: bool = False
+    """Under fsdp, give a block back after every pass: least memory, but a gather per pass instead of one per step."""
     length: int = 2048
     """Positions of a row, T."""
     horizon: str = "ratio=20"
@@ -128,7 +133,9 @@ class TrainConfig:
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved. 0: only then."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept; the best one by decoded BPB is kept beside them."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite after which training stops; each one is skipped."""
     log_every: int = 10
     """Steps between metric lines; the loss is read from the device only then."""
     init_from: str | None = None
@@ -148,7 +155,9 @@ class TrainConfig:
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
         for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
             require(value >= 0, f"train.{name} is {value}; it must be at least 0")
+        require(self.max_skipped >= 1, f"train.max_skipped is {self.max_skipped}; it must be at least 1")
         require_choice("train.dtype", self.dtype, Dtype)
+        require_choice("train.parallel", self.parallel, Parallelism)
         _ = self.execution  # checks its own
         micro = self.micro_batch
         require(
@@ -231,6 +240,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Projection": (str,),
     "ValueEmbeddings": (str,),
     "Dtype": (str,),
+    "Parallelism": (str,),
     "Backend": (str,),
     "MLPKind": (str,),
     "Biases": (str,),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lrt.fold import fold
 from lrt.head import head_loss
@@ -66,11 +67,11 @@ class ScheduledLoss(nn.Module):
             starts: boolean [B, T], True where a document starts; by default at the model's BOS token.
             step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
             counts: per pass with loss, the targets its mean runs over, [P]; give the whole step's when accumulating
-                micro-batches (see `targets_per_pass`). By default those of this batch.
+                micro-batches or training on several processes (see `targets_per_pass`). By default this batch's.
         """
         passes = self.passes(step, tokens.shape[1])
         starts = self.model.starts(tokens) if starts is None else starts
-        counts = targets_per_pass(targets, passes) if counts is None else counts
+        counts = (targets_per_pass(targets, passes) if counts is None else counts).clamp(min=1)
         total = sum(p.weight for p in passes)
         hidden, aims, memory_read = [], [], False
         for p, written, buffer in fold(self.model, tokens, passes, starts):
@@ -84,12 +85,13 @@ class ScheduledLoss(nn.Module):
         scales = weights.to(counts.device, non_blocking=True) / counts
         loss, sums = head_loss(self.model.unembedding, self.model.config.softcap, hidden, aims, scales)
         if not memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
-            loss = loss + sum(0.0 * p.sum() for p in self.model.memory_parameters())
+            here = (p for p in self.model.memory_parameters() if not isinstance(p, DTensor))  # not given back by FSDP
+            loss = loss + sum(0.0 * p.sum() for p in here)
         return LossOutput(loss, sums / counts, passes)
 
 
 def targets_per_pass(targets: TokensBN, passes: tuple[Pass, ...]) -> Tensor:
-    """How many targets each pass with loss counts, float [P], at least 1."""
+    """How many targets each pass with loss counts, float [P]; of several processes, add them up."""
     kept = (targets != IGNORE).sum(0)
     counts = [kept[p.positions.start : p.positions.stop : p.positions.step].sum() for p in passes if p.weight > 0]
-    return torch.stack(counts).clamp(min=1).float()
+    return torch.stack(counts).float()

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lrt.attention import Rotary, Sight, attend, look, rotary, rotate
 from lrt.model_config import Execution, ModelConfig
 from lrt.ops import relu_squared, rms_norm, weighted_sum
 from lrt.shapes import HeadsBKNE, StreamBND, TokensBN
+from lrt.sharding import fill
 from lrt.state import LayerPast, Past, Segments, Written
 
 Pair = tuple[Tensor, Tensor]
@@ -319,14 +321,18 @@ def initialise(model: LRT, seed: int) -> None:
     bound = math.sqrt(3 / model.config.d)
     for name, p in model.named_parameters():
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        sharded = isinstance(p, DTensor)  # then it takes its rows of what one process alone would draw
+        x = torch.empty(p.shape, device=p.device, dtype=p.dtype) if sharded else p
         if kind in ("alpha", "beta", "gamma"):
-            p.fill_(1.0 if kind == "alpha" else 0.1)
+            x.fill_(1.0 if kind == "alpha" else 0.1)
         elif kind in ("embedding", "head"):
             wide = kind == "embedding" and not model.config.backbone.tied
-            p.normal_(0, 1.0 if wide else 0.02 if kind == "embedding" else 0.001, generator=random)
+            x.normal_(0, 1.0 if wide else 0.02 if kind == "embedding" else 0.001, generator=random)
         elif kind in ("output", "down", "gate", "bias"):
-            p.zero_()
+            x.zero_()
         elif kind.endswith("norm"):
-            p.fill_(1.0)
+            x.fill_(1.0)
         else:
-            p.uniform_(-bound, bound, generator=random)
+            x.uniform_(-bound, bound, generator=random)
+        if sharded:
+            fill(p, x)

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lrt.config import OptimConfig
 from lrt.model import LRT
+from lrt.sharding import by_matrix, fill, shard, whole
 
 REFERENCE_WIDTH = 768
 """Width at which AdamW's rates are stated."""
@@ -55,28 +57,41 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.found_inf: Tensor | None = None
+        """1.0 or 0.0 on the device: whether the next step must change nothing, as torch's fused optimizers have it."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every matrix that has a gradient."""
+        """Update every matrix that has a gradient; with `found_inf` 1, leave it and its momentum as they are."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
+            keep = 1.0 if self.found_inf is None else 1.0 - self.found_inf
             for shape, matrices in shapes.items():
-                updates = self.orthogonalise(self._momentum(matrices, group["momentum"]))
-                tall = max(1.0, shape[0] / shape[1]) ** 0.5
+                momenta, one = self._momentum(matrices, group["momentum"], keep), matrices[0]
+                sharded = isinstance(one, DTensor)
+                updates = by_matrix(momenta, one, self.orthogonalise) if sharded else self.orthogonalise(momenta)
+                updates = updates * (group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5 * keep)
                 for p, update in zip(matrices, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * tall)
+                    shard(p).mul_(1 - group["lr"] * group["weight_decay"] * keep).sub_(update)
 
-    def _momentum(self, matrices: list[nn.Parameter], momentum: float) -> Tensor:
-        """Advance the momentum buffers; Nesterov's look-ahead of all of them, [n, A, B]."""
-        nesterov = []
+    def _momentum(self, matrices: list[nn.Parameter], momentum: float, keep: float | Tensor) -> Tensor:
+        """Advance the momentum buffers (where `keep` is 1); Nesterov's look-ahead of all of them, [n, A, B].
+
+        Of a sharded matrix, this process's rows.
+        """
+        nesterov, share = [], torch.as_tensor((1 - momentum) * keep, dtype=matrices[0].dtype)
         for p in matrices:
             assert p.grad is not None
-            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            nesterov.append(p.grad.lerp(buffer.lerp_(p.grad, 1 - momentum), momentum))
+            grad = shard(p.grad)
+            if self.found_inf is not None:
+                grad = torch.where(self.found_inf > 0, 0.0, grad)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = shard(self.state[p]["momentum_buffer"])
+            nesterov.append(grad.lerp(buffer.lerp_(grad, share), momentum))
         return torch.stack(nesterov)
 
     def orthogonalise(self, updates: Tensor) -> Tensor:
@@ -101,23 +116,27 @@ class Optimizer:
         head = config.head_lr * scale
         rates = {"embedding": config.embedding_lr * scale, "head": head, "scalar": config.scalar_lr, "vector": head}
         adam = [{"params": list(groups[kind].values()), "lr": lr} for kind, lr in rates.items() if groups[kind]]
-        fused = model.device.type == "cuda"
-        self.adam = torch.optim.AdamW(adam, betas=config.betas, eps=1e-10, weight_decay=0.0, fused=fused)
+        self.adam = torch.optim.AdamW(adam, betas=config.betas, eps=1e-10, weight_decay=0.0, fused=True)
         matrices = groups["matrix"].values()
         self.muon = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay, dtype)
         self.names: dict[Tensor, str] = {p: name for group in groups.values() for name, p in group.items()}
         self.peaks = [(group, group["lr"]) for o in (self.adam, self.muon) for group in o.param_groups]
 
-    def step(self, share: float) -> None:
-        """Update every parameter at `share` of its peak rate, and clear the gradients."""
+    def step(self, share: float, skip: Tensor | None = None) -> None:
+        """Update every parameter at `share` of its peak rate, and clear the gradients.
+
+        Where `skip`, a boolean on the device, is True, nothing is updated; the host need not wait to know.
+        """
         for group, peak in self.peaks:
             group["lr"] = peak * share
+        found = None if skip is None else skip.float()
+        self.adam.found_inf = self.muon.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
         for optimizer in (self.adam, self.muon):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """`{parameter name/key: tensor}` of both optimizers."""
+        """`{parameter name/key: tensor}` of both optimizers; sharded where the parameters are."""
         found = ((p, state) for o in (self.adam, self.muon) for p, state in o.state.items())
         return {f"{self.names[p]}/{key}": value for p, state in found for key, value in state.items()}
 
@@ -143,13 +162,19 @@ class Optimizer:
                     f"the optimizer state {key} has shape {tuple(value.shape)}, not {tuple(shape)}; "
                     "resume with the run's own config"
                 )
-            optimizer.state[p][slot] = value.to(p.device)
+            optimizer.state[p][slot] = torch.zeros_like(p if slot != "step" else value, device=p.device)
+            fill(optimizer.state[p][slot], value)
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
-    """Scale gradients down to `norm` if they exceed it; return their norm before, on the device."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    total = nn.utils.get_total_norm(grads)
+    """Scale gradients down to `norm` if they exceed it; return their norm before, over all shards, on the device."""
+    kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for p in parameters:
+        if p.grad is not None:
+            kinds[isinstance(p.grad, DTensor)].append(p)
+    found = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
+    total = found[0] if len(found) == 1 else torch.stack(found).norm()
     if norm is not None:
-        nn.utils.clip_grads_with_norm_(list(parameters), norm, total)
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, norm, total)
     return total

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt import accounting, checkpoint
-from lrt.checkpoint import Checkpoint
+from lrt import accounting, checkpoint, distributed
+from lrt.checkpoint import Checkpoint, Writer
 from lrt.config import RunConfig, to_dict
 from lrt.data import Batch, Loader, Prepared, prefetch, prepare
+from lrt.distributed import Parallel, World
 from lrt.evals.bpb import BPB, Rows, evaluate, validation_rows
+from lrt.faults import Skips, Stop, not_finite, plainly
 from lrt.hardware import keep_freed_memory, peak_flops, resolve_device, resolve_dtype
 from lrt.loss import LossOutput, ScheduledLoss, targets_per_pass
 from lrt.model import LRT
@@ -24,6 +26,7 @@ from lrt.model_config import require
 from lrt.optim import Optimizer, clip, rate
 from lrt.sampling import Sampling
 from lrt.schedule import NO_GRAD_COST, Passes, Schedule, effective_forwards
+from lrt.sharding import whole
 from lrt.text import complete
 
 Sink = Callable[[dict[str, Any]], None]
@@ -45,6 +48,8 @@ class Progress:
     flops: float = 0.0
     seconds: float = 0.0
     """Spent training; evaluation, samples and checkpoints not counted."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite; they changed nothing."""
 
     def count(self, config: RunConfig, passes: Passes, seconds: float) -> None:
         """Add one step over `passes`."""
@@ -93,8 +98,8 @@ def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
     return replace(config, model=model, train=train)
 
 
-def prepare_data(config: RunConfig, sinks: Sequence[Sink]) -> Prepared:
-    """Tokenise the source, or reuse what an earlier run has prepared."""
+def prepare_data(config: RunConfig, sinks: Sequence[Sink], verify: str = "size") -> Prepared:
+    """Tokenise the source, or reuse what an earlier run has prepared; `verify` as in `data.open_split`."""
 
     def report(done: int, total: int | None, note: str) -> None:
         tell(sinks, kind="prepare", done=done, total=total, note=note)
@@ -103,75 +108,119 @@ def prepare_data(config: RunConfig, sinks: Sequence[Sink]) -> Prepared:
     return prepare(
         source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
         vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder), progress=report,
+        verify=verify,
     )  # fmt: skip
 
 
-def train(config: RunConfig, run: Path, *, resume: bool = False, sinks: Sequence[Sink] = ()) -> Result:
+def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: Sequence[Sink] = ()) -> Result:
     """Train `config` in the folder `run`; with `resume`, go on from its newest valid checkpoint.
 
-    Everything drawn (data order, random schedules, initialisation) is a function of the seed and the step, so a resumed
-    run computes what an uninterrupted one does. Raises ValueError for bad input before anything is written.
+    `resume` None goes on where there is a checkpoint and begins where there is none. Under torchrun the first process
+    prepares the data, writes and reports; all end together. Everything drawn (data order, random schedules,
+    initialisation) is a function of the seed and the step, so a resumed run computes what an uninterrupted one does.
+
+    Raises ValueError for bad input before anything is written, and when training cannot go on; SystemExit(143) after
+    SIGTERM and KeyboardInterrupt after SIGINT, a checkpoint written.
     """
-    started = None
-    if resume:
-        started, problems = checkpoint.newest_valid(run)
-        require(
-            started is not None, f"{run} holds no valid checkpoint to resume; {' '.join(problems) or 'train it first'}"
-        )
-        for problem in problems:
-            tell(sinks, kind="warning", text=f"{problem} (using an earlier one)")
-    else:
-        taken = (run / "config.json").exists() or bool(checkpoint.checkpoints(run))
-        require(not taken, f"{run} already holds a run; continue it with --resume {run}, or choose another --out")
-    resolve_device(config.train.device)  # fails before the data is prepared
-    prepared = prepare_data(config, sinks)
-    config = resolve(config, prepared)
-    session = Session(config, run, prepared, sinks, started)
-    try:
+    with distributed.join(config.train.device) as world, plainly(config.train):
+        sinks = sinks if world.first else ()
+        started = _started(run, resume, world, sinks)
+        prepared = world.in_turn(lambda: prepare_data(config, sinks, "checksum" if world.first else "size"))
+        config = resolve(config, prepared)
+        if started is not None and resume is None:
+            _require_same(config, started)
+        session = Session(config, run, prepared, sinks, started, world)
         session.loop()
-    except KeyboardInterrupt:
-        session.save()
-        tell(sinks, kind="warning", text=f"stopped at step {session.progress.step}; continue with --resume {run}")
-        raise
-    return session.finish()
+        return session.finish()
+
+
+def _started(run: Path, resume: bool | None, world: World, sinks: Sequence[Sink]) -> Checkpoint | None:
+    """The newest valid checkpoint, verified by the first process; None to begin."""
+
+    def find() -> int:
+        if resume is False:
+            taken = (run / "config.json").exists() or bool(checkpoint.checkpoints(run))
+            require(not taken, f"{run} already holds a run; continue it with --resume {run}, or choose another --out")
+            return -1
+        found, problems = checkpoint.newest_valid(run)
+        for problem in problems if found is not None else ():
+            tell(sinks, kind="warning", text=f"{problem} (using an earlier one)")
+        begin = resume is None and not problems
+        said = " ".join(problems) or "train it first"
+        require(found is not None or begin, f"{run} holds no valid checkpoint to resume; {said}")
+        return -1 if found is None else checkpoint.checkpoints(run).index(found.folder)
+
+    place = world.agree(find)
+    return None if place < 0 else checkpoint.open_checkpoint(checkpoint.checkpoints(run)[place], verify=world.first)
+
+
+def _require_same(config: RunConfig, started: Checkpoint) -> None:
+    """ValueError unless the checkpoint was trained as `config` says, in all that decides what is computed."""
+    for part, names in {
+        "model": None, "optim": None, "data": None,
+        "train": ("schedule", "batch", "length", "horizon", "seed", "dtype"),
+    }.items():  # fmt: skip
+        asked, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
+        for name in names or asked:
+            same = asked[name] == had[name]
+            require(
+                same,
+                f"--{part}.{name} is {asked[name]}, but {started.folder} was trained with {had[name]}; give that, or "
+                "choose another --out",
+            )
 
 
 class Session:
     """One training process: the model, its optimizer, and where it stands."""
 
     def __init__(
-        self, config: RunConfig, run: Path, prepared: Prepared, sinks: Sequence[Sink], started: Checkpoint | None
+        self,
+        config: RunConfig,
+        run: Path,
+        prepared: Prepared,
+        sinks: Sequence[Sink],
+        started: Checkpoint | None,
+        world: World | None = None,
     ):
         t = config.train
         self.config, self.run, self.prepared, self.sinks = config, run, prepared, sinks
-        self.device, self.steps = torch.device(t.device), horizon(config)
+        self.world = world = world or World(torch.device(t.device))
+        self.device, self.steps = world.device, horizon(config)
         if self.device.type == "cpu":
             keep_freed_memory()
         bos = prepared.tokenizer.bos
-        self.loader = Loader(prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed)
+        self.loader = Loader(
+            prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size
+        )
         sizes = prepared.tokenizer.token_bytes()
         self.rows: Rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
-        self.model = LRT.build(config.model, self.device, t.seed)
+        with torch.device("meta"):
+            self.model = LRT(config.model)
+        self.model.execution = t.execution
+        self.loss = ScheduledLoss(self.model, Schedule.parse(t.schedule), t.seed)
+        self.parallel = Parallel(self.loss, world, t.parallel, t.seed, t.reshard)
         if t.init_from is not None and started is None:
             self._begin_from(Path(t.init_from))
-        self.model.execution = t.execution
         self.dtype = torch.bfloat16 if t.dtype == "bfloat16" else torch.float32
         self.optimizer = Optimizer(self.model, config.optim, self.dtype)
-        self.progress, self.bpb = Progress(), None
+        self.progress, self.stop = Progress(), Stop()
+        self.bpb, self.scored = None, -1
         if started is not None:
             self._restore(started)
-        self.loss = ScheduledLoss(self.model, Schedule.parse(t.schedule), t.seed)
+        self.skips = Skips(self.progress.skipped, self.device)
+        self.saved, self.writer = self.progress.step if started else -1, Writer(self.device.type == "cuda")
         self.peak, self.peak_source = peak_flops(self.device, self.dtype)
         self._begin()
 
     def _begin(self) -> None:
-        self.run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(self.run / "config.json", to_dict(self.config))
-        self.prepared.tokenizer.save(self.run / "tokenizer")
+        if self.world.first:
+            self.run.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(self.run / "config.json", to_dict(self.config))
+            self.prepared.tokenizer.save(self.run / "tokenizer")
         groups = accounting.parameters_by_group(self.config.model)
         tell(
             self.sinks, kind="start", name=self.config.name, run=str(self.run),
-            step=self.progress.step, steps=self.steps,
+            step=self.progress.step, steps=self.steps, processes=self.world.size,
             parameters=groups | {"total": sum(groups.values())}, schedule=self.config.train.schedule,
             device=str(self.device), dtype=self.config.train.dtype, peak_flops=self.peak, peak_source=self.peak_source,
         )  # fmt: skip
@@ -181,14 +230,14 @@ class Session:
         found, mine = checkpoint.open_checkpoint(run), self.config.model
         theirs = replace(found.config.model, context=mine.context, bos=mine.bos)
         require(theirs == mine, f"{run} is of another model than this config's; leave the model's flags to --init-from")
-        checkpoint.load_weights(self.model, found.model(self.device).state_dict())
+        checkpoint.load_weights(self.model, found.weights())
 
     def _restore(self, started: Checkpoint) -> None:
         data, here = started.extra.get("data"), self.prepared.train.hash
         require(
             data == here, f"{started.folder} was trained on other tokens than {self.prepared.folder}; restore its data"
         )
-        checkpoint.load_weights(self.model, started.model(self.device).state_dict())
+        checkpoint.load_weights(self.model, started.weights())
         self.optimizer.load(started.optimizer_state())
         spent: Any = started.extra.get("progress")
         known = {f.name for f in fields(Progress)}
@@ -203,48 +252,94 @@ class Session:
         t = self.config.train
         losses: list[Tensor] = []
         clock, spent = time.perf_counter(), 0.0  # spent: seconds since the last log
-        for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
-            out, norm = self.step(batch)
-            losses.append(out.loss.detach())
-            now = time.perf_counter()
-            self.progress.count(self.config, out.passes, now - clock)
-            spent, clock = spent + now - clock, now
-            done, last = self.progress.step, self.progress.step == self.steps
-            if done % t.log_every == 0 or last:
-                self._log(torch.stack(losses), out, norm, spent)
-                losses, spent = [], 0.0
-            if last or (t.eval_every and done % t.eval_every == 0):
-                self.evaluate()
-            if last or (t.save_every and done % t.save_every == 0):
-                self.save()
-            clock = time.perf_counter()
+        with self.stop.listening():
+            for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
+                out, norm = self.step(batch)
+                losses.append(out.loss)
+                now = time.perf_counter()
+                self.progress.count(self.config, out.passes, now - clock)
+                spent, clock = spent + now - clock, now
+                done, last = self.progress.step, self.progress.step == self.steps
+                logged = done % t.log_every == 0 or last
+                if logged:
+                    self._check(batch)
+                    self._log(torch.stack(losses), out, norm, spent)
+                    losses, spent = [], 0.0
+                if last or (t.eval_every and done % t.eval_every == 0):
+                    self.evaluate()
+                if last or (t.save_every and done % t.save_every == 0):
+                    self.save()
+                if (logged or self.world.size == 1) and self.world.any(bool(self.stop.signal)):
+                    self._leave()
+                clock = time.perf_counter()
+        self.writer.wait()
 
     def step(self, batch: Batch) -> tuple[LossOutput, Tensor]:
-        """One optimizer step, accumulated over micro-batches; the last one's output and the gradient norm."""
-        t, step = self.config.train, self.progress.step
+        """One optimizer step, skipped unless loss and gradient are finite; the step's losses (nan where it was skipped)
+        and the gradient norm.
+        """
+        out, norm = self.gradients(batch)
+        skip = ~(out.loss.isfinite() & norm.isfinite())
+        self.skips.add(skip)
+        self.optimizer.step(rate(self.progress.step, self.steps, self.config.optim), skip)
+        return out._replace(loss=out.loss.masked_fill(skip, math.nan)), norm
+
+    def gradients(self, batch: Batch) -> tuple[LossOutput, Tensor]:
+        """The step's losses over all processes, and the gradient's norm before it was clipped.
+
+        Accumulated over micro-batches; means run over the whole batch's targets, wherever they are.
+        """
+        t, step, world = self.config.train, self.progress.step, self.world
         tokens, targets, starts = (x.to(self.device, non_blocking=True) for x in batch)
-        counts = targets_per_pass(targets, self.loss.passes(step, tokens.shape[1]))
+        counts = world.total(targets_per_pass(targets, self.loss.passes(step, tokens.shape[1])))
         size, total = t.micro_batch or len(tokens), []
         out = None
         for i in range(0, len(tokens), size):
             part = slice(i, i + size)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                out = self.loss(tokens[part], targets[part], starts[part], step, counts)
-            out.loss.backward()
-            total.append(out)
+            with self.parallel.accumulate(last=i + size >= len(tokens)):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    out = self.parallel.module(tokens[part], targets[part], starts[part], step, counts)
+                (out.loss * world.size).backward()  # gradients are averaged over processes
+            total.append(torch.cat((out.loss.detach()[None], out.per_pass)))
         assert out is not None
-        norm = clip(self.model.parameters(), self.config.optim.clip)
-        self.optimizer.step(rate(step, self.steps, self.config.optim))
-        loss = torch.stack([o.loss.detach() for o in total]).sum()
-        return out._replace(loss=loss, per_pass=torch.stack([o.per_pass for o in total]).sum(0)), norm
+        self.parallel.collect()
+        norm = clip(self.parallel.parameters, self.config.optim.clip)
+        loss, *per_pass = world.total(torch.stack(total).sum(0))
+        return out._replace(loss=loss, per_pass=torch.stack(per_pass)), norm
+
+    def _check(self, batch: Batch) -> None:
+        """Say which steps were skipped; ValueError with a diagnosis if too many were in a row."""
+        before, most = self.progress.skipped, self.config.train.max_skipped
+        self.progress.skipped, row = self.skips.read()
+        if self.progress.skipped > before:
+            tell(
+                self.sinks, kind="warning", step=self.progress.step,
+                text=f"{self.progress.skipped - before} steps up to {self.progress.step} skipped (loss or gradient not "
+                f"finite), {self.progress.skipped} in all",
+            )  # fmt: skip
+        if row < most:
+            return
+        out, _ = self.gradients(batch)
+        cause = not_finite(self.model, out.per_pass, self.world)
+        self.writer.wait()
+        kept = checkpoint.checkpoints(self.run)
+        raise ValueError(
+            f"{row} steps in a row up to step {self.progress.step} had no finite loss and gradient: they were skipped; "
+            f"{cause}; the last good checkpoint is {kept[-1] if kept else 'none yet'}: lower optim.matrix_lr or the "
+            "other rates, or look at the text there"
+        )
+
+    def _leave(self) -> None:
+        self.save()
+        self.writer.wait()
+        tell(
+            self.sinks, kind="warning", text=f"stopped at step {self.progress.step}; continue with --resume {self.run}"
+        )
+        self.stop.leave()
 
     def _log(self, losses: Tensor, out: LossOutput, norm: Tensor, seconds: float) -> None:
         t, p = self.config.train, self.progress
-        loss = losses.mean().item()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {p.step}; lower optim.matrix_lr, or resume an earlier checkpoint"
-            )
+        loss = losses.nanmean().item()  # of the steps that were not skipped
         speed = len(losses) * t.batch * t.length / seconds
         flops = speed * accounting.train_flops_per_token(self.config.model, self.loss.schedule, t.length)
         tell(
@@ -252,14 +347,18 @@ class Session:
             passes=[str(q) for q in out.passes][:8], gradient_norm=norm.item(),
             rate=rate(p.step - 1, self.steps, self.config.optim),
             tokens=p.tokens, token_forwards=p.token_forwards, effective_forwards=p.effective_forwards, flops=p.flops,
-            seconds=p.seconds, tokens_per_second=speed, flops_per_second=flops, mfu=flops / self.peak,
+            seconds=p.seconds, tokens_per_second=speed, flops_per_second=flops,
+            mfu=flops / self.peak / self.world.size, skipped=p.skipped,
             seconds_left=(self.steps - p.step) * p.seconds / p.step,
         )  # fmt: skip
 
     def evaluate(self) -> BPB:
         """BPB in every mode on the validation rows, a sample, and a warning when the live gap opens."""
         p, gap = self.progress, self.config.train.gap_warning
-        self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.rows)
+        with self.parallel.gathered():
+            self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.rows, world=self.world)
+            text = self.sample()  # on every process: under fsdp they gather together
+        self.scored = p.step
         spent = {"step": p.step, "tokens": p.tokens, "effective_forwards": p.effective_forwards, "seconds": p.seconds}
         tell(self.sinks, kind="eval", **spent, bpb=bpb.as_dict())
         if bpb.live_gap > gap:
@@ -268,7 +367,7 @@ class Session:
                 text=f"live gap {bpb.live_gap:.3f} BPB at step {p.step}: decoding is worse than the training graph "
                 "says; settle the memory before the loss (train.schedule settled-1..3)",
             )  # fmt: skip
-        tell(self.sinks, kind="sample", step=p.step, text=self.sample())
+        tell(self.sinks, kind="sample", step=p.step, text=text)
         return bpb
 
     def sample(self) -> str:
@@ -278,19 +377,37 @@ class Session:
         return "".join(complete(self.model, self.prepared.tokenizer, "", sampling))
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
-        p = self.progress
-        extra = {"progress": vars(p), "data": self.prepared.train.hash, "bpb": self.bpb.as_dict() if self.bpb else None}
-        folder = checkpoint.save(
-            self.run, p.step, self.config, self.model, self.optimizer.state(), extra, self.config.train.keep
-        )
-        tell(self.sinks, kind="checkpoint", step=p.step, folder=str(folder))
+        """Write a checkpoint of this moment, unless it stands there already; on cuda in the background."""
+        p, t = self.progress, self.config.train
+        if self.saved == p.step:
+            return
+        self.saved = p.step
+        p.skipped, _ = self.skips.read()
+        bpb = self.bpb.as_dict() if self.bpb and self.scored == p.step else None
+        extra = {"progress": dict(vars(p)), "data": self.prepared.train.hash, "bpb": bpb}
+        weights, optimizer = self._snapshot(self.model.state_dict()), self._snapshot(self.optimizer.state())
+
+        def write() -> None:
+            folder = checkpoint.save(
+                self.run, extra["progress"]["step"], self.config, weights, optimizer, extra, t.keep
+            )
+            tell(self.sinks, kind="checkpoint", step=extra["progress"]["step"], folder=str(folder))
+
+        if self.world.first:
+            self.writer.submit(write)
+
+    def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, on the first process alone; copies where training goes on meanwhile."""
+        found = ((name, whole(x).detach()) for name, x in tensors.items())
+        copied = {name: x.to("cpu", copy=self.writer.background) for name, x in found if self.world.first}
+        return copied
 
     def finish(self) -> Result:
         """Write the final evaluation to result.json and hand everything over."""
         bpb = self.bpb or self.evaluate()
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
-        checkpoint.write_json(self.run / "result.json", result)
+        if self.world.first:
+            checkpoint.write_json(self.run / "result.json", result)
         return Result(self.model.eval(), self.prepared, self.progress, bpb)
 
 

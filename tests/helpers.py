@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lrt.config import RunConfig
 from lrt.fold import fold
 from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
@@ -192,3 +195,26 @@ def _accepted(run: list[Pass]) -> bool:
 def _dress(draw, p: Pass) -> Pass:
     grad = draw(st.booleans())
     return Pass(p.positions, draw(st.sampled_from([0.0, 1.0, 0.3])) if grad else 0.0, grad, draw(st.booleans()))
+
+
+def tiny(base: RunConfig, source: Path, steps: int = 12, **training) -> RunConfig:
+    """A recipe shrunk to a second of training."""
+    model = replace(base.model, depth=2, width=32, heads=2, kv_heads=1, context=64)
+    chosen = {
+        "horizon": f"steps={steps}",
+        "batch": 8,
+        "length": 32,
+        "eval_every": 0,
+        "eval_rows": 4,
+        "log_every": 4,
+        "dtype": "float32",
+    }
+    config = replace(base, model=model, train=replace(base.train, **chosen | training))
+    return replace(
+        config, data=replace(base.data, source=str(source), tokenizer="bytes", folder=str(source.parent / "data"))
+    )
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [e for e in map(json.loads, lines) if e["kind"] == kind]

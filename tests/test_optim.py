@@ -261,9 +261,43 @@ def test_clip_scales_down_only_what_exceeds_the_norm():
         p.grad = grad.clone()
     norm = math.sqrt(sum(grad.square().sum().item() for grad in drawn(1)))
     for limit, factor in ((None, 1.0), (2 * norm, 1.0), (norm / 4, 0.25)):
-        assert math.isclose(clip(matrices, limit).item(), norm, rel_tol=1e-5)
+        assert math.isclose(clip(iter(matrices), limit).item(), norm, rel_tol=1e-5)  # an iterator is read once
         for p, grad in zip(matrices, drawn(1), strict=True):
             torch.testing.assert_close(p.grad, grad * factor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_skipped_step_changes_nothing():
+    """Weights, momenta and step counts stay to the last bit, whatever the gradients; the next step is as if it had not
+    been.
+    """
+    skipping, plain = trained_pair()
+    for model, optimizer in (skipping, plain):
+        if model is skipping[0]:
+            before = {name: x.clone() for name, x in (model.state_dict() | optimizer.state()).items()}
+            for p in model.parameters():
+                p.grad = torch.full_like(p, math.nan)
+            optimizer.step(1.0, torch.tensor(True))
+            assert all(torch.equal(x, before[name]) for name, x in (model.state_dict() | optimizer.state()).items())
+        learn(model, optimizer, torch.tensor(False))
+    states = [model.state_dict() | optimizer.state() for model, optimizer in (skipping, plain)]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+def learn(model: LRT, optimizer: Optimizer, skip: Tensor | None) -> None:
+    ids = packed(model.config, 2, 8)
+    ScheduledLoss(model, Schedule.parse("interleaved-2"))(ids, ids.roll(-1, 1)).loss.backward()
+    optimizer.step(1.0, skip)
+
+
+def trained_pair() -> list[tuple[LRT, Optimizer]]:
+    """Two equal models one step away from their initialisation."""
+    pairs = []
+    for _ in range(2):
+        model = LRT.build(config())
+        optimizer = Optimizer(model, OptimConfig(weight_decay=0.1))
+        learn(model, optimizer, torch.tensor(False))
+        pairs.append((model, optimizer))
+    return pairs
 
 
 def test_replacing_a_rate_replaces_its_group_alone():

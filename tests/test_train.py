@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import events, tiny
 
 from lrt import checkpoint
 from lrt.accounting import scaling_parameters
-from lrt.config import RunConfig
 from lrt.console import Jsonl
 from lrt.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
-from lrt.train import Session, horizon, train
+from lrt.train import horizon, train
 
 TEXT = "".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400))
 
@@ -25,29 +26,6 @@ def source(tmp_path: Path) -> Path:
     path = tmp_path / "text.py"
     path.write_text(TEXT, encoding="utf-8")
     return path
-
-
-def tiny(base: RunConfig, source: Path, steps: int = 12, **training) -> RunConfig:
-    """A recipe shrunk to a second of training."""
-    model = replace(base.model, depth=2, width=32, heads=2, kv_heads=1, context=64)
-    chosen = {
-        "horizon": f"steps={steps}",
-        "batch": 8,
-        "length": 32,
-        "eval_every": 0,
-        "eval_rows": 4,
-        "log_every": 4,
-        "dtype": "float32",
-    }
-    config = replace(base, model=model, train=replace(base.train, **chosen | training))
-    return replace(
-        config, data=replace(base.data, source=str(source), tokenizer="bytes", folder=str(source.parent / "data"))
-    )
-
-
-def events(run: Path, kind: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [e for e in map(json.loads, lines) if e["kind"] == kind]
 
 
 @pytest.mark.parametrize("base", [cpu_demo, cpu_demo_paper, cpu_demo_plain])
@@ -101,18 +79,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(schedule, sou
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_an_interrupt_saves_and_says_how_to_go_on(source, tmp_path):
-    said = []
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, ends, source, tmp_path):
+    said, before = [], signal.getsignal(number)
 
     def stop(event: dict) -> None:
         said.append(event)
         if event["kind"] == "train":
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ends) as end:
         train(tiny(cpu_demo(), source), tmp_path / "run", sinks=[stop])
     assert "--resume" in said[-1]["text"]
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 4
+    assert signal.getsignal(number) == before
+    assert ends is KeyboardInterrupt or end.value.code == 143
 
 
 def test_micro_batches_give_the_same_step(source, tmp_path):
@@ -164,18 +145,6 @@ def test_a_widening_live_gap_is_said_aloud(source, tmp_path, monkeypatch):
     assert any(e["kind"] == "warning" and "live gap" in e["text"] for e in said)
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_remedy(source, tmp_path, monkeypatch):
-    real = Session.step
-
-    def broken(self, batch):
-        out, norm = real(self, batch)
-        return out._replace(loss=out.loss * float("nan")), norm
-
-    monkeypatch.setattr(Session, "step", broken)
-    with pytest.raises(ValueError, match="loss is nan at step 4.*matrix_lr"):
-        train(tiny(cpu_demo(), source), tmp_path / "run")
-
-
 def test_golden_loss(source, tmp_path):
     """The loss after 12 steps, written down once: a change of mathematics or of data order shows here."""
     config = tiny(cpu_demo(), source, steps=12, log_every=12)
@@ -184,4 +153,4 @@ def test_golden_loss(source, tmp_path):
     assert events(run, "train")[-1]["loss"] == pytest.approx(GOLDEN, abs=2e-3)
 
 
-GOLDEN = 2.9621
+GOLDEN = 2.9653

@@ -69,12 +69,14 @@ def prepare(
     max_bytes: int | None = None,
     folder: Path | str,
     progress: Progress | None = None,
+    verify: str = "size",
 ) -> Prepared:
     """Make, or find again, `folder/<readable name>-<key>/` with the token shards of a source.
 
     source, text_column, subset, split, max_bytes: see `documents`. tokenizer: `bytes`, `bpe` (trained on the training
         documents, up to `vocab_size` ids), or the path of a tokenizer. validation: share held out.
     progress: called with (bytes of text done, total or None, what is going on).
+    verify: how shards found again are checked, see `open_split`.
     ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
     """
     text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
@@ -90,12 +92,12 @@ def prepare(
         write_shards(
             text.texts(), made, home, validation=validation, progress=lambda done: report(done, total, "tokenizing")
         )
-    return _open(home)
+    return _open(home, verify)
 
 
-def _open(home: Path) -> Prepared:
+def _open(home: Path, verify: str) -> Prepared:
     tokenizer = load_tokenizer(home)
-    train, val = (open_split(home, split, tokenizer=tokenizer) for split in ("train", "val"))
+    train, val = (open_split(home, split, verify, tokenizer=tokenizer) for split in ("train", "val"))
     return Prepared(home, tokenizer, train, val)
 
 

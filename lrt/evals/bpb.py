@@ -17,6 +17,7 @@ from torch import Tensor
 from lrt.checkpoint import Loaded
 from lrt.data import Loader, RowSource, documents, prepare
 from lrt.decode import score
+from lrt.distributed import World
 from lrt.fold import fold
 from lrt.loss import token_nats
 from lrt.model import LRT
@@ -116,22 +117,30 @@ def bits_per_byte(nats: Tensor, sizes: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: LRT, schedule: Schedule, rows: Rows, *, batch: int = 64) -> BPB:
-    """Score the same rows in every mode; ranges in the schedule are taken at their upper end."""
-    training = model.training
+def evaluate(model: LRT, schedule: Schedule, rows: Rows, *, batch: int = 64, world: World | None = None) -> BPB:
+    """Score the same rows in every mode; ranges in the schedule are taken at their upper end.
+
+    Of several processes each scores its share of the rows, and all get the whole result.
+    """
+    training, world = model.training, world or World(model.device)
     model.eval()
+    own = _share(rows, world)
     parts = [
-        _scores(model, schedule.at_largest(), Rows(*(x[i : i + batch] for x in rows)))
-        for i in range(0, len(rows.tokens), batch)
+        _scores(model, schedule.at_largest(), Rows(*(x[i : i + batch] for x in own)))
+        for i in range(0, len(own.tokens), batch)
     ]
     model.train(training)
-    zero, merged, decoded = (torch.cat([getattr(p, name) for p in parts]) for name in ("zero", "merged", "decoded"))
+
+    def gathered(own: list[Tensor]) -> Tensor:
+        return world.gather(torch.cat(own))[: len(rows.tokens)]
+
+    zero, merged, decoded = (gathered([getattr(p, name) for p in parts]) for name in ("zero", "merged", "decoded"))
     sizes = rows.bytes
     passes = []
     for i, at in enumerate(parts[0].slices):
         cut = slice(at.start, at.stop, at.step)
-        passes.append(bits_per_byte(torch.cat([p.passes[i] for p in parts]), sizes[:, cut]))
-    residuals = [max(p.residuals[i] for p in parts) for i in range(len(parts[0].residuals))]
+        passes.append(bits_per_byte(gathered([p.passes[i] for p in parts]), sizes[:, cut]))
+    residuals = world.gather(torch.tensor([p.residuals for p in parts])).amax(0).tolist()
     return BPB(
         zero_memory=bits_per_byte(zero, sizes),
         passes=tuple(passes),
@@ -142,6 +151,13 @@ def evaluate(model: LRT, schedule: Schedule, rows: Rows, *, batch: int = 64) -> 
         rows=len(sizes),
         schedule=str(schedule.at_largest()),
     )
+
+
+def _share(rows: Rows, world: World) -> Rows:
+    """This process's rows, equally many on each: the last ones score the first rows again, and that is cut off."""
+    count = -(-len(rows.tokens) // world.size)
+    own = torch.arange(world.rank * count, (world.rank + 1) * count) % len(rows.tokens)
+    return rows if world.size == 1 else Rows(*(x[own] for x in rows))
 
 
 def by_position(nats: Tensor, sizes: Tensor) -> dict[str, float]:
