@@ -32,6 +32,7 @@ from torch import Tensor
 from lrt.config import RunConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
 from lrt.model import LRT
+from lrt.model_config import require
 from lrt.sharding import fill
 
 FORMAT = 1
@@ -207,6 +208,22 @@ def newest_valid(run: Path, verify: bool = True) -> tuple[Checkpoint | None, lis
         except ValueError as error:
             problems.append(str(error))
     return None, problems
+
+
+def require_same(config: RunConfig, started: Checkpoint) -> None:
+    """ValueError naming a field, unless the checkpoint was trained as `config` says in all that decides the outcome."""
+    for part, names in {
+        "model": None, "optim": None, "data": None,
+        "train": ("schedule", "batch", "length", "horizon", "seed", "dtype"),
+    }.items():  # fmt: skip
+        asked, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
+        for name in names or asked:
+            same = asked[name] == had[name]
+            require(
+                same,
+                f"--{part}.{name} is {asked[name]}, but {started.folder} was trained with {had[name]}; give that, or "
+                "choose another --out",
+            )
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,8 @@ class Train:
     """Run folder; by default runs/NAME."""
     resume: Path | None = None
     """Continue the run in this folder from its newest valid checkpoint; no other flag may be given."""
+    or_resume: bool = False
+    """Continue the run if --out already holds a checkpoint of it, else begin: what restarted and requeued jobs need."""
     init_from: Path | None = None
     """Start from the weights of this run, of whatever step, with its model and tokenizer (see `lrt convert`)."""
 
@@ -145,17 +147,17 @@ def train(args: list[str]) -> int:
     folder, config = given.out or Path("runs") / given.config.name, given.config
     if given.resume is not None:
         require(len(args) == 2 or "=" in args[0], "--resume takes its settings from the run; give no other flag")
-        started, problems = checkpoint.newest_valid(given.resume)
+        started, problems = checkpoint.newest_valid(given.resume, verify=False)  # the training verifies
         require(
             started is not None, f"{given.resume} holds no checkpoint to resume; {' '.join(problems) or 'train first'}"
         )
         assert started is not None
         folder, config = given.resume, started.config
     with Live() as live:
-        result = run_training(
-            config, folder, resume=given.resume is not None, sinks=[live, Jsonl(folder / "metrics.jsonl")]
-        )
-    print(f"{folder}: decoded BPB {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
+        resume = None if given.or_resume else given.resume is not None
+        result = run_training(config, folder, resume=resume, sinks=[live, Jsonl(folder / "metrics.jsonl")])
+    if result.first:
+        print(f"{folder}: decoded BPB {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
     return 0
 
 
@@ -204,21 +206,23 @@ class Eval:
 
 def evaluate(args: list[str]) -> int:
     from lrt.checkpoint import load_model
+    from lrt.distributed import join
     from lrt.evals.bpb import evaluate as score_rows
     from lrt.evals.bpb import held_out_rows
-    from lrt.hardware import resolve_device
 
     given = parse(Eval, args, "eval")
     require(given.rows >= 1, f"--rows is {given.rows}; score at least 1")
-    loaded = load_model(given.run, resolve_device(given.device))
-    length = given.length or loaded.config.train.length
-    context = loaded.config.model.context
-    require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
-    found = Schedule.parse(given.schedule or loaded.config.train.schedule)
-    rows = held_out_rows(loaded, given.source, rows=given.rows, length=length)
-    bpb = score_rows(loaded.model, found, rows)
+    with join(given.device) as world:  # under torchrun each process scores its share of the rows
+        loaded = load_model(given.run, world.device)
+        length = given.length or loaded.config.train.length
+        context = loaded.config.model.context
+        require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
+        found = Schedule.parse(given.schedule or loaded.config.train.schedule)
+        rows = held_out_rows(loaded, given.source, rows=given.rows, length=length)
+        bpb = score_rows(loaded.model, found, rows, world=world)
     where = {"run": str(given.run), "step": loaded.step, "length": length, "source": given.source or "validation"}
-    print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if given.json else _eval_text(where, bpb))
+    if world.first:
+        print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if given.json else _eval_text(where, bpb))
     return 0
 
 

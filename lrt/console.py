@@ -16,16 +16,37 @@ RECORDED = ("start", "train", "eval", "sample", "warning", "checkpoint")
 
 
 class Jsonl:
-    """Appends every event but preparation's to a file, one JSON object a line."""
+    """Appends every event but preparation's to a file, one JSON object a line.
+
+    A resumed run goes back to its checkpoint, and so does the file: what was recorded after it is dropped, and recorded
+    again.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
     def __call__(self, event: Event) -> None:
+        if event["kind"] == "start" and self.path.exists():
+            self._rewind(event["step"])
         if event["kind"] in RECORDED:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
+
+    def _rewind(self, step: int) -> None:
+        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _until(line, step)]
+        aside = self.path.with_name(self.path.name + ".tmp")
+        aside.write_bytes(b"".join(kept))
+        aside.replace(self.path)
+
+
+def _until(line: bytes, step: int) -> bool:
+    """Whether a recorded line is whole, and of no later step."""
+    try:
+        event = json.loads(line)
+        return line.endswith(b"\n") and event.get("step", 0) <= step
+    except (ValueError, AttributeError, TypeError):
+        return False
 
 
 class Live:

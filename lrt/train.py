@@ -70,6 +70,8 @@ class Result:
     prepared: Prepared
     progress: Progress
     bpb: BPB
+    first: bool = True
+    """Whether this is the process that reports, of those that torchrun started."""
 
 
 def horizon(config: RunConfig) -> int:
@@ -128,7 +130,7 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
         prepared = world.in_turn(lambda: prepare_data(config, sinks, "checksum" if world.first else "size"))
         config = resolve(config, prepared)
         if started is not None and resume is None:
-            _require_same(config, started)
+            checkpoint.require_same(config, started)
         session = Session(config, run, prepared, sinks, started, world)
         session.loop()
         return session.finish()
@@ -152,22 +154,6 @@ def _started(run: Path, resume: bool | None, world: World, sinks: Sequence[Sink]
 
     place = world.agree(find)
     return None if place < 0 else checkpoint.open_checkpoint(checkpoint.checkpoints(run)[place], verify=world.first)
-
-
-def _require_same(config: RunConfig, started: Checkpoint) -> None:
-    """ValueError unless the checkpoint was trained as `config` says, in all that decides what is computed."""
-    for part, names in {
-        "model": None, "optim": None, "data": None,
-        "train": ("schedule", "batch", "length", "horizon", "seed", "dtype"),
-    }.items():  # fmt: skip
-        asked, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
-        for name in names or asked:
-            same = asked[name] == had[name]
-            require(
-                same,
-                f"--{part}.{name} is {asked[name]}, but {started.folder} was trained with {had[name]}; give that, or "
-                "choose another --out",
-            )
 
 
 class Session:
@@ -408,7 +394,7 @@ class Session:
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
         if self.world.first:
             checkpoint.write_json(self.run / "result.json", result)
-        return Result(self.model.eval(), self.prepared, self.progress, bpb)
+        return Result(self.model.eval(), self.prepared, self.progress, bpb, self.world.first)
 
 
 def tell(sinks: Sequence[Sink], **event: Any) -> None:

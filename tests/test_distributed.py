@@ -138,8 +138,9 @@ def test_collectives_per_step(folder: Path):
     for schedule in COUNTED:
         kept, reshard = found[f"{schedule} fsdp"], found[f"{schedule} fsdp reshard"]
         assert kept[GATHER] == LAYERS + 1
-        for case in (kept, reshard):
-            assert case[f"{REDUCE} numbers"] == once[f"{REDUCE} numbers"]
+        idle = sum(p.numel() for p in LRT(config()).memory_parameters() if p.ndim) if schedule == "parallel" else 0
+        for case, unused in ((kept, 0), (reshard, idle)):  # a block given back has no gradients that are zero
+            assert case[f"{REDUCE} numbers"] == once[f"{REDUCE} numbers"] - unused
             assert case[REDUCE] <= 2 * LAYERS + 1
             assert case[ALL_REDUCE] == 1
         passes = Schedule.parse(schedule).passes(8)
