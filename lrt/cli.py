@@ -35,6 +35,7 @@ COMMANDS = {
     "convert": Command("lrt.hf.convert:main", "import a Llama or Qwen checkpoint, or add memory to a model"),
     "serve": Command("lrt.serve.command:main", "serve a model: an OpenAI-compatible API and a page"),
     "bench": Command("lrt.commands:bench", "measure on this machine: bench train, decode, serve"),
+    "plan": Command("lrt.plan:main", "memory, step time, communication and days of a recipe on a cluster"),
 }
 
 

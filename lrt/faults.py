@@ -96,10 +96,10 @@ class Skips:
         row = (row + 1) * skip
         self.counts = torch.stack((total + skip, row, torch.maximum(longest, row)))
 
-    def read(self) -> tuple[int, int]:
-        """How many in all, and most in a row; the host waits for the device."""
-        total, _, longest = self.counts.tolist()
-        return total, longest
+    def read(self) -> tuple[int, int, int]:
+        """How many in all, in a row up to now, and most in a row; the host waits for the device."""
+        total, row, longest = self.counts.tolist()
+        return total, row, longest
 
 
 def not_finite(model: LRT, per_pass: Tensor, world: World) -> str:

@@ -283,7 +283,7 @@ class Session:
         for i in range(0, len(tokens), size):
             part = slice(i, i + size)
             with self.parallel.accumulate(last=i + size >= len(tokens)):
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                with self._autocast():
                     out = self.parallel.module(tokens[part], targets[part], starts[part], step, counts)
                 (out.loss * world.size).backward()  # gradients are averaged over processes
             total.append(torch.cat((out.loss.detach()[None], out.per_pass)))
@@ -293,10 +293,14 @@ class Session:
         loss, *per_pass = world.total(torch.stack(total).sum(0))
         return out._replace(loss=loss, per_pass=torch.stack(per_pass)), norm
 
+    def _autocast(self) -> torch.autocast:
+        lower = self.dtype != torch.float32  # and no weight is kept twice where each is given back after use
+        return torch.autocast(self.device.type, self.dtype, lower, cache_enabled=not self.config.train.reshard)
+
     def _check(self, batch: Batch) -> None:
         """Say which steps were skipped; ValueError with a diagnosis if too many were in a row."""
         before, most = self.progress.skipped, self.config.train.max_skipped
-        self.progress.skipped, row = self.skips.read()
+        self.progress.skipped, _, row = self.skips.read()
         if self.progress.skipped > before:
             tell(
                 self.sinks, kind="warning", step=self.progress.step,
@@ -363,12 +367,15 @@ class Session:
         return "".join(complete(self.model, self.prepared.tokenizer, "", sampling))
 
     def save(self) -> None:
-        """Write a checkpoint of this moment, unless it stands there already; on cuda in the background."""
+        """Write a checkpoint of this moment, unless it stands there already; on cuda in the background.
+
+        Not while steps are being skipped: whatever is wrong may be in the weights.
+        """
         p, t = self.progress, self.config.train
-        if self.saved == p.step:
+        p.skipped, row, _ = self.skips.read()
+        if self.saved == p.step or row:
             return
         self.saved = p.step
-        p.skipped, _ = self.skips.read()
         bpb = self.bpb.as_dict() if self.bpb and self.scored == p.step else None
         extra = {"progress": dict(vars(p)), "data": self.prepared.train.hash, "bpb": bpb}
         weights, optimizer = self._snapshot(self.model.state_dict()), self._snapshot(self.optimizer.state())
