@@ -341,7 +341,7 @@ def demo(args: list[str]) -> int:
 
 
 def bench(args: list[str]) -> int:
-    kinds = {"decode": _bench_decode, "train": _bench_train}
+    kinds = {"decode": _bench_decode, "train": _bench_train, "serve": _bench_serve}
     require(bool(args) and args[0] in kinds, f"bench {' '.join(args[:1])}: choose one of {', '.join(kinds)}")
     return kinds[args[0]](args[1:])
 
@@ -385,3 +385,9 @@ def _bench_train(args: list[str]) -> int:
     from lrt.bench import train
 
     return train.main(args)
+
+
+def _bench_serve(args: list[str]) -> int:
+    from lrt.bench import serve
+
+    return serve.main(args)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -271,6 +273,27 @@ def _leave_after(server: Server, body, headers, count: int) -> int:
             if seen == count:
                 break
     return seen
+
+
+@pytest.mark.slow
+def test_the_command_prints_its_address_and_drains_on_sigterm(run):
+    """What runs when the signal comes is finished; then the process ends, cleanly."""
+    command = [sys.executable, "-m", "lrt", "serve", str(run), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        name, _, url = process.stdout.readline().strip().partition(" at ")
+        assert name == "tiny"
+        body = {"prompt": "def", "max_tokens": 200, "seed": 1, "stream": True, "stop": "\x00"}
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"' in rest[-2]
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/health")
 
 
 def test_a_long_prompt_does_not_stall_the_others(run):
