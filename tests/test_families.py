@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lrt.checkpoint import load_model
 from lrt.cli import main
+from lrt.convert import families
+from lrt.convert.run import Convert, add_memory, convert, save_family
 from lrt.data import train_bpe
 from lrt.decode import generate, prefill, score
-from lrt.hf import families
-from lrt.hf.convert import Convert, add_memory, convert, save_family
 from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, MemoryConfig
 from lrt.sampling import Sampling

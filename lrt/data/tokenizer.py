@@ -15,7 +15,7 @@ from typing import Any, final
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 BOS = "<|bos|>"
 # Foreign tokenizers are searched in this order: a token that opens documents, else one that separates them.
@@ -49,6 +49,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer into `folder` (made if need be), so that `load_tokenizer(folder)` gives its equal."""
+
+    @abstractmethod
+    def fast(self) -> tokenizers.Tokenizer:
+        """The same in the tokenizers format, putting BOS in front of what it encodes."""
 
     def encode(self, text: str) -> list[int]:
         """Encode one document without BOS; special tokens written out in the text are text."""
@@ -94,6 +98,13 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: Path | str) -> None:
         _write_json(Path(folder) / "tokenizer.json", self._content)
+
+    def fast(self) -> tokenizers.Tokenizer:
+        core = tokenizers.Tokenizer(models.BPE(_byte_of_character(), []))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+        core.add_special_tokens([BOS])
+        return _opening(core, BOS)
 
 
 @final
@@ -149,6 +160,9 @@ class BPETokenizer(Tokenizer):
         _write_json(Path(folder) / "tokenizer.json", json.loads(self._core.to_str()))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self._bos_text}
         _write_json(Path(folder) / "tokenizer_config.json", config)
+
+    def fast(self) -> tokenizers.Tokenizer:
+        return _opening(tokenizers.Tokenizer.from_str(self._core.to_str()), self._bos_text)
 
     def _core_ids(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -227,6 +241,15 @@ def _token_text(config: dict[str, Any], key: str) -> str | None:
     token = config.get(key)
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def _opening(core: tokenizers.Tokenizer, bos: str) -> tokenizers.Tokenizer:
+    """The tokenizer with `bos` in front of every text."""
+    token = core.token_to_id(bos)
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, token)]
+    )
+    return core
 
 
 def _spellings(core: tokenizers.Tokenizer, content: dict[str, Any]) -> list[bytes]:

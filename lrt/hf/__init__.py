@@ -1,1 +1,12 @@
-"""Other families and transformers: conversion both ways."""
+"""LRT in transformers: importing this registers the Auto classes, so that exported folders load without remote code."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from lrt.hf.config import LRTConfig
+from lrt.hf.model import LRTForCausalLM, LRTModel
+
+AutoConfig.register("lrt", LRTConfig, exist_ok=True)
+AutoModel.register(LRTConfig, LRTModel, exist_ok=True)
+AutoModelForCausalLM.register(LRTConfig, LRTForCausalLM, exist_ok=True)
+
+__all__ = ["LRTConfig", "LRTForCausalLM", "LRTModel"]

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrt import checkpoint
 from lrt.cli import parse
 from lrt.config import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
+from lrt.convert import families
 from lrt.data import Tokenizer, load_tokenizer
-from lrt.hf import families
 from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig, require
 
@@ -143,7 +143,7 @@ def read(folder: Path, tokenizer: Path | None = None) -> Source:
         loaded = checkpoint.load_model(folder)
         words = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
         weights = dict(loaded.model.state_dict())
-        return Source(loaded.model.config, weights, words, _template(loaded.run / "tokenizer"), loaded.config.train)
+        return Source(loaded.model.config, weights, words, template_of(loaded.run / "tokenizer"), loaded.config.train)
     facts = checkpoint.read_json(folder / "config.json", "model description")
     words = load_tokenizer(tokenizer or folder)
     bos = words.bos if words.bos < facts.get("vocab_size", 0) else None
@@ -153,10 +153,10 @@ def read(folder: Path, tokenizer: Path | None = None) -> Source:
         prefix = "model.core."
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
         train = from_dict(TrainConfig, facts.get("training") or {}, f"{folder / 'config.json'}: training")
-        return Source(config, weights, words, _template(folder), train)
+        return Source(config, weights, words, template_of(folder), train)
     config = families.model_config(facts, bos)
     require(words.vocab_size <= config.vocab_size, _sizes(words, config))
-    return Source(config, families.imported(weights, config), words, _template(folder), TrainConfig())
+    return Source(config, families.imported(weights, config), words, template_of(folder), TrainConfig())
 
 
 def _sizes(words: Tokenizer, config: ModelConfig) -> str:
@@ -184,7 +184,7 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as safetensors ({error}); download it again") from None
 
 
-def _template(folder: Path) -> str | None:
+def template_of(folder: Path) -> str | None:
     """The chat template of a tokenizer folder, from its own file or from tokenizer_config.json."""
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
@@ -193,10 +193,8 @@ def _template(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def save_family(run: Path, folder: Path, kind: str) -> None:
+def save_family(run: Path, folder: Path, kind: str) -> checkpoint.Loaded:
     """Write the model of a run, whose memory must be off or without effect, as a checkpoint of another family."""
-    from safetensors.torch import save_file
-
     loaded = checkpoint.load_model(run)
     weights = dict(loaded.model.state_dict())
     silent = ("gamma", "projection.key.weight", "projection.value.weight", "gate.weight")
@@ -207,3 +205,4 @@ def save_family(run: Path, folder: Path, kind: str) -> None:
     folder.mkdir(parents=True)
     save_file(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
     checkpoint.write_json(folder / "config.json", facts)
+    return loaded

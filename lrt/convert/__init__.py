@@ -1,0 +1,1 @@
+"""Conversion between runs and checkpoints of other families; needs neither transformers nor a network."""

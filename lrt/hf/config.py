@@ -1,0 +1,71 @@
+"""The configuration that transformers sees: our `ModelConfig` in full, the usual names beside it, and the modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from lrt.config import from_dict, to_dict
+from lrt.model_config import ModelConfig, require
+from lrt.schedule import Schedule
+
+MEMORY_LAYER = "lrt_full_attention"
+"""Type of the cache layer that holds the memory beside keys and values: the last one."""
+PREFILLS = ("sweeps", "exact", "zero_memory")
+
+
+@strict
+class LRTConfig(PreTrainedConfig):
+    """Configuration of `LRTForCausalLM`. `lrt` holds the model; everything else says how it is run."""
+
+    model_type = "lrt"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    lrt: dict | None = None
+    """`ModelConfig` as plain data; none means its defaults."""
+    prefill: str = "sweeps"
+    """How a forward over several tokens computes the recurrence: `sweeps`, `exact`, or `zero_memory`, which reads no
+    memory anywhere, in later steps neither."""
+    prefill_mode: str = "interleaved-8"
+    """Which sweeps: jacobi or interleaved-G."""
+    prefill_tolerance: float = 1e-3
+    """Relative change of the memory at which sweeps stop."""
+    schedule: str = "settled-1..3"
+    """Schedule of the loss in train mode."""
+    seed: int = 0
+    """Of the schedule's draws and of fresh weights."""
+    training: dict | None = None
+    """The run's training configuration, for the way back."""
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 0
+    layer_types: list | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        model = self.model_config()
+        self.lrt = to_dict(model)
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.depth
+        self.num_attention_heads, self.num_key_value_heads, self.head_dim = model.h, model.k, model.e
+        self.max_position_embeddings = model.context
+        self.layer_types = ["full_attention"] * (model.depth - 1) + [MEMORY_LAYER]
+        require(self.prefill in PREFILLS, f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILLS)}")
+        Schedule.parse(self.schedule)
+        super().__post_init__(**kwargs)
+
+    def model_config(self) -> ModelConfig:
+        """The model."""
+        return from_dict(ModelConfig, self.lrt or {}, "lrt")
+
+    def validate_layer_type(self) -> None:
+        """Ours is not among the library's own types."""
