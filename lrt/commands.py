@@ -19,6 +19,7 @@ from lrt.sampling import Sampling
 from lrt.schedule import Schedule
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
+    from lrt.checkpoint import Loaded
     from lrt.evals.bpb import BPB
 
 Positional = tyro.conf.Positional
@@ -198,6 +199,14 @@ class Eval:
     """Row length; by default the one trained with."""
     schedule: str | None = None
     """Schedule of the per-pass and merged figures; by default the one trained with."""
+    tasks: tuple[str, ...] = ()
+    """Run these lm-eval tasks instead (separated by commas or spaces), scored by the decoding engine."""
+    include_path: Path | None = None
+    """Folder with task files of your own; the harness's are then left out."""
+    mode: str = DEFAULT_MODE
+    """How tasks are scored: exact, jacobi, interleaved-G or zero_memory."""
+    limit: int | None = None
+    """Examples per task."""
     device: str = "auto"
     """cpu, cuda or auto."""
     json: bool = False
@@ -214,6 +223,8 @@ def evaluate(args: list[str]) -> int:
     require(given.rows >= 1, f"--rows is {given.rows}; score at least 1")
     with join(given.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(given.run, world.device)
+        if given.tasks:
+            return _run_tasks(given, loaded)
         length = given.length or loaded.config.train.length
         context = loaded.config.model.context
         require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
@@ -223,6 +234,23 @@ def evaluate(args: list[str]) -> int:
     where = {"run": str(given.run), "step": loaded.step, "length": length, "source": given.source or "validation"}
     if world.first:
         print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if given.json else _eval_text(where, bpb))
+    return 0
+
+
+def _run_tasks(given: Eval, loaded: Loaded) -> int:
+    try:
+        from lrt.evals.harness import run_tasks
+    except ImportError:
+        raise ValueError("--tasks needs lm-eval: pip install 'latent-recurrent-transformer[eval]'") from None
+    names = [name for part in given.tasks for name in part.split(",") if name]
+    done = run_tasks(loaded, names, mode=given.mode, include=given.include_path, limit=given.limit)
+    if given.json:
+        print(json.dumps({"run": str(given.run), "step": loaded.step} | done, default=str))
+        return 0
+    print(f"{given.run} step {loaded.step}, scored by {done['mode']}")
+    for task, metrics in done["results"].items():
+        numbers = {k.partition(",")[0]: v for k, v in metrics.items() if isinstance(v, float)}
+        print(f"  {task:<28}" + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     return 0
 
 

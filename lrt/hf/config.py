@@ -45,7 +45,6 @@ class LRTConfig(PreTrainedConfig):
     num_key_value_heads: int = 0
     head_dim: int = 0
     max_position_embeddings: int = 0
-    layer_types: list | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
@@ -58,7 +57,6 @@ class LRTConfig(PreTrainedConfig):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.depth
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = model.h, model.k, model.e
         self.max_position_embeddings = model.context
-        self.layer_types = ["full_attention"] * (model.depth - 1) + [MEMORY_LAYER]
         require(self.prefill in PREFILLS, f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILLS)}")
         Schedule.parse(self.schedule)
         super().__post_init__(**kwargs)
@@ -66,6 +64,11 @@ class LRTConfig(PreTrainedConfig):
     def model_config(self) -> ModelConfig:
         """The model."""
         return from_dict(ModelConfig, self.lrt or {}, "lrt")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which cache layers to build. Not kept in config.json: readers without our code would refuse the last one."""
+        return ["full_attention"] * (self.num_hidden_layers - 1) + [MEMORY_LAYER]
 
     def validate_layer_type(self) -> None:
         """Ours is not among the library's own types."""

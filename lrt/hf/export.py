@@ -140,7 +140,7 @@ def card(loaded: Loaded, prefill: str) -> str:
         "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'folder = "."  # this folder',
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
         'ids = tokenizer("Once", return_tensors="pt").input_ids',
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))", "```", "",
         *_figures(loaded.run / "result.json"),

@@ -171,6 +171,52 @@ def test_a_local_dataset_takes_the_dataset_path(tmp_path):
     assert source_fingerprint(source) != before
 
 
+def test_subsets_text_columns_and_parquet_of_a_dataset(tmp_path):
+    """What `hf:owner/name` with a subset reads, from a folder with a dataset card: streamed, file by file."""
+    datasets = pytest.importorskip("datasets")
+    for subset, words in (("en", ["one", "two", "three"]), ("de", ["eins", "zwei"])):
+        (tmp_path / subset).mkdir()
+        rows = [{"body": word, "id": i} for i, word in enumerate(words)]
+        for i, row in enumerate(rows):
+            datasets.Dataset.from_list([row]).to_parquet(tmp_path / subset / f"train-{i}.parquet")
+    listed = "".join(f"- config_name: {s}\n  data_files: {s}/train-*.parquet\n" for s in ("en", "de"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    source = f"hf:{tmp_path}"
+    assert read(source, subset="en", text_column="body") == ["one", "two", "three"]
+    assert read(source, subset="de", text_column="body") == ["eins", "zwei"]
+    assert read(source, subset="en", text_column="body", max_bytes=4) == ["one", "t"]
+    assert "set text_column to one of body, id" in refused(source, subset="en")
+    assert "column 'id' holds int, not text" in refused(source, subset="en", text_column="id")
+    assert "BuilderConfig 'fr' not found" in refused(source, subset="fr", text_column="body")
+
+
+def test_another_models_tokenizer_folder_prepares_a_dataset(tmp_path):
+    """Both as people have them: a folder saved by transformers, and a dataset with a text column of its own."""
+    pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    from lrt.data import prepare, train_bpe
+
+    core = train_bpe(["a quick brown fox"] * 30, 280).fast()
+    core.add_special_tokens(["<|begin_of_text|>", "<|eot|>"])
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot|>", chat_template="{{ messages }}"
+    )
+    theirs.save_pretrained(tmp_path / "words")
+    rows = [{"body": f"a quick brown fox, number {i}"} for i in range(40)]
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set" / "train.jsonl", rows)
+    made = prepare(
+        source=f"hf:{tmp_path / 'set'}", text_column="body", tokenizer=str(tmp_path / "words"), vocab_size=300,
+        validation=0.2, folder=tmp_path / "data",
+    )  # fmt: skip
+    assert made.tokenizer.bos == theirs.bos_token_id
+    ids = made.train.read(0, len(made.train)).tolist()
+    texts = made.tokenizer.decode(ids)
+    assert ids.count(theirs.bos_token_id) == texts.count("number") > 20
+    first = ids[1 : ids.index(theirs.bos_token_id, 1)]
+    assert theirs.decode(first) in [row["body"] for row in rows]
+
+
 # --- errors and fingerprints ---------------------------------------------------------------------------------------
 
 
