@@ -19,7 +19,6 @@ from lrt.sampling import Sampling
 from lrt.schedule import Schedule
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
-    from lrt.checkpoint import Loaded
     from lrt.evals.bpb import BPB
 
 Positional = tyro.conf.Positional
@@ -224,7 +223,9 @@ def evaluate(args: list[str]) -> int:
     with join(given.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(given.run, world.device)
         if given.tasks:
-            return _run_tasks(given, loaded)
+            from lrt.evals.tasks import run
+
+            return run(loaded, given.tasks, given.mode, given.include_path, given.limit, given.json)
         length = given.length or loaded.config.train.length
         context = loaded.config.model.context
         require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
@@ -234,23 +235,6 @@ def evaluate(args: list[str]) -> int:
     where = {"run": str(given.run), "step": loaded.step, "length": length, "source": given.source or "validation"}
     if world.first:
         print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if given.json else _eval_text(where, bpb))
-    return 0
-
-
-def _run_tasks(given: Eval, loaded: Loaded) -> int:
-    try:
-        from lrt.evals.harness import run_tasks
-    except ImportError:
-        raise ValueError("--tasks needs lm-eval: pip install 'latent-recurrent-transformer[eval]'") from None
-    names = [name for part in given.tasks for name in part.split(",") if name]
-    done = run_tasks(loaded, names, mode=given.mode, include=given.include_path, limit=given.limit)
-    if given.json:
-        print(json.dumps({"run": str(given.run), "step": loaded.step} | done, default=str))
-        return 0
-    print(f"{given.run} step {loaded.step}, scored by {done['mode']}")
-    for task, metrics in done["results"].items():
-        numbers = {k.partition(",")[0]: v for k, v in metrics.items() if isinstance(v, float)}
-        print(f"  {task:<28}" + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     return 0
 
 
