@@ -6,10 +6,11 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -52,46 +53,60 @@ def create_app(served: Served, api_key: str | None = None) -> FastAPI:
                   responses=STATUSES)  # fmt: skip
     handle_errors(app)
     app.add_middleware(Guard, metrics=served.metrics, max_body=served.settings.max_body)
-    closed = {"dependencies": [Depends(authorised)], "response_model": None}
-
-    @app.post("/v1/completions", **closed)
-    async def completions(body: CompletionRequest, request: Request) -> Any:
-        """Continue prompts."""
-        return await _respond(Completion(served, body), request)
-
-    @app.post("/v1/chat/completions", **closed)
-    async def chat(body: ChatRequest, request: Request) -> Any:
-        """Answer a conversation."""
-        return await _respond(Chat(served, body), request)
-
-    @app.get("/v1/models", **closed)
-    async def models() -> dict[str, Any]:
-        """The model that is served."""
-        return {"object": "list", "data": [_card(served)]}
-
-    @app.get("/v1/models/{name}", **closed)
-    async def model(name: str) -> dict[str, Any]:
-        """The model, if it is called so."""
-        if name != served.name:
-            raise ApiError(404, f"the model {name!r} is not served here; use {served.name!r}", param="model")
-        return _card(served)
-
-    @app.get("/metrics", **closed)
-    async def metrics() -> Response:
-        """Counters for Prometheus."""
-        return Response(generate_latest(served.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/health", response_model=None)
     async def health() -> dict[str, str]:
         """Whether the server answers."""
         return {"status": "ok"}
 
-    @app.get("/api/about", **closed)
+    for routes in (_openai(served), _own(served)):
+        app.include_router(routes, dependencies=[Depends(authorised)])
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app
+
+
+def _openai(served: Served) -> APIRouter:
+    routes = APIRouter(prefix="/v1")
+
+    @routes.post("/completions", response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        """Continue prompts."""
+        return await _respond(Completion(served, body), request)
+
+    @routes.post("/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        """Answer a conversation."""
+        return await _respond(Chat(served, body), request)
+
+    @routes.get("/models", response_model=None)
+    async def models() -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [_card(served)]}
+
+    @routes.get("/models/{name}", response_model=None)
+    async def model(name: str) -> dict[str, Any]:
+        """The model, if it is called so."""
+        if name != served.name:
+            raise ApiError(404, f"the model {name!r} is not served here; use {served.name!r}", param="model")
+        return _card(served)
+
+    return routes
+
+
+def _own(served: Served) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(generate_latest(served.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/api/about", response_model=None)
     async def about() -> dict[str, Any]:
         """What the page shows of the model."""
         return served.about()
 
-    @app.post("/api/inspect", **closed)
+    @routes.post("/api/inspect", response_model=None)
     async def look(body: InspectRequest, request: Request) -> dict[str, Any]:
         """What the memory does to every token of a text."""
         try:
@@ -102,14 +117,12 @@ def create_app(served: Served, api_key: str | None = None) -> FastAPI:
         if len(ids) < 2:
             raise ApiError(400, "text is empty: give at least one character", param="text")
         call = Call(served)
-        work = Task(0, call.events, call.deadline,
-                    work=lambda: inspect(served.model, served.words, ids, body.top, **served.how))  # fmt: skip
-        call.submit([work])
+        work = partial(inspect, served.model, served.words, ids, body.top, **served.how)
+        call.submit([Task(0, call.events, call.deadline, work=work)])
         (event,) = await call.all(request)
         return event.what | {"model": served.about()}
 
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
-    return app
+    return routes
 
 
 def _card(served: Served) -> dict[str, Any]:
