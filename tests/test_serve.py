@@ -140,7 +140,9 @@ def test_models_and_health(server, client):
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "lrt"
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
-    assert "lrt_steps_total" in httpx.get(server.url + "/metrics").text
+    text = httpx.get(server.url + "/metrics").text
+    assert 'lrt_requests_total{path="/v1/models",status="200"}' in text
+    assert "lrt_steps_total" in text
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

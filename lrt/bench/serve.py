@@ -141,7 +141,7 @@ async def _measure(
     await (asyncio.gather(*(client() for _ in range(clients))) if rate is None else arrivals(rate))
     took, firsts = time.perf_counter() - begin, sorted(t.first for t in done)
     return {
-        "tokens_per_second": sum(t.tokens for t in done) / took, "requests": len(done),
+        "tokens_per_second": sum(t.tokens for t in done) / took, "requests": len(done), "seconds": took,
         "first_ms": 1e3 * median(firsts), "first_p95_ms": 1e3 * firsts[int(0.95 * len(firsts))],
         "answer_ms": 1e3 * median(t.total for t in done),
     }  # fmt: skip
