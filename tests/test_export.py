@@ -81,13 +81,17 @@ def sampled(run: Path, count: int = 24) -> str:
     return PROMPT + "".join(complete(loaded.model, loaded.tokenizer, PROMPT, laws, mode="exact"))
 
 
+def bare() -> dict[str, str]:
+    """The environment without a path to this package."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
 def outside(python: str, folder: Path, home: Path, blocked: str) -> dict:
     """What a process of its own finds in an exported folder."""
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(home / "code")}
     done = subprocess.run(
         [python, "-c", OUTSIDE, str(folder), blocked, PROMPT],
-        capture_output=True, text=True, cwd=home, env=kept | hub,
+        capture_output=True, text=True, cwd=home, env=bare() | hub,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -121,7 +125,7 @@ def test_a_fresh_environment_with_torch_and_transformers_alone(run: Path, export
     pins = Path(__file__).parent.parent / "constraints.txt"
     command = [python, "-m", "pip", "install", "--quiet", "-c", str(pins), "torch", "transformers"]
     subprocess.run(command, check=True)
-    absent = subprocess.run([python, "-c", "import lrt"], capture_output=True, cwd=tmp_path)
+    absent = subprocess.run([python, "-c", "import lrt"], capture_output=True, cwd=tmp_path, env=bare())
     assert absent.returncode != 0
     check(outside(python, exported, tmp_path, "free"), run)
 
