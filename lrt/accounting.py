@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 
@@ -31,12 +32,17 @@ def group_of(name: str) -> str:
 
 def parameters_by_group(config: ModelConfig) -> dict[str, int]:
     """Parameter counts of a model that is never allocated. `memory` holds W_K, W_V, all gate rows and gamma."""
+    return dict(_counted(config))
+
+
+@cache
+def _counted(config: ModelConfig) -> tuple[tuple[str, int], ...]:
     with torch.device("meta"):
         model = LRT(config)
     groups: dict[str, int] = dict.fromkeys(GROUPS, 0)
     for name, p in model.named_parameters():
         groups[group_of(name)] += p.numel()
-    return groups
+    return tuple(groups.items())
 
 
 def scaling_parameters(config: ModelConfig) -> int:

@@ -24,8 +24,9 @@ from lrt.loss import LossOutput, ScheduledLoss, targets_per_pass
 from lrt.model import LRT
 from lrt.model_config import require
 from lrt.optim import Optimizer, clip, rate
+from lrt.progress import Progress, horizon
 from lrt.sampling import Sampling
-from lrt.schedule import NO_GRAD_COST, Passes, Schedule, effective_forwards
+from lrt.schedule import Schedule
 from lrt.sharding import whole
 from lrt.text import complete
 
@@ -33,33 +34,6 @@ Sink = Callable[[dict[str, Any]], None]
 """Receives events: `{"kind": "prepare" | "start" | "train" | "eval" | "sample" | "warning" | "checkpoint", ...}`."""
 
 SAMPLE_TOKENS = 120
-
-
-@dataclass
-class Progress:
-    """What has been spent so far; stored in checkpoints."""
-
-    step: int = 0
-    tokens: int = 0
-    token_forwards: float = 0.0
-    """Tokens times passes, all weighted 1."""
-    effective_forwards: float = 0.0
-    """The same with passes without gradient weighted 1/3."""
-    flops: float = 0.0
-    seconds: float = 0.0
-    """Spent training; evaluation, samples and checkpoints not counted."""
-    skipped: int = 0
-    """Steps whose loss or gradient was not finite; they changed nothing."""
-
-    def count(self, config: RunConfig, passes: Passes, seconds: float) -> None:
-        """Add one step over `passes`."""
-        rows = config.train.batch
-        self.step += 1
-        self.tokens += rows * config.train.length
-        self.token_forwards += rows * sum(len(p.positions) for p in passes)
-        self.effective_forwards += rows * sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes)
-        self.flops += rows * accounting.passes_flops(config.model, passes)
-        self.seconds += seconds
 
 
 @dataclass(frozen=True)
@@ -72,18 +46,6 @@ class Result:
     bpb: BPB
     first: bool = True
     """Whether this is the process that reports, of those that torchrun started."""
-
-
-def horizon(config: RunConfig) -> int:
-    """Optimizer steps from steps, tokens, R or an effective-compute budget that counts every pass."""
-    t = config.train
-    kind, number = t.horizon_parts()
-    if kind == "steps":
-        return max(1, round(number))
-    tokens = number if kind == "tokens" else number * accounting.scaling_parameters(config.model)
-    if kind == "compute":
-        tokens /= effective_forwards(Schedule.parse(t.schedule), t.length)
-    return max(1, round(tokens / (t.batch * t.length)))
 
 
 def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:

@@ -72,6 +72,15 @@ BAD = [
     ("train --train.device tpu", "tpu", "cpu"),
     ("train --data.source /no/such/file", "/no/such/file"),
     ("train --resume /no/such/run", "/no/such/run"),
+    ("train --train.parallel both", "both", "ddp"),
+    ("train --train.max-skipped 0", "train.max_skipped is 0"),
+    ("train --train.micro-batch 3", "micro_batch 3", "batch 8"),
+    ("train --data.tokenizer /no/such/tokenizer", "/no/such/tokenizer"),
+    ("train --init-from /no/such/run", "/no/such/run"),
+    ("train --resume . --or-resume --train.batch", "--train.batch"),
+    ("tokenize --validation 2", "validation is 2"),
+    ("eval /no/such/run --rows 0", "--rows is 0"),
+    ("plan --cluster.devices 3", "batch 8", "3 devices"),
     ("schedule sideways-3", "sideways-3", "interleaved"),
     ("schedule interleaved-2 --length 0", "--length is 0"),
     ("info --recipe nothing", "nothing"),
@@ -103,6 +112,32 @@ def test_bad_text_files(name, content, said, capsys, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(content)
     fails(capsys, f"train {SMALL} --data.source {name}", name, said)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [name]
+
+
+def test_a_gigantic_line_is_text_like_any_other(capsys, tmp_path, monkeypatch):
+    """A megabyte without a space or a line break, for bytes and for a BPE."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "line.txt").write_text("".join(chr(97 + i * i % 23) for i in range(10**6)), encoding="utf-8")
+    for tokenizer in ("bytes", "bpe --vocab-size 300"):
+        assert main(shlex.split(f"tokenize --source line.txt --tokenizer {tokenizer} --folder data")) == 0
+    assert "vocabulary 300" in capsys.readouterr().out
+
+
+def test_a_foreign_tokenizer_in_a_run_is_refused(run, capsys, tmp_path):
+    """Tokenizer and checkpoint of different vocabularies, and a run folder with no tokenizer at all."""
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    main(
+        shlex.split(f"tokenize --source {run.parent / 'text.txt'} --tokenizer bpe --vocab-size 270 --folder {tmp_path}")
+    )
+    capsys.readouterr()
+    foreign = next(tmp_path.glob("*/tokenizer.json"))
+    shutil.copy(foreign, copy / "tokenizer" / "tokenizer.json")
+    fails(capsys, f"sample {copy}", "tokenizer", "do not belong together")
+    shutil.rmtree(copy / "tokenizer")
+    fails(capsys, f"sample {copy}", "tokenizer", "no such")
 
 
 def test_info_shows_the_published_sizes(capsys):
