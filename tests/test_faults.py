@@ -112,7 +112,7 @@ def test_killed_while_a_checkpoint_is_written(moment: str, home: Path, tmp_path:
     require_equal(tmp_path / "run", home / "whole")
 
 
-@pytest.mark.parametrize(("name", "flip"), [(MODEL, True), (MODEL, False), (OPTIMIZER, True), (META, False)])
+@pytest.mark.parametrize(("name", "flip"), [(MODEL, True), (OPTIMIZER, False), (META, False)])
 def test_a_damaged_checkpoint_is_passed_over_aloud(name: str, flip: bool, home: Path, tmp_path: Path):
     """One bit flipped, or the end cut off: the one before it is used, and a warning names the file."""
     run, said = tmp_path / "run", []
@@ -287,6 +287,7 @@ def test_out_of_memory_names_the_knobs(error, home: Path, tmp_path: Path, monkey
         assert knob in str(raised.value)
 
 
+@pytest.mark.slow
 def test_out_of_memory_for_real(home: Path, tmp_path: Path):
     """The allocator refuses: a step over so many rows wants more than the address space has."""
     big = ["--train.batch", "60000", "--train.length", "64", "--train.horizon", "steps=1", "--train.log-every", "1"]

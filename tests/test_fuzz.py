@@ -112,7 +112,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
     return {"checkpoint": checkpoint, "shards": folder / "shards", "tokenizer": folder / "tokenizer", "home": folder}
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.data())
 def test_checkpoint_descriptions(made: dict[str, Path], data):
     folder = made["checkpoint"]
@@ -127,7 +127,7 @@ def test_checkpoint_descriptions(made: dict[str, Path], data):
         (folder / META).write_bytes(original)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.data())
 def test_manifests(made: dict[str, Path], data):
     folder = made["shards"]
@@ -141,7 +141,7 @@ def test_manifests(made: dict[str, Path], data):
         file.write_bytes(original)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.data())
 def test_tokenizer_files(made: dict[str, Path], data):
     folder = made["tokenizer"]
