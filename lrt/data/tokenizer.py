@@ -23,6 +23,8 @@ BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>
 SEPARATOR_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 # Every tokenizer must spell this back: capitals catch lower-casing, the newline catches collapsed white space.
 PROBE = "Hello world\n"
+LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
+"""Training a BPE takes the square of a word's length: a megabyte without a space, hours. So such words are cut."""
 
 
 class Tokenizer(ABC):
@@ -189,7 +191,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts, trainer)
+    core.train_from_iterator((LONG_WORD.sub(r"\1 ", text) for text in texts), trainer)
     return BPETokenizer(core)
 
 
