@@ -150,9 +150,9 @@ def test_a_full_disk(home: Path, tmp_path: Path):
     require_equal(run, home / "whole")
 
 
-def command(*args: str, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, **options)
+def command(*args: str, timeout: float = PATIENCE, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def test_checkpoints_written_in_the_background_are_the_same(home: Path, tmp_path: Path, monkeypatch):
@@ -406,7 +406,8 @@ def test_torchrun_restarts_resume(home: Path, tmp_path: Path):
     agent = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     agent += ["--rdzv-endpoint", "127.0.0.1:0"]
     flags = arguments(home, tmp_path / "run", 12, "--train.save-every", "3")[2:]
-    ended = command(*agent, "--max-restarts", "1", str(script), *flags, timeout=PATIENCE)
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/scaling.md
+    ended = command(*agent, "--max-restarts", "1", str(script), *flags, timeout=PATIENCE, **own_store)
     assert ended.returncode == 0, ended.stderr[-3000:]
     starts = [e["step"] for e in events(tmp_path / "run", "start")]
     assert starts == [0, 6]
