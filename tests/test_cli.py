@@ -123,23 +123,6 @@ def test_a_gigantic_line_is_text_like_any_other(capsys, tmp_path, monkeypatch):
     assert "vocabulary" in capsys.readouterr().out
 
 
-def test_a_foreign_tokenizer_in_a_run_is_refused(run, capsys, tmp_path):
-    """Tokenizer and checkpoint of different vocabularies, and a run folder with no tokenizer at all."""
-    import shutil
-
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    main(
-        shlex.split(f"tokenize --source {run.parent / 'text.txt'} --tokenizer bpe --vocab-size 270 --folder {tmp_path}")
-    )
-    capsys.readouterr()
-    foreign = next(tmp_path.glob("*/tokenizer.json"))
-    shutil.copy(foreign, copy / "tokenizer" / "tokenizer.json")
-    fails(capsys, f"sample {copy}", "tokenizer", "do not belong together")
-    shutil.rmtree(copy / "tokenizer")
-    fails(capsys, f"sample {copy}", "tokenizer", "no such")
-
-
 def test_info_shows_the_published_sizes(capsys):
     for recipe, projection, overhead, size in [
         ("d20_paper", "shared", 0.00307, 1.316), ("d20_paper", "layerwise", 0.0504, 1.316),
