@@ -9,7 +9,7 @@ import torch
 
 from lrt.model import LRT
 from lrt.model_config import ModelConfig
-from lrt.schedule import NO_GRAD_COST, Passes, Schedule, memory_only
+from lrt.schedule import NO_GRAD_COST, Curriculum, Passes, Schedule, memory_only
 
 BACKWARD = 1 / NO_GRAD_COST
 """Forward and backward together, in forwards."""
@@ -74,12 +74,12 @@ def forward_flops(config: ModelConfig, positions: range, *, memory: bool, top: b
     `top`: whether it runs the blocks above the source; `head`: whether it makes logits.
     """
     d, kv, n = config.d, config.k * config.e, len(positions)
-    blocks = config.depth if top else config.source
+    blocks = config.layers if top else config.source
     inner, hidden = config.h * config.e, config.mlp_width * (3 if config.backbone.mlp == "swiglu" else 2)
     weights = blocks * d * (2 * inner + 2 * kv + hidden)
     projection = config.memory.projection
     if projection != "none":
-        rows = sum(3 if config.has_value_embedding(i) else 2 for i in range(blocks))
+        rows = sum(3 if config.has_value_embedding(i % config.depth) else 2 for i in range(blocks))
         weights += rows * config.k * config.gate_width
         weights += 2 * d * kv * (1 if projection == "shared" else blocks) if memory else 0
     weights += d * config.vocab_size if head else 0
@@ -97,10 +97,9 @@ def passes_flops(config: ModelConfig, passes: Passes) -> int:
     return total
 
 
-def train_flops_per_token(config: ModelConfig, schedule: Schedule, length: int) -> float:
+def train_flops_per_token(config: ModelConfig, schedule: Schedule | Curriculum, length: int) -> float:
     """Training FLOPs per token over rows of `length` positions: the mean over the schedule's draws."""
-    draws = schedule.every_draw()
-    return sum(passes_flops(config, s.passes(length)) for s in draws) / len(draws) / length
+    return sum(share * passes_flops(config, s.passes(length)) for s, share in schedule.shares()) / length
 
 
 def decode_flops_per_token(config: ModelConfig, position: int) -> int:
@@ -110,7 +109,7 @@ def decode_flops_per_token(config: ModelConfig, position: int) -> int:
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
     """Bytes of keys and values that one decoded token adds, all layers, windows not subtracted."""
-    return 2 * config.depth * config.k * config.e * bytes_per_number
+    return 2 * config.layers * config.k * config.e * bytes_per_number
 
 
 def memory_bytes(config: ModelConfig, bytes_per_number: int = 2) -> int:
@@ -126,7 +125,7 @@ def describe(config: ModelConfig, length: int, schedules: Iterable[str]) -> dict
         "scaling_parameters": scaling_parameters(config),
         "memory_overhead": memory_overhead(config),
         "length": length,
-        "train_flops_per_token": {s: train_flops_per_token(config, Schedule.parse(s), length) for s in schedules},
+        "train_flops_per_token": {s: train_flops_per_token(config, Curriculum.parse(s), length) for s in schedules},
         "decode_flops_per_token": {str(t): decode_flops_per_token(config, t) for t in (0, length - 1)},
         "cache_bytes_per_token": cache_bytes_per_token(config),
         "memory_bytes_per_sequence": memory_bytes(config),

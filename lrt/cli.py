@@ -35,6 +35,10 @@ COMMANDS = {
     "export": Command("lrt.hf.export:main", "write a run for transformers, or as a Llama or Qwen checkpoint"),
     "convert": Command("lrt.convert.run:main", "import a Llama or Qwen checkpoint, or add memory to a model"),
     "serve": Command("lrt.serve.command:main", "serve a model: an OpenAI-compatible API and a page"),
+    "sweep": Command("lrt.experiments.sweep:main", "train a grid of recipe overrides and seeds, resumable"),
+    "report": Command("lrt.experiments.report:main", "tables and pictures of recorded runs"),
+    "core": Command("lrt.evals.core:main", "the CORE score of a run, with memory, from a local evaluation bundle"),
+    "analyze": Command("lrt.evals.analyze:main", "where a run's memory acts, and how far back it reaches"),
     "bench": Command("lrt.commands:bench", "measure on this machine: bench train, decode, serve"),
     "plan": Command("lrt.plan:main", "memory, step time, communication and days of a recipe on a cluster"),
 }

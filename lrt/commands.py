@@ -16,7 +16,7 @@ from lrt.decode import DEFAULT_MODE
 from lrt.model_config import ModelConfig, require
 from lrt.recipes import recipe
 from lrt.sampling import Sampling
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
     from lrt.evals.bpb import BPB
@@ -87,7 +87,7 @@ def schedule(args: list[str]) -> int:
             out: write an SVG there too.
         """
         require(1 <= length <= 512, f"--length is {length}; a drawing takes 1 to 512 positions")
-        found = Schedule.parse(name).at_largest()
+        found = Curriculum.parse(name).at_largest()
         print(draw.as_text(found, length))
         if out is not None:
             out.write_text(draw.as_svg(found, length), encoding="utf-8")
@@ -105,11 +105,14 @@ class Tokenize:
 
 def tokenize(args: list[str]) -> int:
     from lrt.console import Live
+    from lrt.data import TaskRows
     from lrt.train import prepare_data
 
     given = parse(Tokenize, args, "tokenize")
     with Live() as live:
         prepared = prepare_data(RunConfig(data=given.data), [live])
+    if isinstance(prepared.train, TaskRows) or isinstance(prepared.val, TaskRows):
+        raise ValueError(f"{given.data.source} is drawn as it is needed; give a text")
     train, val = len(prepared.train), len(prepared.val)
     print(
         f"{prepared.folder}: {train:,} training and {val:,} validation tokens, "
@@ -229,7 +232,7 @@ def evaluate(args: list[str]) -> int:
         length = given.length or loaded.config.train.length
         context = loaded.config.model.context
         require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
-        found = Schedule.parse(given.schedule or loaded.config.train.schedule)
+        found = Curriculum.parse(given.schedule or loaded.config.train.schedule)
         rows = held_out_rows(loaded, given.source, rows=given.rows, length=length)
         bpb = score_rows(loaded.model, found, rows, world=world)
     where = {"run": str(given.run), "step": loaded.step, "length": length, "source": given.source or "validation"}

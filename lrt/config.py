@@ -17,7 +17,7 @@ from lrt.model_config import (
     require,
     require_choice,
 )
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Parallelism = Literal["ddp", "fsdp"]
@@ -100,7 +100,8 @@ class TrainConfig:
     """How long, in what order of passes, and on what machine."""
 
     schedule: str = "settled-1..3"
-    """Passes per step: parallel, interleaved-S, refinement-K, chunked-C, sequential, settled-R (see `lrt schedule`)."""
+    """Passes per step: parallel, interleaved-S, refinement-K, chunked-C, sequential, settled-R (see `lrt schedule`);
+    or one after the other, each until a share of the steps: parallel@0.5,settled-1..3."""
     batch: int = 32
     """Rows of one optimizer step, over all devices."""
     micro_batch: int | None = None
@@ -144,11 +145,12 @@ class TrainConfig:
     """Live gap (decoded minus parallel BPB) above which a warning is shown."""
 
     def __post_init__(self) -> None:
-        schedule = Schedule.parse(self.schedule)
+        schedule = Curriculum.parse(self.schedule)
         self.horizon_parts()
         require(self.length >= 2, f"train.length is {self.length}; a row needs at least 2 positions")
-        for drawn in schedule.every_draw() if schedule.weights else ():
-            drawn.passes(self.length)  # raises now, not at the step that draws fewer passes than weights
+        for drawn, _ in schedule.shares():
+            if drawn.weights:
+                drawn.passes(self.length)  # raises now, not at the step that draws fewer passes than weights
         require(self.batch >= 1, f"train.batch is {self.batch}; it must be at least 1")
         require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
         require(self.keep >= 1, f"train.keep is {self.keep}; at least 1 checkpoint must be kept")

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import queue
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lrt import accounting
-from lrt.checkpoint import load_model, read_json, write_json
+from lrt.checkpoint import load_model, write_json
 from lrt.config import RunConfig
 from lrt.console import Jsonl, Live
-from lrt.decode import generate
-from lrt.hardware import peak_memory, resolve_device
-from lrt.model import LRT
+from lrt.experiments.record import record
+from lrt.experiments.runner import at_once, run_all
+from lrt.hardware import resolve_device
 from lrt.model_config import require
 from lrt.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
-from lrt.report import curves, page, read_run, table
+from lrt.report import Table, curves, page, read_run
 from lrt.sampling import Sampling
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum
 from lrt.text import complete
-from lrt.train import horizon, prepare_data, train
+from lrt.train import Sink, horizon, prepare_data, train
 
 ARMS: dict[str, Callable[[], RunConfig]] = {
     "plain": cpu_demo_plain,
@@ -66,8 +59,10 @@ def run_demo(demo: Demo) -> str:
     configs = {name: _configure(make(), name, demo) for name, make in ARMS.items()}
     with Live(samples=False) as live:
         prepare_data(next(iter(configs.values())), [live])
-        spent = _train_all(configs, demo.out, live)
-    rows = [_row(config, demo.out / name, spent[name]) for name, config in configs.items()]
+        longest = sorted(configs.items(), key=lambda named: _flops(named[1]), reverse=True)
+        failed = run_all(dict(longest), demo.out, _train_arm, at_once(), live)
+    require(not failed, "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    rows = [_row(config, demo.out / name) for name, config in configs.items()]
     return _write(demo.out, rows, time.perf_counter() - started)
 
 
@@ -77,74 +72,22 @@ def _configure(config: RunConfig, name: str, demo: Demo) -> RunConfig:
     return replace(config, name=name, train=training, data=replace(config.data, source=demo.source))
 
 
-def _train_all(configs: dict[str, RunConfig], out: Path, live: Live) -> dict[str, int]:
-    """Train every arm in a process and on a core of its own; the peak memory of each.
-
-    Operations this small gain next to nothing from a second thread, and lose much when its core is busy. The longest
-    arms begin first. On cuda one arm has the device at a time.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    at_once = 1 if torch.cuda.is_available() else min(len(configs), os.cpu_count() or 1)
-    longest = sorted(configs, key=lambda name: _flops(configs[name]), reverse=True)
-    with spawn.Manager() as manager, ProcessPoolExecutor(at_once, spawn) as pool:
-        events = manager.Queue()
-        running = {name: pool.submit(_train_arm, configs[name], out / name, name, events) for name in longest}
-        while not all(future.done() for future in running.values()) or not events.empty():
-            with contextlib.suppress(queue.Empty):
-                name, event = events.get(timeout=0.2)
-                live.show(event, name)
-            failed = [f for f in running.values() if f.done() and f.exception()]
-            if failed:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise failed[0].exception() or AssertionError
-        return {name: future.result() for name, future in running.items()}
-
-
 def _flops(config: RunConfig) -> float:
     t = config.train
-    per_token = accounting.train_flops_per_token(config.model, Schedule.parse(t.schedule), t.length)
+    per_token = accounting.train_flops_per_token(config.model, Curriculum.parse(t.schedule), t.length)
     return per_token * horizon(config) * t.batch * t.length
 
 
-def _train_arm(config: RunConfig, folder: Path, name: str, events: Any) -> int:
-    torch.set_num_threads(1)
-    result = train(config, folder, sinks=[lambda event: events.put((name, event)), Jsonl(folder / "metrics.jsonl")])
-    return peak_memory(result.model.device)
+def _train_arm(config: RunConfig, folder: Path, tell: Sink) -> None:
+    train(config, folder, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
 
 
-def _row(config: RunConfig, folder: Path, peak: int) -> dict[str, Any]:
+def _row(config: RunConfig, folder: Path) -> dict[str, Any]:
     """One arm's figures; decoding speed is measured here, once nothing else runs."""
     loaded = load_model(folder, resolve_device(config.train.device))
-    result = read_json(folder / "result.json", "result")
-    p, bpb, model = result["progress"], result["bpb"], loaded.model
     prompt = Sampling(max_new_tokens=100, temperature=0.7, seed=1)
-    return {
-        "name": config.name,
-        "schedule": config.train.schedule,
-        "projection": config.model.memory.projection,
-        "parameters": sum(accounting.parameters_by_group(model.config).values()),
-        "scaling_parameters": accounting.scaling_parameters(model.config),
-        "tokens": p["tokens"],
-        "token_forwards": p["token_forwards"],
-        "effective_compute": p["effective_forwards"],
-        "flops": p["flops"],
-        "wall_seconds": p["seconds"],
-        "bpb": {mode: bpb[mode] for mode in ("zero_memory", "passes", "merged", "decoded")},
-        "live_gap": bpb["live_gap"],
-        "bpb_by_position": bpb["by_position"],
-        "sweep_residuals": bpb["residuals"],
-        "decode_tokens_per_second": decoding_speed(model),
-        "peak_memory_bytes": peak,
-        "sample": PROMPT + "".join(complete(model, loaded.tokenizer, PROMPT, prompt)),
-    }
-
-
-def decoding_speed(model: LRT, tokens: int = 100) -> float:
-    """Greedy tokens per second of one row, after the first few, text not included."""
-    free = Sampling(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
-    clocks = [time.perf_counter() for _ in generate(model, [[0]], free)]
-    skipped = min(10, len(clocks) - 2)
-    return (len(clocks) - 1 - skipped) / (clocks[-1] - clocks[skipped])
+    sample = PROMPT + "".join(complete(loaded.model, loaded.tokenizer, PROMPT, prompt))
+    return record(folder, longer=False) | {"sample": sample}
 
 
 def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
@@ -157,11 +100,14 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
         f"decoding eager, one row; {seconds:.0f} s in all."
     )
     samples = {f"sample: {row['name']}": row["sample"] for row in rows}
-    html = page("lrt demo", about, HEADER, cells, figure, samples)
+    blocks = [("bits per byte", Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
+    html = page("lrt demo", about, blocks)
     (out / "report.html").write_text(html, encoding="utf-8")
     write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about})
     texts = [f"--- {name}\n{text}" for name, text in samples.items()]
-    return "\n\n".join([table(HEADER, cells), about, *texts, f"{out / 'report.html'}, report.png, report.json"])
+    return "\n\n".join(
+        [Table(HEADER, cells).markdown(), about, *texts, f"{out / 'report.html'}, report.png, report.json"]
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

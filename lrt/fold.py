@@ -34,7 +34,7 @@ def fold(
         at = p.positions
         cut = slice(at.start - first, at[-1] + 1 - first, at.step)
         reset = starts[:, cut] if starts is not None else None
-        blocks = model.config.source if stop_early else model.config.depth
+        blocks = model.config.source if stop_early else model.config.layers
         buffer, memory, past = _opened(buffer, p, blocks, tokens.device)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
             written = model(tokens[:, cut], past, memory, reset, top=not stop_early)

@@ -12,11 +12,8 @@ from torch.distributed.tensor import DTensor
 from lrt.fold import fold
 from lrt.head import head_loss
 from lrt.model import LRT
-from lrt.schedule import Pass, Passes, Schedule
-from lrt.shapes import StreamBND, TokensBN
-
-IGNORE = -100
-"""Target that no loss counts."""
+from lrt.schedule import Curriculum, Pass, Passes, Schedule
+from lrt.shapes import IGNORE, StreamBND, TokensBN
 
 
 class LossOutput(NamedTuple):
@@ -44,7 +41,7 @@ def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
 class ScheduledLoss(nn.Module):
     """Model and schedule as one module, so that DDP, FSDP and the optimizer see one forward a step."""
 
-    def __init__(self, model: LRT, schedule: Schedule, seed: int = 0):
+    def __init__(self, model: LRT, schedule: Schedule | Curriculum, seed: int = 0):
         super().__init__()
         self.model, self.schedule, self.seed = model, schedule, seed
 

@@ -235,12 +235,13 @@ class LRT(nn.Module):
         run, layers = self._runner(past)
         x = x0.clone() if self.execution.compile else x0  # one tensor given twice would be a graph of its own
         source, keys, values = x0, [], []
-        for i in range(self.config.depth if top else self.config.source):
-            x, k, v = run(self.blocks[i], x, x0, tokens, memory, shared, rope, sights[windows[i]], layers[i])
+        for i in range(self.config.layers if top else self.config.source):
+            block, seen = self.blocks[i % self.config.depth], sights[windows[i]]
+            x, k, v = run(block, x, x0, tokens, memory, shared, rope, seen, layers[i])
             keys.append(k)
             values.append(v)
             source = rms_norm(x, eps) if i + 1 == self.config.source else source
-        last = source if self.config.source == self.config.depth else x
+        last = source if self.config.source == self.config.layers else x
         hidden = (self.norm.scale(last) if last is source else self.norm(last)) if top else None
         return Written(hidden, source, tuple(keys), tuple(values))
 

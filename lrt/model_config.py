@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Projection = Literal["none", "shared", "layerwise"]
+Projection = Literal["none", "gates", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
 Backend = Literal["auto", "masked", "merged"]
 MLPKind = Literal["relu2", "swiglu"]
@@ -31,7 +31,8 @@ class MemoryConfig:
     """The recurrent memory: where it is taken from and how it is injected (SPEC section 2)."""
 
     projection: Projection = "layerwise"
-    """KVProjection: `shared` has one W_K, W_V for all layers (the paper's default), `layerwise` a pair a layer."""
+    """KVProjection: `shared` has one W_K, W_V for all layers (the paper's default), `layerwise` a pair a layer;
+    `gates` has the gates alone, as if the memory were always zero: the control of what gating does by itself."""
     residual: bool = True
     """ResidualInjection: add gamma_l m_{t-1} to the stream before every block."""
     source: int | None = None
@@ -44,8 +45,8 @@ class MemoryConfig:
 
     @property
     def on(self) -> bool:
-        """Whether the model has any memory at all; without it, it is exactly the plain transformer."""
-        return self.projection != "none" or self.residual
+        """Whether the model reads any memory at all."""
+        return self.projection in ("shared", "layerwise") or self.residual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,9 @@ class ModelConfig:
 
     depth: int = 12
     """Blocks, L."""
+    loops: int = 1
+    """Times the stack of blocks is run over, with the same weights: the looped transformer. Each time has keys and
+    values of its own, and x0 enters again by beta."""
     width: int | None = None
     """Model width, D; none means 64 x depth."""
     heads: int | None = None
@@ -144,6 +148,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, f"model.depth is {self.depth}; a model needs at least 1 block")
+        looped = self.loops == 1 or (self.loops > 1 and self.residual_scalars)
+        require(looped, f"model.loops is {self.loops}; it must be at least 1, and loops need model.residual_scalars")
         width, heads, kv_heads = self.d, self.h, self.k
         require(width >= 2, f"model.width is {width}; it must be at least 2")
         even = self.backbone.head_width is not None or (heads >= 1 and width % heads == 0)
@@ -165,8 +171,8 @@ class ModelConfig:
         require_choice("model.value_embeddings", self.value_embeddings, ValueEmbeddings)
         source, gates = self.memory.source, self.memory.gate_width
         require(
-            source is None or 1 <= source <= self.depth,
-            f"model.memory.source is block {source}; this model has blocks 1..{self.depth}",
+            source is None or 1 <= source <= self.layers,
+            f"model.memory.source is block {source}; this model has blocks 1..{self.layers}",
         )
         require(
             gates is None or 1 <= gates <= width,
@@ -200,9 +206,14 @@ class ModelConfig:
         return self.backbone.mlp_width or 4 * self.d
 
     @property
+    def layers(self) -> int:
+        """Blocks that a forward runs, the loops counted."""
+        return self.depth * self.loops
+
+    @property
     def source(self) -> int:
-        """Block whose output is the memory, 1..L."""
-        return self.memory.source or self.depth
+        """Block whose output is the memory, 1..L, loops counted."""
+        return self.memory.source or self.layers
 
     @property
     def gate_width(self) -> int:
@@ -213,7 +224,7 @@ class ModelConfig:
         """The window of every layer: positions seen including the current one, or None for all of them."""
         short = self.window or max(1, self.context // 2)
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth)]
-        return tuple(short if c == "S" and i < self.depth - 1 else None for i, c in enumerate(letters))
+        return self.loops * tuple(short if c == "S" and i < self.depth - 1 else None for i, c in enumerate(letters))
 
     def has_value_embedding(self, layer: int) -> bool:
         """Whether block `layer` (0-based) has a value embedding."""

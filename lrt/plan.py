@@ -19,7 +19,7 @@ from lrt.config import Parallelism, RunConfig
 from lrt.model_config import ModelConfig, require
 from lrt.optim import Muon
 from lrt.progress import horizon
-from lrt.schedule import Pass, Passes, Schedule
+from lrt.schedule import Curriculum, Pass, Passes
 
 SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "settled-1..3")
 WIDTHS = 13.15
@@ -107,8 +107,8 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 
 def row(config: RunConfig, cluster: Cluster, name: str, mode: Parallelism, reshard: bool) -> dict[str, Any]:
     """One schedule's memory (bytes per device), seconds and bytes sent per step, and length of the training."""
-    t, schedule, devices = config.train, Schedule.parse(name), cluster.devices
-    draws = [s.passes(t.length) for s in schedule.every_draw()]
+    t, schedule, devices = config.train, Curriculum.parse(name), cluster.devices
+    draws = [s.passes(t.length) for s, _ in schedule.shares()]
     fixed = states(config, devices if mode == "fsdp" else 1, mode, reshard, max(map(held, draws)))
     per_row = max(activations(config.model, passes, t.recompute) for passes in draws) * width(config)
     share = t.batch // devices

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lrt import accounting
 from lrt.config import RunConfig
-from lrt.schedule import NO_GRAD_COST, Passes, Schedule, effective_forwards
+from lrt.schedule import NO_GRAD_COST, Curriculum, Passes, effective_forwards
 
 
 @dataclass
@@ -22,18 +22,22 @@ class Progress:
     flops: float = 0.0
     seconds: float = 0.0
     """Spent training; evaluation, samples and checkpoints not counted."""
+    cpu_seconds: float = 0.0
+    """CPU time of this process in them, all threads: what to compare where other work shares the machine."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite; they changed nothing."""
 
-    def count(self, config: RunConfig, passes: Passes, seconds: float) -> None:
+    def count(self, config: RunConfig, passes: Passes, seconds: float, cpu_seconds: float) -> None:
         """Add one step over `passes`."""
         rows = config.train.batch
+        forwards = rows * config.model.loops
         self.step += 1
         self.tokens += rows * config.train.length
-        self.token_forwards += rows * sum(len(p.positions) for p in passes)
-        self.effective_forwards += rows * sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes)
+        self.token_forwards += forwards * sum(len(p.positions) for p in passes)
+        self.effective_forwards += forwards * sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes)
         self.flops += rows * accounting.passes_flops(config.model, passes)
         self.seconds += seconds
+        self.cpu_seconds += cpu_seconds
 
 
 def horizon(config: RunConfig) -> int:
@@ -44,5 +48,5 @@ def horizon(config: RunConfig) -> int:
         return max(1, round(number))
     tokens = number if kind == "tokens" else number * accounting.scaling_parameters(config.model)
     if kind == "compute":
-        tokens /= effective_forwards(Schedule.parse(t.schedule), t.length)
+        tokens /= effective_forwards(Curriculum.parse(t.schedule), t.length) * config.model.loops
     return max(1, round(tokens / (t.batch * t.length)))

@@ -63,7 +63,7 @@ def _rotate(x: Tensor, position: int, config: ModelConfig) -> Tensor:
 
 def reference(weights: dict[str, Tensor], config: ModelConfig, tokens: list[int]) -> Trace:
     """Decode `tokens` one at a time from position 0 with memory; the memory is reset at every BOS token."""
-    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.depth)]
+    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
     logits, memories, memory = [], [], torch.zeros(config.d, dtype=weights["embedding.weight"].dtype)
     for t, token in enumerate(tokens):
         if token == config.bos:
@@ -87,14 +87,14 @@ def _token(
     back, written = config.backbone, memory
     x = w["embedding.weight"][token]
     x = x0 = _norm(x, back.norm_eps) if back.embedding_norm else x
-    for layer in range(config.depth):
-        name = f"blocks.{layer}."
+    for layer in range(config.layers):
+        name = f"blocks.{layer % config.depth}."
         if config.residual_scalars:
             x = w[name + "injection.alpha"] * x + w[name + "injection.beta"] * x0
         if config.memory.residual:
             x = x + w[name + "injection.gamma"] * memory
         a = _learned(w, name + "attention_norm", x, back.norm_eps)
-        x = x + _attention(w, config, layer, a, token, t, memory, past[layer])
+        x = x + _attention(w, config, layer % config.depth, a, token, t, memory, past[layer])
         a = _learned(w, name + "mlp_norm", x, back.norm_eps)
         up = _linear(w, name + "mlp.up", a)
         if back.mlp == "swiglu":
@@ -117,7 +117,7 @@ def _attention(
     mode = config.memory.projection
     if mode != "none":
         where = "projection." if mode == "shared" else name + "projection."
-        mk, mv = w[where + "key.weight"] @ memory, w[where + "value.weight"] @ memory
+        mk, mv = (w[where + f"{x}.weight"] @ memory if mode != "gates" else 0.0 for x in ("key", "value"))
         g = 2 / (1 + torch.exp(-(w[name + "gate.weight"] @ a[: config.gate_width])))
         g = torch.cat((g, torch.ones(heads, dtype=g.dtype))).repeat_interleave(e).split(heads * e)
         k, v, embedded = g[0] * k + g[1] * mk, g[0] * v + g[1] * mv, g[2] * embedded

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -88,30 +88,49 @@ def _limit(axes: Any, series: Sequence[Sequence[float]]) -> None:
         axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.2 * (high - low) + 1e-3)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+class Table(NamedTuple):
+    """Cells of text under a header."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """With aligned columns."""
+        cells = [list(self.header), *map(list, self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
+        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+        return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+    def html(self) -> str:
+        """In a frame that scrolls."""
+        head = "".join(f"<th>{escape(c)}</th>" for c in self.header)
+        body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
+        return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def page(
-    title: str, intro: str, header: Sequence[str], rows: Sequence[Sequence[str]], figure: Figure, parts: dict[str, str]
-) -> str:
-    """One self-contained HTML page: a table, a picture, and texts by heading."""
+def png(figure: Figure) -> bytes:
+    """The picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    head = "".join(f"<th>{escape(c)}</th>" for c in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    texts = "".join(f"<h2>{escape(k)}</h2><pre>{escape(v)}</pre>" for k, v in parts.items())
+    return buffer.getvalue()
+
+
+def page(title: str, intro: str, blocks: Sequence[tuple[str, Table | Figure | str]]) -> str:
+    """One self-contained HTML page of tables, pictures and texts, each under its heading (or none)."""
+    parts = [f"<h2>{escape(heading)}</h2>{_html(heading or title, block)}" for heading, block in blocks]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p>{escape(intro)}</p>"
-        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-        f'<img alt="{escape(title)}: loss and bits per byte" src="data:image/png;base64,{picture}">{texts}</html>\n'
+        f"{''.join(parts)}</html>\n"
     )
+
+
+def _html(heading: str, block: Table | Figure | str) -> str:
+    if isinstance(block, Table):
+        return block.html()
+    if isinstance(block, str):
+        return f"<pre>{escape(block)}</pre>"
+    return f'<img alt="{escape(heading)}" src="data:image/png;base64,{base64.b64encode(png(block)).decode()}">'
 
 
 STYLE = (

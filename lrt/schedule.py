@@ -155,6 +155,11 @@ class Schedule:
         settles = [Span(n, n) for n in range(self.settle.low, self.settle.high + 1)]
         return [replace(self, size=size, settle=settle) for size in sizes for settle in settles]
 
+    def shares(self) -> list[tuple[Schedule, float]]:
+        """`every_draw`, each with its probability."""
+        draws = self.every_draw()
+        return [(drawn, 1 / len(draws)) for drawn in draws]
+
     def passes(self, length: int) -> Passes:
         """The passes over a row of `length` positions. Ranges must have been drawn."""
         if length < 1:
@@ -174,6 +179,55 @@ class Schedule:
         passes = (*settling, *(Pass(at, w, True, self.detach) for at, w in zip(slices, weights, strict=True)))
         check(passes)
         return passes
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Schedules one after the other, such as plain first and memory late: `parallel@0.5,settled-1..3`."""
+
+    stages: tuple[tuple[Schedule, float], ...]
+    """Each schedule with the share of the steps at which it ends; the last ends at 1."""
+    steps: int = 1
+    """Steps of the whole training."""
+
+    @staticmethod
+    def parse(text: str) -> Curriculum:
+        """Read SCHEDULE[@SHARE],SCHEDULE[@SHARE],..,SCHEDULE: shares of the steps, rising; one schedule needs none."""
+        stages: list[tuple[Schedule, float]] = []
+        *early, last = text.split(",")
+        for part in early:
+            name, _, share = part.partition("@")
+            before = stages[-1][1] if stages else 0.0
+            end = float(share) if re.fullmatch(r"0?\.\d+", share) else 0.0
+            if not before < end < 1:
+                raise ValueError(
+                    f"stage {part!r} of schedule {text!r} must end at a share of the steps that rises between 0 and 1, "
+                    "such as parallel@0.5,settled-1..3"
+                )
+            stages.append((Schedule.parse(name), end))
+        return Curriculum((*stages, (Schedule.parse(last), 1.0)))
+
+    def __str__(self) -> str:
+        early = [f"{schedule}@{end:g}" for schedule, end in self.stages[:-1]]
+        return ",".join([*early, str(self.stages[-1][0])])
+
+    def at(self, step: int) -> Schedule:
+        """The schedule of a step, its ranges not drawn."""
+        return next((s for s, end in self.stages if step < end * self.steps), self.stages[-1][0])
+
+    def draw(self, seed: int, step: int) -> Schedule:
+        """This step's schedule, its ranges drawn: a function of (seed, step)."""
+        return self.at(step).draw(seed, step)
+
+    def at_largest(self) -> Schedule:
+        """The last schedule with every range at its upper end; what `parallel BPB` is measured with."""
+        return self.stages[-1][0].at_largest()
+
+    def shares(self) -> list[tuple[Schedule, float]]:
+        """Every schedule that `draw` can give, with the share of the steps that has it."""
+        starts = (0.0, *(end for _, end in self.stages))
+        parts = [(s.every_draw(), end - start) for (s, end), start in zip(self.stages, starts, strict=False)]
+        return [(drawn, share / len(draws)) for draws, share in parts for drawn in draws]
 
 
 def _parse_weights(text: str, schedule: str) -> tuple[float, ...]:
@@ -251,17 +305,18 @@ def token_forwards(passes: Iterable[Pass], length: int) -> float:
     return sum(len(p.positions) for p in passes) / length
 
 
-def effective_forwards(schedule: Schedule, length: int) -> float:
+def effective_forwards(schedule: Schedule | Curriculum, length: int) -> float:
     """Forwards per token, those without gradient weighted 1/3: the mean over the schedule's draws (SPEC section 8)."""
-    draws = schedule.every_draw()
-    cost = sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for s in draws for p in s.passes(length))
-    return cost / len(draws) / length
+
+    def cost(passes: Passes) -> float:
+        return sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes) / length
+
+    return sum(share * cost(s.passes(length)) for s, share in schedule.shares())
 
 
-def raw_forwards(schedule: Schedule, length: int) -> float:
+def raw_forwards(schedule: Schedule | Curriculum, length: int) -> float:
     """Forwards per token, all weighted 1: the mean over the schedule's draws."""
-    draws = schedule.every_draw()
-    return sum(token_forwards(s.passes(length), length) for s in draws) / len(draws)
+    return sum(share * token_forwards(s.passes(length), length) for s, share in schedule.shares())
 
 
 def intersect(a: range, b: range) -> range:

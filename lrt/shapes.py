@@ -29,3 +29,5 @@ HeadsBKNE: TypeAlias = Tensor
 """Keys, values (K heads) or queries (H heads), float [B, K, N, E]."""
 PositionsN: TypeAlias = Tensor
 """Absolute positions, int64 [N] shared by the rows, or [B, N] where rows differ."""
+IGNORE = -100
+"""Target that no loss counts."""

@@ -124,7 +124,7 @@ def _chunk(model: LRT, tokens: TokensBN, count: Tensor, cache: Cache, plan: Plan
         begin[group.rows] = group.taken
         sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
     cache = _recur(model, tokens, begin, count, cache, hidden)
-    below = model.config.source / model.config.depth
+    below = model.config.source / model.config.layers
     forwards = sweeps * below + (sweeps > 0 and below < 1) + float((count - begin).max()) / tokens.shape[1]
     return Solved(hidden, cache, Effort(sweeps, residual, forwards, count - begin))
 
@@ -165,7 +165,7 @@ def _sweep(model: LRT, tokens: TokensBN, passes: list[Pass], buffer: Buffer) -> 
 
 def finish(model: LRT, tokens: TokensBN, buffer: Buffer, source: StreamBND) -> tuple[Buffer, StreamBND]:
     """Complete keys and values, and the head's input: one more full pass if the sweeps stopped below the top."""
-    if model.config.source == model.config.depth:
+    if model.config.source == model.config.layers:
         return buffer, model.norm.scale(source)
     full = silent(range(tokens.shape[1]))
     _, written, buffer = next(fold(model, tokens, [full], model.starts(tokens), buffer))

@@ -15,18 +15,18 @@ from torch import Tensor
 from lrt import accounting, checkpoint, distributed
 from lrt.checkpoint import Checkpoint, Writer
 from lrt.config import RunConfig, to_dict
-from lrt.data import Batch, Loader, Prepared, prefetch, prepare
+from lrt.data import Batch, Prepared, batches, prefetch, prepare
 from lrt.distributed import Parallel, World
 from lrt.evals.bpb import BPB, Rows, evaluate, validation_rows
 from lrt.faults import Skips, Stop, not_finite, plainly
-from lrt.hardware import keep_freed_memory, peak_flops, resolve_device, resolve_dtype
+from lrt.hardware import keep_freed_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
 from lrt.loss import LossOutput, ScheduledLoss, targets_per_pass
 from lrt.model import LRT
 from lrt.model_config import require
 from lrt.optim import Optimizer, clip, rate
 from lrt.progress import Progress, horizon
 from lrt.sampling import Sampling
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum
 from lrt.sharding import whole
 from lrt.text import complete
 
@@ -137,7 +137,7 @@ class Session:
         if self.device.type == "cpu":
             keep_freed_memory()
         bos = prepared.tokenizer.bos
-        self.loader = Loader(
+        self.loader = batches(
             prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size
         )
         sizes = prepared.tokenizer.token_bytes()
@@ -145,7 +145,7 @@ class Session:
         with torch.device("meta"):
             self.model = LRT(config.model)
         self.model.execution = t.execution
-        self.loss = ScheduledLoss(self.model, Schedule.parse(t.schedule), t.seed)
+        self.loss = ScheduledLoss(self.model, replace(Curriculum.parse(t.schedule), steps=self.steps), t.seed)
         self.parallel = Parallel(self.loss, world, t.parallel, t.seed, t.reshard)
         if t.init_from is not None and started is None:
             self._begin_from(Path(t.init_from))
@@ -199,14 +199,14 @@ class Session:
         """Run the steps that are left, with logs, evaluations and checkpoints on the way."""
         t = self.config.train
         losses: list[Tensor] = []
-        clock, spent = time.perf_counter(), 0.0  # spent: seconds since the last log
+        clock, cpu, spent = time.perf_counter(), time.process_time(), 0.0  # spent: seconds since the last log
         with self.stop.listening():
             for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
                 out, norm = self.step(batch)
                 losses.append(out.loss)
-                now = time.perf_counter()
-                self.progress.count(self.config, out.passes, now - clock)
-                spent, clock = spent + now - clock, now
+                now, worked = time.perf_counter(), time.process_time()
+                self.progress.count(self.config, out.passes, now - clock, worked - cpu)
+                spent = spent + now - clock
                 done, last = self.progress.step, self.progress.step == self.steps
                 logged = done % t.log_every == 0 or last
                 if logged:
@@ -219,7 +219,7 @@ class Session:
                     self.save()
                 if (logged or self.world.size == 1) and self.world.any(bool(self.stop.signal)):
                     self._leave()
-                clock = time.perf_counter()
+                clock, cpu = time.perf_counter(), time.process_time()
         self.writer.wait()
 
     def step(self, batch: Batch) -> tuple[LossOutput, Tensor]:
@@ -361,6 +361,7 @@ class Session:
         """Write the final evaluation to result.json and hand everything over."""
         bpb = self.bpb or self.evaluate()
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
+        result["peak_memory_bytes"] = peak_memory(self.device)
         if self.world.first:
             checkpoint.write_json(self.run / "result.json", result)
         return Result(self.model.eval(), self.prepared, self.progress, bpb, self.world.first)

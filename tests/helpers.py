@@ -55,6 +55,7 @@ OTHER = BackboneConfig(
 )
 CORNERS = [
     config(source=3),
+    config(depth=2, loops=2, source=3),
     config(source=1, residual=False, residual_scalars=False, softcap=None, gate_width=None, value_embeddings="all"),
     config(window_pattern="SSL", window=1, kv_heads=1, projection="shared", rope_theta=50.0),
     config(backbone=LLAMA, source=3, softcap=None, residual_scalars=False, value_embeddings="none"),
@@ -148,7 +149,7 @@ def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[T
     """
     c, w = model.config, {name: p.detach() for name, p in model.named_parameters()}
     zero = torch.zeros(c.d, dtype=torch.float64)
-    past: list[list] = [[None] * len(row) for _ in range(c.depth)]
+    past: list[list] = [[None] * len(row) for _ in range(c.layers)]
     memory: list[Tensor] = [zero] * len(row)
     found = []
     for p in run:

@@ -114,7 +114,7 @@ def check_against_torch(text: str, cfg: ModelConfig) -> None:
         top = not (text == "settled-1" and i == 0)
         reads = cfg.memory.on and i > 0
         ours = forward_flops(cfg, range(length), memory=reads, top=top, head=run[i].weight > 0)
-        assert ours == torchs - masked_away(cfg, cfg.depth if top else cfg.source, length)
+        assert ours == torchs - masked_away(cfg, cfg.layers if top else cfg.source, length)
 
 
 def test_strided_passes_count_their_own_positions_and_visible_keys():

@@ -48,7 +48,7 @@ BAD: list[tuple[type, dict, list[str]]] = [
     (ModelConfig, {"depth": 3, "memory": MemoryConfig(source=0)}, ["model.memory.source is block 0", "blocks 1..3"]),
     (ModelConfig, {"depth": 1, "memory": MemoryConfig(gate_width=65)}, ["gate_width is 65", "width, 64"]),
     (ModelConfig, {"depth": 1, "memory": MemoryConfig(gate_width=0)}, ["gate_width is 0", "between 1 and"]),
-    (MemoryConfig, {"projection": "both"}, ["model.memory.projection is 'both'", "none, shared, layerwise"]),
+    (MemoryConfig, {"projection": "both"}, ["model.memory.projection is 'both'", "none, gates, shared, layerwise"]),
     (DataConfig, {"validation": 0.0}, ["data.validation is 0.0", "between 0 and 1"]),
     (DataConfig, {"validation": 1.0}, ["data.validation is 1.0", "between 0 and 1"]),
     (DataConfig, {"vocab_size": 257}, ["data.vocab_size is 257", "258"]),

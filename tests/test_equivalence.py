@@ -211,7 +211,7 @@ def test_a_pass_that_stops_early_writes_only_the_blocks_below():
     model, ids = fixed(FULL), packed(FULL, 2, 6)
     (_, first, _), (_, last, _) = fold(model, ids, passes("settled-1", 6), model.starts(ids))
     assert first.hidden is None
-    assert (len(first.keys), len(last.keys)) == (FULL.source, FULL.depth)
+    assert (len(first.keys), len(last.keys)) == (FULL.source, FULL.layers)
 
 
 # Causality and independence.
@@ -327,7 +327,7 @@ def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(cfg: ModelCon
 @with_memory
 def test_absent_memory_is_zero_memory(cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 2, 8)
-    past = Buffer().past(range(8), cfg.depth, ids.device)
+    past = Buffer().past(range(8), cfg.layers, ids.device)
     zero = torch.zeros(2, 8, cfg.d, dtype=torch.float64)
     absent, given_zero = model(ids, past), model(ids, past, zero)
     some = model(ids, past, zero + 0.1)
@@ -341,3 +341,29 @@ def test_a_model_without_memory_ignores_one_that_is_given():
     memory = torch.ones(2, 8, 24, dtype=torch.float64)
     assert torch.equal(model(ids, past).hidden, model(ids, past, memory).hidden)
     assert not any("projection" in name or "gamma" in name or "gate" in name for name in model.state_dict())
+
+
+def test_gates_alone_are_the_lrt_whose_memory_is_always_zero():
+    cfg = config(projection="layerwise", residual=True)
+    model, ids = fixed(cfg), packed(cfg, 2, 9)
+    gates = replace(cfg, memory=replace(cfg.memory, projection="gates", residual=False))
+    control = LRT(gates).double()
+    control.load_state_dict({k: v for k, v in model.state_dict().items() if k in control.state_dict()})
+    alone = outcome(control, ids, passes("sequential", 9))
+    assert near(alone.hidden, outcome(model, ids, passes("parallel", 9)).hidden)
+    assert differ(alone.hidden, outcome(model, ids, passes("sequential", 9)).hidden).max() > 1e-3
+    plain = LRT(replace(cfg, memory=MEMORY_OFF)).double()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    assert differ(alone.hidden, outcome(plain, ids, passes("parallel", 9)).hidden).max() > 1e-3  # the gates count
+
+
+def test_two_loops_are_the_same_blocks_twice():
+    cfg = replace(config(depth=2, loops=2, value_embeddings="none"), memory=MEMORY_OFF)
+    looped, ids = fixed(cfg), packed(cfg, 2, 9)
+    deep = LRT(replace(cfg, depth=4, loops=1, window_pattern="SLSL")).double()
+    weights = dict(looped.state_dict())
+    weights |= {
+        k.replace(f"blocks.{i}", f"blocks.{i + 2}"): v for i in (0, 1) for k, v in weights.items() if f"blocks.{i}" in k
+    }
+    deep.load_state_dict(weights)
+    assert same(outcome(looped, ids, passes("sequential", 9)), outcome(deep, ids, passes("parallel", 9)))

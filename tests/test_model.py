@@ -21,7 +21,7 @@ WIDE = ModelConfig(depth=2, width=128, heads=2, vocab_size=300, value_embeddings
 
 
 def parallel(model: LRT, ids: Tensor, **options):
-    return model(ids, Buffer().past(range(ids.shape[1]), model.config.depth, ids.device), **options)
+    return model(ids, Buffer().past(range(ids.shape[1]), model.config.layers, ids.device), **options)
 
 
 # Initialisation: the table of `initialise`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from helpers import SCHEDULES, pass_lists, passes, slices
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lrt.schedule import (
     KINDS,
+    Curriculum,
     Pass,
     Schedule,
     Span,
@@ -335,3 +337,31 @@ def test_forwards_are_the_mean_over_equally_likely_draws():
     schedule = Schedule.parse("settled-1..4")
     drawn = [raw_forwards(schedule.draw(3, step), 8) for step in range(3000)]
     assert abs(sum(drawn) / len(drawn) - raw_forwards(schedule, 8)) < 0.1
+
+
+def test_a_curriculum_goes_from_stage_to_stage():
+    plan = replace(Curriculum.parse("parallel@0.25,interleaved-2@0.5,settled-1..3"), steps=40)
+    assert str(plan) == "parallel@0.25,interleaved-2@0.5,settled-1..3"
+    kinds = [plan.at(step).kind for step in range(40)]
+    assert kinds == ["parallel"] * 10 + ["interleaved"] * 10 + ["settled"] * 20
+    assert [plan.draw(3, step) for step in (0, 30)] == [
+        Schedule.parse("parallel"), Schedule.parse("settled-1..3").draw(3, 30)
+    ]  # fmt: skip
+    assert str(plan.at_largest()) == "settled-3"
+    assert math.isclose(effective_forwards(plan, 8), 0.25 + 0.25 * 2 + 0.5 * (1 + 2 / 3))
+    assert math.isclose(raw_forwards(plan, 8), 0.25 + 0.25 * 2 + 0.5 * 3)
+    assert math.isclose(sum(share for _, share in plan.shares()), 1)
+
+
+def test_a_curriculum_of_one_stage_is_its_schedule():
+    plan, schedule = Curriculum.parse("settled-1..3"), Schedule.parse("settled-1..3")
+    assert [plan.draw(5, step) for step in range(20)] == [schedule.draw(5, step) for step in range(20)]
+    assert effective_forwards(plan, 16) == effective_forwards(schedule, 16)
+
+
+@pytest.mark.parametrize(
+    "text", ["parallel@1.5,settled-1", "parallel,settled-1", "parallel@0.5,parallel@0.4,settled-1"]
+)
+def test_stages_must_rise(text: str):
+    with pytest.raises(ValueError, match=r"must end at a share of the steps that rises"):
+        Curriculum.parse(text)

@@ -11,9 +11,9 @@ from torch import Tensor
 from lrt.cache import Cache
 from lrt.decode import DEFAULT_CHUNK
 from lrt.fold import fold
-from lrt.loss import IGNORE, token_nats
+from lrt.loss import token_nats
 from lrt.model import LRT
-from lrt.shapes import TokensBN
+from lrt.shapes import IGNORE, TokensBN
 from lrt.solve import Plan, change_of, finish, solve
 from lrt.state import Buffer
 
@@ -53,7 +53,7 @@ def curve(model: LRT, tokens: TokensBN, mode: str, sweeps: int, exact: Tensor) -
     truth = model.logits(exact)
     targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)), dim=1)
     loss = token_nats(model, exact, targets).sum()
-    below = model.config.source / model.config.depth
+    below = model.config.source / model.config.layers
     for number in range(1, sweeps + 1):
         *_, (_, _, buffer) = fold(model, tokens, plan.sweep(number, n), model.starts(tokens), buffer)
         new = buffer.memory(range(1, n + 1))

@@ -24,12 +24,11 @@ from lrt.bench.peer import nanochat
 from lrt.cache import Cache
 from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, generate, score, step
 from lrt.hardware import resolve_device, synchronise
-from lrt.loss import IGNORE
 from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import recipe as find_recipe
 from lrt.sampling import Sampling
-from lrt.shapes import TokensBN
+from lrt.shapes import IGNORE, TokensBN
 from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solve
 
 GREEDY = 64

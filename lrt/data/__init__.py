@@ -4,6 +4,7 @@ from lrt.data.loader import Batch, Loader, RowSource, prefetch
 from lrt.data.prepare import Prepared, prepare
 from lrt.data.shards import Manifest, Shard, TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
+from lrt.data.synthetic import TaskLoader, TaskRows, batches
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "Prepared",
     "RowSource",
     "Shard",
+    "TaskLoader",
+    "TaskRows",
     "TokenStream",
     "Tokenizer",
+    "batches",
     "documents",
     "load_tokenizer",
     "open_split",

@@ -27,6 +27,12 @@ class Batch(NamedTuple):
     starts: torch.Tensor
 
 
+class Batches(Protocol):
+    """Batches by step."""
+
+    def batch(self, step: int) -> Batch: ...
+
+
 @final
 class Loader:
     """Rows of `length` tokens from a stream, in a fresh random order each epoch, shared out over ranks.
@@ -94,7 +100,7 @@ class Loader:
         return order
 
 
-def prefetch(loader: Loader, first_step: int, last_step: int, pin: bool = False) -> Iterator[Batch]:
+def prefetch(loader: Batches, first_step: int, last_step: int, pin: bool = False) -> Iterator[Batch]:
     """Yield the batches of steps [first_step, last_step), built ahead in one background thread.
 
     pin: put them into page-locked memory, for asynchronous copies to a GPU. An error in the thread is raised here.

@@ -10,6 +10,7 @@ from typing import final
 
 from lrt.data.shards import FORMAT, TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
+from lrt.data.synthetic import PREFIX, TaskRows, task_rows
 from lrt.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
@@ -24,8 +25,8 @@ class Prepared:
 
     folder: Path
     tokenizer: Tokenizer
-    train: TokenStream
-    val: TokenStream
+    train: TokenStream | TaskRows
+    val: TokenStream | TaskRows
 
 
 @final
@@ -78,7 +79,10 @@ def prepare(
     progress: called with (bytes of text done, total or None, what is going on).
     verify: how shards found again are checked, see `open_split`.
     ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
+    A synthetic task, `task:NAME`, needs no folder.
     """
+    if source.startswith(PREFIX):
+        return Prepared(Path(folder), ByteTokenizer(), *task_rows(source, tokenizer))
     text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
     given = _given_tokenizer(tokenizer)
     kind = f"bpe{vocab_size}" if given is None else given.hash

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from lrt.checkpoint import Loaded
-from lrt.data import Loader, RowSource, documents, prepare
+from lrt.data import Loader, RowSource, TaskRows, documents, prepare
 from lrt.decode import score
 from lrt.distributed import World
 from lrt.fold import fold
 from lrt.loss import token_nats
 from lrt.model import LRT
-from lrt.schedule import Pass, Schedule
-from lrt.shapes import TokensBN
+from lrt.schedule import Curriculum, Pass, Schedule
+from lrt.shapes import IGNORE, TokensBN
 
 SWEEPS = 8
 """Jacobi sweeps over which the memory's residual is followed."""
@@ -69,8 +69,14 @@ class BPB:
         return asdict(self) | {"live_gap": self.live_gap}
 
 
-def validation_rows(stream: RowSource, token_bytes: np.ndarray, *, rows: int, length: int, bos: int) -> Rows:
-    """`rows` fixed rows spread over the validation split, or as many as there are."""
+def validation_rows(stream: RowSource | TaskRows, token_bytes: np.ndarray, *, rows: int, length: int, bos: int) -> Rows:
+    """`rows` fixed rows spread over the validation split, or as many as there are.
+
+    Each answer of a task counts as one byte: its BPB is bits per answer.
+    """
+    if isinstance(stream, TaskRows):
+        batch = stream.batch(rows, length)
+        return Rows(batch.tokens, batch.targets, batch.starts, (batch.targets != IGNORE).long())
     count = min(rows, (len(stream) - 1) // length)
     batch = Loader(stream, batch=max(count, 1), length=length, bos=bos, seed=0).batch(0)
     sizes = torch.from_numpy(token_bytes.astype(np.int64))
@@ -117,7 +123,9 @@ def bits_per_byte(nats: Tensor, sizes: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: LRT, schedule: Schedule, rows: Rows, *, batch: int = 64, world: World | None = None) -> BPB:
+def evaluate(
+    model: LRT, schedule: Schedule | Curriculum, rows: Rows, *, batch: int = 64, world: World | None = None
+) -> BPB:
     """Score the same rows in every mode; ranges in the schedule are taken at their upper end.
 
     Of several processes each scores its share of the rows, and all get the whole result.

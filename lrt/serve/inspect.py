@@ -14,7 +14,7 @@ from lrt.batch import Ranked, ranked
 from lrt.decode import states
 from lrt.evals.bpb import bits_per_byte
 from lrt.model import LRT, Attention, Block, ResidualInjection
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum
 from lrt.serve.engine import Lane
 from lrt.serve.text import Vocabulary
 
@@ -72,7 +72,7 @@ class Strengths:
 
 def trained_without_memory(schedule: str, length: int) -> bool:
     """Whether some pass with loss read no memory: the first pass of a schedule never has any to read."""
-    return any(s.passes(length)[0].weight > 0 for s in Schedule.parse(schedule).every_draw())
+    return any(s.passes(length)[0].weight > 0 for s, _ in Curriculum.parse(schedule).shares())
 
 
 def inspect(model: LRT, words: Vocabulary, ids: list[int], top: int, **how: Any) -> Lane:

@@ -1,0 +1,66 @@
+"""Recorded runs grouped by what differs only in the seed: means, deviations, paired differences."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Measure = Callable[[Record], float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one arm at one point of a grid, one per seed."""
+
+    sweep: str
+    point: str
+    arm: str
+    records: tuple[Record, ...]
+
+    def mean(self, measure: Measure) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(measure(r) for r in self.records)
+
+    def deviation(self, measure: Measure) -> float:
+        """Standard deviation over the seeds (n - 1); 0 for a single one."""
+        return seeds_and_mean([measure(r) for r in self.records])[1]
+
+    def paired(self, other: Group, measure: Measure) -> list[float]:
+        """Differences from `other`, one for each seed that both have."""
+        theirs = {r["seed"]: measure(r) for r in other.records}
+        return [measure(r) - theirs[r["seed"]] for r in self.records if r["seed"] in theirs]
+
+
+def seeds_and_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1) of any number of values; (nan, 0) of none."""
+    mean = statistics.fmean(values) if values else float("nan")
+    return mean, statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def read_groups(files: Sequence[Path]) -> list[Group]:
+    """Runs recorded in JSON-lines files, grouped, in the files' order. ValueError: a line that is no record."""
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; give the results.jsonl that lrt sweep wrote")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            record = _record(line, f"{file}:{number}")
+            sweep = file.parent.name if file.name == "results.jsonl" else file.stem
+            point = ", ".join(f"{name} {value}" for name, value in record["grid"].items())
+            found.setdefault((sweep, point, record["arm"]), []).append(record)
+    return [Group(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in found.items()]
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or not {"arm", "grid", "seed", "bpb"} <= set(record):
+        raise ValueError(f"{where} is not the record of a run; remove the line")
+    return record

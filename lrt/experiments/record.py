@@ -1,0 +1,114 @@
+"""One line per finished run: everything a table or figure may want, measured once and written down."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt import __version__, accounting
+from lrt.checkpoint import Loaded, load_model, read_json
+from lrt.config import RunConfig, to_dict
+from lrt.data.synthetic import PREFIX, TaskRows
+from lrt.decode import generate, score
+from lrt.evals.bpb import bits_per_byte, held_out_rows
+from lrt.evals.incontext import in_context_score
+from lrt.evals.synthetic import by_length
+from lrt.hardware import resolve_device
+from lrt.model import LRT
+from lrt.sampling import Sampling
+
+LONGER = (2, 4)
+"""Multiples of the trained length at which decoded BPB is measured too."""
+
+
+def record(folder: Path, longer: bool = True) -> dict[str, Any]:
+    """What a finished run in `folder` cost and reached; `longer`: also at multiples of the trained length."""
+    result = read_json(folder / "result.json", "result")
+    loaded = load_model(folder, resolve_device("auto"))
+    p, bpb, model = result["progress"], result["bpb"], loaded.model
+    wall, cpu = decoding_speed(model)
+    scaling = accounting.scaling_parameters(model.config)
+    return {
+        "name": result["name"],
+        "seed": loaded.config.train.seed,
+        "schedule": loaded.config.train.schedule,
+        "projection": model.config.memory.projection,
+        "parameters": sum(accounting.parameters_by_group(model.config).values()),
+        "memory_parameters": accounting.parameters_by_group(model.config)["memory"],
+        "scaling_parameters": scaling,
+        "forwards_per_token": model.config.loops,
+        "tokens": p["tokens"],
+        "token_forwards": p["token_forwards"],
+        "effective_compute": p["effective_forwards"],
+        "flops": p["flops"],
+        "wall_seconds": p["seconds"],
+        "cpu_seconds": p["cpu_seconds"],
+        "bpb": {mode: bpb[mode] for mode in ("zero_memory", "passes", "merged", "decoded")},
+        "live_gap": bpb["live_gap"],
+        "bpb_by_position": bpb["by_position"],
+        "sweep_residuals": bpb["residuals"],
+        "decode_tokens_per_second": wall,
+        "decode_tokens_per_cpu_second": cpu,
+        "decode_flops_per_token": accounting.decode_flops_per_token(model.config, loaded.config.train.length - 1),
+        "peak_memory_bytes": result["peak_memory_bytes"],
+        **(scored(loaded) if longer else {}),
+        **origin(loaded.config),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def scored(loaded: Loaded) -> dict[str, Any]:
+    """In-context score at the trained length, and decoded BPB at multiples of it: exact recurrence, float32.
+
+    Of a task's run, accuracy at multiples of the trained length.
+    """
+    t, source, found = loaded.config.train, loaded.config.data.source, {}
+    if source.startswith(PREFIX):
+        task = TaskRows(source.removeprefix(PREFIX), 1)
+        return {"task": task.name, "accuracy": by_length(loaded.model, task, t.length)}
+    nats = torch.empty(0)
+    for times in (*reversed(LONGER), 1):
+        rows = held_out_rows(loaded, None, rows=max(1, t.eval_rows // times), length=times * t.length)
+        tokens, targets = rows.tokens.to(loaded.model.device), rows.targets.to(loaded.model.device)
+        nats = score(loaded.model, tokens, targets, mode="exact").nats.cpu()
+        found[str(times)] = bits_per_byte(nats, rows.bytes)
+    return {"in_context_score": in_context_score(nats), "decoded_at_length": found}
+
+
+def decoding_speed(model: LRT, tokens: int = 100) -> tuple[float, float]:
+    """Greedy tokens of one row per second of wall-clock and of this process's CPU time, after the first few."""
+    free = Sampling(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
+    clocks = [(time.perf_counter(), time.process_time()) for _ in generate(model, [[0]], free)]
+    skipped = min(10, len(clocks) - 2)
+    (wall, cpu), (first_wall, first_cpu) = clocks[-1], clocks[skipped]
+    done = len(clocks) - 1 - skipped
+    return done / (wall - first_wall), done / (cpu - first_cpu)
+
+
+def origin(config: RunConfig) -> dict[str, Any]:
+    """Where a record comes from: version, commit, date, machine, configuration without its folders."""
+    settings = to_dict(config)
+    settings["data"].pop("folder")
+    return {
+        "version": __version__,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
+        "config": settings,
+    }
+
+
+def commit() -> str:
+    """The commit that this code stands at, with a + if files differ from it; empty outside a repository."""
+    here = Path(__file__).parent
+    said = [
+        subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=False).stdout.strip()
+        for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    ]
+    return said[0] + ("+" if said[1] else "")

@@ -1,0 +1,151 @@
+"""`lrt report FILES`: tables and pictures of recorded runs, made from the records alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from matplotlib.figure import Figure
+
+from lrt.cli import parse
+from lrt.experiments import figures
+from lrt.experiments.figures import decoded
+from lrt.experiments.groups import Group, read_groups, seeds_and_mean
+from lrt.model_config import require
+from lrt.report import Table, page, png
+
+HEADER = (
+    "method", "seeds", "parameters", "forwards / token", "C", "TFLOP", "CPU s", "decoded BPB", "less baseline",
+    "zero memory", "live gap", "in-context", "2x length", "4x length", "CPU ms / token",
+)  # fmt: skip
+Block = tuple[str, Table | Figure]
+MARKS = "<!-- lrt report: begin -->", "<!-- lrt report: end -->"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables and pictures of what `lrt sweep` recorded: OUT/report.html, and PNGs."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """JSON-lines files, one run a line."""
+    out: Path = Path("runs/report")
+    """Folder of the page and the pictures."""
+    baseline: str = "plain"
+    """Arm that differences are taken from; where a sweep has none of that name, its first arm."""
+    into: Path | None = None
+    """Markdown page whose part between the lrt report marks is replaced; its pictures go to img/ beside it."""
+
+
+def main(args: list[str]) -> int:
+    """`lrt report`."""
+    given = parse(Report, args, "report")
+    require(bool(given.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
+    blocks = told(read_groups(given.files), given.baseline)
+    intro = f"From {', '.join(f.name for f in given.files)}. {ABOUT}"
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "report.html").write_text(page("lrt report", intro, blocks), encoding="utf-8")
+    pictures = given.out if given.into is None else given.into.parent / "img"
+    markdown = _markdown(blocks, pictures, "img/" if given.into else "")
+    if given.into is not None:
+        _replace(given.into, markdown)
+    print(markdown)
+    return 0
+
+
+ABOUT = (
+    "Means over seeds, with standard deviations (n - 1) where there are several. Decoded: exact recurrence, token by "
+    "token, float32. C: token forwards per scaling parameter, those without gradient counted a third. Less baseline: "
+    "paired by seed. In-context: loss early less loss late, nats per token. CPU: time of one thread."
+)
+
+
+def told(groups: Sequence[Group], baseline: str) -> list[Block]:
+    """Tables and pictures of the groups, under headings."""
+    blocks: list[Block] = []
+    text = [g for g in groups if "accuracy" not in g.records[0]]
+    budgets = [g for g in text if len([h for h in text if h.arm == g.arm]) > 1]
+    if budgets:
+        blocks.append(("Decoded bits per byte against cost", figures.budgets(budgets)))
+    for sweep, point in dict.fromkeys((g.sweep, g.point) for g in groups):
+        here = [g for g in groups if (g.sweep, g.point) == (sweep, point)]
+        heading = f"{sweep}: {point}" if point else sweep
+        blocks += _tasks(heading, here) if here[0] not in text else _texts(heading, here, baseline)
+    for sweep in dict.fromkeys(g.sweep for g in text):
+        last = [g for g in text if g.sweep == sweep][-1].point
+        blocks += _inside(
+            f"{sweep}: {last}" if last else sweep, [g for g in text if (g.sweep, g.point) == (sweep, last)]
+        )
+    return blocks
+
+
+def _texts(heading: str, groups: list[Group], baseline: str) -> list[Block]:
+    base = next((g for g in groups if g.arm == baseline), groups[0])
+    blocks: list[Block] = [(heading, Table(HEADER, [_row(g, base) for g in groups]))]
+    if len(groups) > 1:
+        others = [g for g in groups if g is not base and g.paired(base, decoded)]
+        blocks.append((f"{heading}: differences", figures.bars(others, base)))
+    return blocks
+
+
+def _inside(heading: str, groups: list[Group]) -> list[Block]:
+    """What happens within rows, shown for the last point of a sweep's grid."""
+    blocks: list[Block] = [(f"{heading}: by position", figures.positions(groups))]
+    if any(g.records[0]["sweep_residuals"] for g in groups):
+        blocks.append((f"{heading}: sweeps of prefill", figures.convergence(groups)))
+    return blocks
+
+
+def _row(g: Group, base: Group) -> list[str]:
+    first = g.records[0]
+    difference = seeds_and_mean(g.paired(base, decoded)) if g is not base else None
+    return [
+        g.arm, str(len(g.records)), f"{first['parameters']:,}", str(first["forwards_per_token"]),
+        f"{g.mean(lambda r: r['effective_compute'] / r['scaling_parameters']):.1f}",
+        f"{g.mean(lambda r: r['flops'] / 1e12):.3g}", f"{g.mean(lambda r: r['cpu_seconds']):.0f}",
+        _spread(g.mean(decoded), g.deviation(decoded), len(g.records)),
+        "" if difference is None else _spread(*difference, len(g.paired(base, decoded)), sign="+"),
+        f"{g.mean(lambda r: r['bpb']['zero_memory']):.3f}", f"{g.mean(lambda r: r['live_gap']):+.4f}",
+        f"{g.mean(lambda r: r['in_context_score']):.3f}",
+        *(f"{g.mean(lambda r, n=n: r['decoded_at_length'][n]):.3f}" for n in ("2", "4")),
+        f"{g.mean(lambda r: 1e3 / r['decode_tokens_per_cpu_second']):.2f}",
+    ]  # fmt: skip
+
+
+def _spread(mean: float, deviation: float, seeds: int, sign: str = "") -> str:
+    return f"{mean:{sign}.4f}" + (f" ± {deviation:.4f}" if seeds > 1 else "")
+
+
+def _tasks(heading: str, groups: list[Group]) -> list[Block]:
+    sizes = list(groups[0].records[0]["accuracy"])
+    rows = [
+        [g.arm, str(len(g.records)), f"{g.mean(lambda r: r['cpu_seconds']):.0f}"]
+        + [" / ".join(f"{g.mean(lambda r, n=n, k=k: r['accuracy'][n][k]):.1%}" for k in ("all", "last")) for n in sizes]
+        for g in groups
+    ]
+    table = Table(["training", "seeds", "CPU s", *(f"{n} symbols: all / last" for n in sizes)], rows)
+    return [(heading, table), (f"{heading}: by length", figures.lengths(groups))]
+
+
+def _markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
+    """Tables as Markdown, pictures written into `pictures` and linked."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for heading, block in blocks:
+        if isinstance(block, Table):
+            parts += [f"### {heading}", block.markdown()]
+        else:
+            name = "results_" + re.sub(r"[^a-z0-9]+", "_", heading.lower()).strip("_") + ".png"
+            (pictures / name).write_bytes(png(block))
+            parts.append(f"![{heading}]({link}{name})")
+    return "\n\n".join(parts)
+
+
+def _replace(page: Path, text: str) -> None:
+    require(page.is_file(), f"{page} does not exist; write it, with the lines {' and '.join(MARKS)}")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    require(bool(begin and end), f"{page} lacks the lines {' and '.join(MARKS)} between which the report goes")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""`lrt sweep FILE.toml`: a grid of recipe overrides and seeds, each run a process and a folder, resumable.
+
+A sweep file:
+
+    recipe = "cpu_demo"                      # what every run starts from
+    seeds = [0, 1, 2]
+    base.train.eval_every = 0                # overrides of every run, by the names that `lrt train` knows
+    [grid]                                   # every combination of these
+    train.horizon = ["compute=10", "compute=20"]
+    [arms."settled layerwise"]               # and every arm of these, whose own values win over the grid's
+    train.schedule = "settled-1..3"
+    [arms.plain]
+    train.schedule = "parallel"
+    model.memory = { projection = "none", residual = false }
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lrt import checkpoint
+from lrt.checkpoint import read_json, write_json
+from lrt.cli import parse
+from lrt.config import RunConfig, from_dict, to_dict
+from lrt.console import Jsonl, Live
+from lrt.experiments.record import record
+from lrt.experiments.runner import at_once, run_all
+from lrt.model_config import require
+from lrt.recipes import recipe
+from lrt.train import Sink, prepare_data, train
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+RECORD = "record.json"
+KEYS: dict[str, type] = {"recipe": str, "seeds": list, "base": dict, "grid": dict, "arms": dict, "cluster": dict}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep."""
+
+    name: str
+    """Its folder's name."""
+    arm: str
+    grid: dict[str, Any]
+    """The grid's values here, by dotted name."""
+    config: RunConfig
+
+
+def read_sweep(path: Path) -> list[Run]:
+    """The runs of a sweep file: for each combination of the grid, for each seed, every arm. ValueError: bad files."""
+    data = _toml(path)
+    seeds: list[Any] = data.get("seeds", [0])
+    arms: dict[str, Any] = data.get("arms", {"run": {}})
+    require(bool(seeds) and all(type(s) is int for s in seeds), f"{path}: seeds are {seeds!r}; give a list of numbers")
+    require(all(isinstance(arm, dict) for arm in arms.values()), f"{path}: an arm is a table such as [arms.plain]")
+    base = merged(to_dict(recipe(data.get("recipe", "cpu_demo"))), data.get("base", {}))
+    runs = []
+    for point, seed, (arm, changes) in itertools.product(_points(data.get("grid", {}), path), seeds, arms.items()):
+        settings = merged(merged(base, _nested(list(point.items()))), changes)
+        name = _slug("-".join([arm, *(str(v).replace("=", "") for v in point.values()), f"seed{seed}"]))
+        settings = merged(settings, _nested([("name", name), ("train.seed", seed)]))
+        runs.append(Run(name, arm, point, from_dict(RunConfig, settings, f"{path}, arm {arm!r}: config")))
+    names = [run.name for run in runs]
+    twice = {name for name in names if names.count(name) > 1}
+    require(not twice, f"{path}: {', '.join(sorted(twice))} would be run twice; name arms and seeds apart")
+    return runs
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    require(path.is_file(), f"sweep file {path} does not exist; see sweeps/ for examples")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    for key, value in data.items():
+        require(key in KEYS, f"{path}: unknown {key}; use {', '.join(KEYS)}")
+        require(isinstance(value, KEYS[key]), f"{path}: {key} is {value!r}; it must be a {KEYS[key].__name__}")
+    return data
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the leaves of `new` put in; keys that `old` does not have stay, so that they can be refused."""
+    both = {k: merged(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
+    return old | both
+
+
+def _points(grid: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    leaves = dict(_leaves(grid))
+    for name, values in leaves.items():
+        require(isinstance(values, list) and bool(values), f"{path}: grid.{name} is {values!r}; give a list of values")
+    return [dict(zip(leaves, values, strict=True)) for values in itertools.product(*leaves.values())]
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _nested(leaves: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in leaves:
+        *above, last = name.split(".")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
+
+
+def run_sweep(runs: list[Run], out: Path, jobs: int, cluster: str | None = None, **resources: Any) -> str:
+    """Train and record what is not finished, `jobs` at a time; write results.jsonl; say what happened.
+
+    With `cluster` the runs become a job array of submitit's executor of that name, with its parameters `resources`.
+    """
+    todo = [run for run in runs if not finished(run, out / run.name)]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before", file=sys.stderr)
+    with Live(samples=False) as live:
+        for config in {to_key(run.config): run.config for run in todo}.values():
+            prepare_data(config, [live])  # once, before processes would do it side by side
+        configs = {run.name: run.config for run in todo}
+        failed = _submit(configs, out, cluster, resources) if cluster else run_all(configs, out, _run_one, jobs, live)
+    lines = collect(runs, out)
+    for name, reason in failed.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
+    require(not failed, f"{len(failed)} of {len(todo)} runs failed; mend them and start the sweep again")
+    return f"{len(lines)} of {len(runs)} runs in {out / 'results.jsonl'}"
+
+
+def _submit(configs: dict[str, RunConfig], out: Path, cluster: str, resources: dict[str, Any]) -> dict[str, str]:
+    """Hand the runs to submitit; waits for its local executors, not for a cluster's queue."""
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=out / "jobs", cluster=cluster)
+    executor.update_parameters(**({"name": "lrt", "timeout_min": 24 * 60} | resources))
+    folders = [(out / name).resolve() for name in configs]
+    jobs = executor.map_array(_run_job, list(configs.values()), folders) if configs else []
+    if cluster not in ("local", "debug"):
+        ids = ", ".join(job.job_id for job in jobs)
+        print(f"submitted {ids or 'nothing'}; when they have ended, give the same command again", file=sys.stderr)
+        return {}
+    errors = [(name, job.exception()) for name, job in zip(configs, jobs, strict=True)]
+    return {name: str(error).strip().splitlines()[-1] for name, error in errors if error is not None}
+
+
+def _run_job(config: RunConfig, folder: Path) -> None:
+    _run_one(config, folder, lambda event: None)
+
+
+def to_key(config: RunConfig) -> str:
+    """Configurations of one key share their data."""
+    return json.dumps(to_dict(config)["data"])
+
+
+def finished(run: Run, folder: Path) -> bool:
+    """Whether a run has been recorded; ValueError if its folder holds one of other settings."""
+    if not (folder / RECORD).exists():
+        return False
+    before = read_json(folder / RECORD, "record")["settings"]
+    now = json.loads(json.dumps(to_dict(run.config)))
+    different = [name for name, value in _leaves(now) if dict(_leaves(before)).get(name) != value]
+    require(not different, f"{folder} was run with another {', '.join(different)}; choose another --out or remove it")
+    return True
+
+
+def _run_one(config: RunConfig, folder: Path, tell: Sink) -> None:
+    """Train (or go on with) one run and record it; in a process of its own."""
+    started, _ = checkpoint.newest_valid(folder)
+    if started is None and folder.exists():
+        shutil.rmtree(folder)  # it was stopped before its first checkpoint
+    train(config, folder, resume=started is not None, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
+    found = record(folder)
+    write_json(folder / RECORD, found | {"settings": to_dict(config)})
+
+
+def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
+    """Write the finished runs' records to results.jsonl, in the file's order; returns them."""
+    lines = []
+    for run in runs:
+        if (out / run.name / RECORD).exists():
+            found = read_json(out / run.name / RECORD, "record")
+            del found["settings"]
+            lines.append({"arm": run.arm, "grid": run.grid} | found)
+    out.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (out / "results.jsonl").write_text(text, encoding="utf-8")
+    return lines
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train every run of a sweep file that is not finished, then write OUT/results.jsonl, one line per run."""
+
+    file: tyro.conf.Positional[Path]
+    """The sweep file (TOML; see sweeps/)."""
+    out: Path | None = None
+    """Folder of the runs; by default runs/sweeps/NAME."""
+    cluster: str | None = None
+    """Submit the runs as a job array instead: slurm, or submitit's local or debug executor. A [cluster] table in the
+    file holds the executor's parameters, such as timeout_min or slurm_partition."""
+    jobs: int | None = None
+    """Runs at a time, each a process with one thread; by default one per core, or one on the GPU."""
+
+
+def main(args: list[str]) -> int:
+    """`lrt sweep`."""
+    given = parse(Sweep, args, "sweep")
+    require(given.jobs is None or given.jobs >= 1, f"--jobs is {given.jobs}; run at least 1 at a time")
+    require(
+        given.cluster in (None, "slurm", "local", "debug"), f"--cluster is {given.cluster}; use slurm, local, debug"
+    )
+    runs, out = read_sweep(given.file), given.out or Path("runs/sweeps") / given.file.stem
+    resources = _toml(given.file).get("cluster", {}) if given.cluster else {}
+    print(run_sweep(runs, out, given.jobs or at_once(), given.cluster, **resources))
+    return 0
