@@ -131,7 +131,7 @@ def state_of(cache: Cache | None, model: ModelConfig, seen: Tensor, room: int, l
     """
     (rows, used), length = seen.shape, seen.sum(1)
     shape = (rows, model.k, used + room + 1, model.e)
-    keys, values = ([like.new_zeros(shape) for _ in range(model.depth)] for _ in range(2))
+    keys, values = ([like.new_zeros(shape) for _ in range(model.layers)] for _ in range(2))
     memory = like.new_zeros(rows, model.d)
     if cache is not None and used:
         index = order(seen)
@@ -139,7 +139,7 @@ def state_of(cache: Cache | None, model: ModelConfig, seen: Tensor, room: int, l
         for i, layer in enumerate(layers):
             for mine, theirs in ((keys[i], layer.keys), (values[i], layer.values)):
                 mine[:, :, :used] = pick(theirs[:, :, :used], index, 2)
-        memory = memory_layer(cache, model.depth).m.clone()  # pyright: ignore[reportOptionalMemberAccess]
+        memory = memory_layer(cache, model.layers).m.clone()  # pyright: ignore[reportOptionalMemberAccess]
     return State(tuple(keys), tuple(values), memory, length, int(length.max()))
 
 

@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from lrt.config import from_dict, to_dict
 from lrt.model_config import ModelConfig, require
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum
 
 MEMORY_LAYER = "lrt_full_attention"
 """Type of the cache layer that holds the memory beside keys and values: the last one."""
@@ -33,7 +33,7 @@ class LRTConfig(PreTrainedConfig):
     prefill_tolerance: float = 1e-3
     """Relative change of the memory at which sweeps stop."""
     schedule: str = "settled-1..3"
-    """Schedule of the loss in train mode."""
+    """Schedule of the loss in train mode; of several stages, the last."""
     seed: int = 0
     """Of the schedule's draws and of fresh weights."""
     training: dict | None = None
@@ -54,11 +54,11 @@ class LRTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         model = self.model_config()
         self.lrt = to_dict(model)
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.depth
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.layers
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = model.h, model.k, model.e
         self.max_position_embeddings = model.context
         require(self.prefill in PREFILLS, f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILLS)}")
-        Schedule.parse(self.schedule)
+        Curriculum.parse(self.schedule)
         super().__post_init__(**kwargs)
 
     def model_config(self) -> ModelConfig:

@@ -18,7 +18,7 @@ from lrt.hf.config import LRTConfig
 from lrt.loss import IGNORE, ScheduledLoss
 from lrt.model import LRT
 from lrt.model_config import require
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum
 from lrt.shapes import StreamBND, TokensBN
 from lrt.solve import Plan, solve
 from lrt.state import Past
@@ -99,7 +99,7 @@ class LRTModel(LRTPreTrainedModel):
         input_ids = _accepted(input_ids, attention_mask, kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
-        layer = None if cache is None else memory_layer(cache, self.core.config.depth)
+        layer = None if cache is None else memory_layer(cache, self.core.config.layers)
         if cache is not None and layer is not None and layer.m is not None and input_ids.shape[1] == 1:
             hidden = self._step(input_ids, attention_mask, position_ids, cache)
         else:
@@ -108,7 +108,7 @@ class LRTModel(LRTPreTrainedModel):
 
     def _step(self, tokens: TokensBN, mask: Tensor | None, positions: Tensor | None, cache: Cache) -> StreamBND:
         """One token per row on top of the cache: tensors in and out, so that it can be compiled."""
-        layer = memory_layer(cache, self.core.config.depth)
+        layer = memory_layer(cache, self.core.config.layers)
         seen = cache.get_seq_length()
         if mask is None:
             slots = cache.get_max_length() if cache.is_compileable else seen + 1
@@ -158,7 +158,7 @@ class LRTModel(LRTPreTrainedModel):
     def _without_memory(self, tokens: TokensBN, count: Tensor, state: Any) -> tuple[StreamBND, Any]:
         """One parallel pass of the plain transformer; the only forward of a whole sequence that carries a gradient."""
         full, buffer = range(tokens.shape[1]), state.buffer()
-        past = buffer.past(full, self.core.config.depth, tokens.device)
+        past = buffer.past(full, self.core.config.layers, tokens.device)
         written = self.core(tokens, past, None, self.core.starts(tokens))
         rows = torch.arange(len(tokens), device=tokens.device)
         with torch.no_grad():
@@ -235,7 +235,7 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
             require(bool((mask[:, 1:] <= mask[:, :-1]).all()), "training rows must be padded on the right")
             labels = labels.masked_fill(mask == 0, IGNORE)
         _check_positions(positions, torch.ones_like(ids) if mask is None else mask, ids.shape[1])
-        loss = ScheduledLoss(self.model.core, Schedule.parse(self.config.schedule), self.config.seed)
+        loss = ScheduledLoss(self.model.core, Curriculum.parse(self.config.schedule).stages[-1][0], self.config.seed)
         targets, step = labels[:, 1:].contiguous(), self.steps
         self.steps += 1
         found = loss(ids[:, :-1], targets, None, step).loss
