@@ -40,7 +40,7 @@ class Demo:
     """Train three arms at equal effective compute, print one table, write report.html and report.json."""
 
     out: Path = Path("runs/demo")
-    """Folder of the report; each arm's run is a folder in it. A finished arm is not trained again."""
+    """Folder of the report; each arm's run is a folder in it."""
     compute: float | None = None
     """Effective compute, in token forwards per scaling parameter; by default the recipe's."""
     source: str = "python"

@@ -127,8 +127,9 @@ def test_collectives_per_step(folder: Path):
     """FSDP2 gathers every weight once a step and reduces every gradient once, whatever the schedule, micro-batches too.
 
     Gradients go in at most two messages a block and micro-batch: those of the memory are complete before the first
-    pass's backward has begun. With reshard every pass gathers its blocks anew, and its backward again. The scalars are
-    one all-reduce. DDP all-reduces its one bucket once, after the last micro-batch.
+    pass's backward has begun. With reshard every pass gathers its blocks anew, and its backward again; when gradients
+    become ready is the engine's affair, so a backward may fetch one block ahead in vain. The scalars are one
+    all-reduce. DDP all-reduces its one bucket once, after the last micro-batch.
     """
     found = json.loads((folder / "found.json").read_text())["collectives"]
     once = found["parallel fsdp"]
@@ -145,7 +146,7 @@ def test_collectives_per_step(folder: Path):
             assert case[ALL_REDUCE] == 1
         passes = Schedule.parse(schedule).passes(8)
         runs = sum(LAYERS if not early else 2 for early in memory_only(passes))  # the source is block 2
-        again = LAYERS * sum(p.grad for p in passes)
+        again = (LAYERS + 1) * sum(p.grad for p in passes)
         assert reshard[GATHER] <= 1 + runs + again
         assert reshard[GATHER] >= 1 + runs
     parted = found["interleaved-2 fsdp x2"]

@@ -6,17 +6,21 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import config, randomised
+from serving import Server
 
 from lrt import checkpoint
 from lrt.config import DataConfig, RunConfig, TrainConfig
 from lrt.data import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
+ADDRESS = "http://127.0.0.1:8000"
+"""Where the pages say that `lrt serve` listens."""
 ALLOWED = {"torch", "numpy"}
 """What `import lrt` may load; everything else waits until it is used."""
 HEAVY = ("tokenizers", "safetensors", "tyro", "rich", "matplotlib", "datasets", "pyarrow", "transformers", "lm_eval")
@@ -121,5 +125,8 @@ def demo_run(tmp_path: Path, monkeypatch) -> None:
 def test_snippets_run(page: str, demo_run):
     names: dict = {}
     torch.manual_seed(0)
-    for block in snippets()[page]:
-        exec(compile(block, page, "exec"), names)
+    blocks = snippets()[page]
+    with Server(Path("runs/cpu_demo")) if any(ADDRESS in block for block in blocks) else nullcontext() as server:
+        for block in blocks:
+            block = block if server is None else block.replace(ADDRESS, server.url)
+            exec(compile(block, page, "exec"), names)
