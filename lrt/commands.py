@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -356,53 +357,6 @@ def demo(args: list[str]) -> int:
 
 
 def bench(args: list[str]) -> int:
-    kinds = {"decode": _bench_decode, "train": _bench_train, "serve": _bench_serve}
-    require(bool(args) and args[0] in kinds, f"bench {' '.join(args[:1])}: choose one of {', '.join(kinds)}")
-    return kinds[args[0]](args[1:])
-
-
-@dataclass(frozen=True)
-class BenchDecode:
-    """Latency per token against the same backbone without memory; prefill and scoring against token by token."""
-
-    recipe: str = "d12"
-    """Model of the latency figures; its weights are random, which latency does not mind."""
-    checkpoint: Path | None = None
-    """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
-    batches: tuple[int, ...] = (1, 8, 32)
-    """Rows of the latency figures."""
-    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
-    """Tokens already in the cache, filled synthetically."""
-    lengths: tuple[int, ...] = (256, 1024)
-    """Prompt lengths."""
-    steps: int = 15
-    """Timed pairs per latency figure; the median is reported."""
-    compile: bool = True
-    """Compile the step."""
-    peer: bool = False
-    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    json: bool = False
-    """End with one JSON object."""
-
-
-def _bench_decode(args: list[str]) -> int:
-    from lrt.bench import decode
-
-    given = parse(BenchDecode, args, "bench decode")
-    result = decode.run(**{name: value for name, value in vars(given).items() if name != "json"})
-    print("\n".join(decode.lines(result)[: None if given.json else -1]))
-    return 0
-
-
-def _bench_train(args: list[str]) -> int:
-    from lrt.bench import train
-
-    return train.main(args)
-
-
-def _bench_serve(args: list[str]) -> int:
-    from lrt.bench import serve
-
-    return serve.main(args)
+    kinds = ("train", "decode", "serve")
+    require(args[:1] != [] and args[0] in kinds, f"bench {' '.join(args[:1])}: choose one of {', '.join(kinds)}")
+    return importlib.import_module(f"lrt.bench.{args[0]}").main(args[1:])

@@ -108,7 +108,7 @@ def choose(logits: Tensor, laws: Laws, uniform: Tensor, seen: Tensor | None = No
         Tokens, int64 [B], and their log-probabilities under the model itself (before any law), float64 [B].
     """
     if laws.greedy:
-        tokens = penalised(logits, laws, seen).argmax(-1)
+        tokens = (penalised(logits, laws, seen) if laws.penalised else logits).argmax(-1)
     else:
         mass = probabilities(logits, laws, seen).cumsum(-1)
         total = mass[:, -1:]

@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from torch import Tensor
 from lrt.bench.convergence import MODES
 from lrt.bench.peer import nanochat
 from lrt.cache import Cache
+from lrt.cli import parse
 from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, generate, score, step
 from lrt.hardware import resolve_device, synchronise
 from lrt.model import LRT
@@ -34,6 +35,40 @@ from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solv
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
 X = TypeVar("X")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Latency per token against the same backbone without memory; prefill and scoring against token by token."""
+
+    recipe: str = "d12"
+    """Model of the latency figures; its weights are random, which latency does not mind."""
+    checkpoint: Path | None = None
+    """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Rows of the latency figures."""
+    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
+    """Tokens already in the cache, filled synthetically."""
+    lengths: tuple[int, ...] = (256, 1024)
+    """Prompt lengths."""
+    steps: int = 15
+    """Timed pairs per latency figure; the median is reported."""
+    compile: bool = True
+    """Compile the step."""
+    peer: bool = False
+    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """`lrt bench decode`."""
+    given = parse(Bench, args, "bench decode")
+    result = run(**{name: value for name, value in vars(given).items() if name != "json"})
+    print("\n".join(lines(result)[: None if given.json else -1]))
+    return 0
 
 
 def run(
