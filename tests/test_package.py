@@ -114,7 +114,7 @@ def demo_run(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "runs" / "cpu_demo"
     words.save(folder / "tokenizer")
     train = TrainConfig(length=32, schedule="settled-1..3", horizon="steps=2", batch=2, eval_rows=2)
-    settings = RunConfig(model=model, data=DataConfig(folder=str(tmp_path / "data")), train=train)
+    settings = RunConfig(name="cpu_demo", model=model, data=DataConfig(folder=str(tmp_path / "data")), train=train)
     checkpoint.save(folder, 1, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     monkeypatch.chdir(tmp_path)
@@ -130,3 +130,5 @@ def test_snippets_run(page: str, demo_run):
         for block in blocks:
             block = block if server is None else block.replace(ADDRESS, server.url)
             exec(compile(block, page, "exec"), names)
+        if server is not None:
+            names["client"].close()  # else the socket is found open in a later test
