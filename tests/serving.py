@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import replace
@@ -71,6 +72,16 @@ class Server:
         value = self.served.metrics.registry.get_sample_value(name)
         assert value is not None, name
         return value
+
+    def hold(self, until: threading.Event, after: int = 0) -> None:
+        """Every forward but the first `after` waits for this event."""
+        begun = itertools.count()
+
+        def wait(*_: object) -> None:
+            if next(begun) >= after:
+                until.wait(60)
+
+        self.loaded.model.register_forward_pre_hook(wait)
 
     def wait_idle(self, seconds: float = 20) -> None:
         """Wait until nothing runs or waits."""

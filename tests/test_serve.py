@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 
 import httpx
 import openai
@@ -242,34 +243,49 @@ def test_bodies_that_are_no_json_or_too_large(server):
     assert "larger than 1,000,000 bytes" in large.json()["error"]["message"]
 
 
-def test_deadline_queue_key_and_cancellation(run):
-    """One row, one place to wait: the next is refused; a client that leaves frees its row."""
-    with Server(run, api_key="secret", rows=1, queue=1, deadline=1.5) as small:
-        hold = {"prompt": "def", "max_tokens": 256, "temperature": 0, "stop": "\x00"}
-        key = {"authorization": "Bearer secret"}
-        assert post(small, "/v1/completions", hold).status_code == 401
+HOLD = {"prompt": "def", "max_tokens": 256, "temperature": 0, "stop": "\x00"}
+
+
+def test_deadline_queue_and_key(run):
+    """One row, one place to wait: the next is refused; who waits too long is told so."""
+    with Server(run, api_key="secret", rows=1, queue=1, deadline=3) as small:
+        assert post(small, "/v1/completions", HOLD).status_code == 401
         assert httpx.get(small.url + "/health").status_code == 200
-        small.served.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))  # a step takes its time
-        with httpx.Client(headers=key, timeout=30) as one, ThreadPoolExecutor(2) as pool:
-            streaming = pool.submit(_leave_after, small, hold | {"stream": True}, key, 3)
-            assert streaming.result() == 3
-            small.wait_idle(5)  # the row is free long before its 256 tokens are made
-            assert small.metric("lrt_cancelled_total") == 1
-            waiting = [pool.submit(one.post, small.url + "/v1/completions", json=hold) for _ in range(2)]
-            time.sleep(0.3)
-            refused = one.post(small.url + "/v1/completions", json=hold)
+        go = threading.Event()
+        small.hold(go)
+        key = {"authorization": "Bearer secret"}
+        with httpx.Client(headers=key, timeout=60) as one, ThreadPoolExecutor(3) as pool:
+            ask = partial(one.post, small.url + "/v1/completions", json=HOLD)
+            running = pool.submit(ask)
+            while small.metric("lrt_rows_running") < 1:
+                time.sleep(0.001)
+            others = [pool.submit(ask) for _ in range(2)]
+            refused = next(as_completed(others)).result()
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
-            late = [w.result() for w in waiting]
+            time.sleep(3)  # the deadline of both
+            go.set()
+            late = [running.result(), *(f.result() for f in others if f.result() is not refused)]
             assert [r.status_code for r in late] == [408, 408]
-            assert "longer than 1.5 s" in late[0].json()["error"]["message"]
-        small.wait_idle(5)
+            assert "longer than 3 s" in late[0].json()["error"]["message"]
+        small.wait_idle()
         assert small.metric("lrt_expired_total") == 2
 
 
-def _leave_after(server: Server, body, headers, count: int) -> int:
+def test_a_client_that_leaves_frees_its_row(run, monkeypatch):
+    with Server(run, rows=1) as small:
+        left, cancel = threading.Event(), small.served.engine.cancel
+        monkeypatch.setattr(small.served.engine, "cancel", lambda jobs: (cancel(jobs), left.set()))
+        small.hold(left, after=64)  # long before its 256 tokens are made
+        assert _leave_after(small, HOLD | {"stream": True}, 3) == 3
+        small.wait_idle()
+        assert small.metric("lrt_cancelled_total") == 1
+        assert small.metric("lrt_generated_tokens_total") < 70
+
+
+def _leave_after(server: Server, body, count: int) -> int:
     seen = 0
-    with httpx.stream("POST", server.url + "/v1/completions", json=body, headers=headers, timeout=30) as answer:
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as answer:
         for line in answer.iter_lines():
             seen += line.startswith("data:")
             if seen == count:
@@ -298,23 +314,30 @@ def test_the_command_prints_its_address_and_drains_on_sigterm(run):
             httpx.get(url + "/health")
 
 
-def test_a_long_prompt_does_not_stall_the_others(run):
+def test_a_long_prompt_does_not_stall_the_others(run, monkeypatch):
     """While a long prompt is swept, a chunk at a time, the batch goes on between the chunks."""
     with Server(run, chunk=8, prefill="jacobi", tolerance=0.0) as slow:
-        order, lock = [], threading.Lock()
+        both, submit, order = threading.Event(), slow.served.engine.submit, []
+        slow.hold(both)
+
+        def count(jobs) -> None:
+            submit(jobs)
+            order.append("asked")
+            if len(order) == 2:
+                both.set()
 
         def ask(name: str, body) -> None:
             post(slow, "/v1/completions", body)
-            with lock:
-                order.append(name)
+            order.append(name)
 
+        monkeypatch.setattr(slow.served.engine, "submit", count)
         long = threading.Thread(target=ask, args=("long", {"prompt": [1] * 250, "max_tokens": 1}))
         long.start()
-        while slow.metric("lrt_rows_running") < 1:
+        while not order:
             time.sleep(0.001)
         ask("short", {"prompt": "def", "max_tokens": 3})
         long.join()
-        assert order == ["short", "long"]
+        assert order == ["asked", "asked", "short", "long"]
 
 
 def test_inspect_scores_both_modes_and_measures_the_memory(server):
