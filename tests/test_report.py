@@ -19,7 +19,7 @@ def record(arm: str, seed: int, decoded: float, compute: str = "compute=5", **mo
         "cpu_seconds": 10 * cost, "bpb": {"decoded": decoded, "zero_memory": decoded + 0.5}, "live_gap": 0.001,
         "in_context_score": 0.25, "decoded_at_length": {"1": decoded, "2": decoded + 0.1, "4": decoded + 0.2},
         "bpb_by_position": {"1": 3.0, "2-3": 2.0}, "sweep_residuals": [0.5, 0.1] if arm != "plain" else [],
-        "decode_tokens_per_cpu_second": 200.0,
+        "decode_tokens_per_cpu_second": 200.0, "decoded_bfloat16": decoded + 0.01,
     } | more  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_tables_and_pictures(records, capsys):
     (row,) = [line for line in text.splitlines() if line.startswith("| settled") and "4.3000" in line]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:6] == ["settled", "3", "1,234", "1", "5.0", "2"]
-    assert cells[7:9] == ["4.3000 ± 4.0731", "-0.1500 ± 0.0707"] and cells[14] == "5.00"
+    assert cells[7:9] == ["4.3000 ± 4.0731", "-0.1500 ± 0.0707"] and cells[9] == "4.3100" and cells[15] == "5.00"
     assert "100.0% / 99.0%" in text and "75.0% / 50.0%" in text
     pictures = {p.name for p in (records / "img").glob("*.png")}
     assert "results_decoded_bits_per_byte_against_cost.png" in pictures and len(pictures) == 6

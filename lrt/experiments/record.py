@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from copy import deepcopy
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lrt import __version__, accounting
 from lrt.checkpoint import Loaded, load_model, read_json
@@ -64,7 +66,7 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
 
 @torch.no_grad()
 def scored(loaded: Loaded) -> dict[str, Any]:
-    """In-context score at the trained length, and decoded BPB at multiples of it: exact recurrence, float32.
+    """In-context score, decoded BPB in bfloat16 and at multiples of the trained length (float32): exact recurrence.
 
     Of a task's run, accuracy at multiples of the trained length.
     """
@@ -72,13 +74,21 @@ def scored(loaded: Loaded) -> dict[str, Any]:
     if source.startswith(PREFIX):
         task = TaskRows(source.removeprefix(PREFIX), 1)
         return {"task": task.name, "accuracy": by_length(loaded.model, task, t.length)}
-    nats = torch.empty(0)
-    for times in (*reversed(LONGER), 1):
+
+    def nats(model: LRT, times: int) -> tuple[Tensor, float]:
         rows = held_out_rows(loaded, None, rows=max(1, t.eval_rows // times), length=times * t.length)
-        tokens, targets = rows.tokens.to(loaded.model.device), rows.targets.to(loaded.model.device)
-        nats = score(loaded.model, tokens, targets, mode="exact").nats.cpu()
-        found[str(times)] = bits_per_byte(nats, rows.bytes)
-    return {"in_context_score": in_context_score(nats), "decoded_at_length": found}
+        tokens, targets = rows.tokens.to(model.device), rows.targets.to(model.device)
+        each = score(model, tokens, targets, mode="exact").nats.cpu()
+        return each, bits_per_byte(each, rows.bytes)
+
+    each, found["1"] = nats(loaded.model, 1)
+    found |= {str(times): nats(loaded.model, times)[1] for times in LONGER}
+    _, rounded = nats(deepcopy(loaded.model).to(torch.bfloat16), 1)
+    return {
+        "in_context_score": in_context_score(each),
+        "decoded_at_length": found,
+        "decoded_bfloat16": rounded,
+    }
 
 
 def decoding_speed(model: LRT, tokens: int = 100) -> tuple[float, float]:

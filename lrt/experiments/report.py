@@ -19,7 +19,7 @@ from lrt.report import Table, page, png
 
 HEADER = (
     "method", "seeds", "parameters", "forwards / token", "C", "TFLOP", "CPU s", "decoded BPB", "less baseline",
-    "zero memory", "live gap", "in-context", "2x length", "4x length", "CPU ms / token",
+    "bfloat16", "zero memory", "live gap", "in-context", "2x length", "4x length", "CPU ms / token",
 )  # fmt: skip
 Block = tuple[str, Table | Figure]
 MARKS = "<!-- lrt report: begin -->", "<!-- lrt report: end -->"
@@ -107,6 +107,7 @@ def _row(g: Group, base: Group) -> list[str]:
         f"{g.mean(lambda r: r['flops'] / 1e12):.3g}", f"{g.mean(lambda r: r['cpu_seconds']):.0f}",
         _spread(g.mean(decoded), g.deviation(decoded), len(g.records)),
         "" if difference is None else _spread(*difference, len(g.paired(base, decoded)), sign="+"),
+        f"{g.mean(lambda r: r['decoded_bfloat16']):.4f}" if "decoded_bfloat16" in first else "",
         f"{g.mean(lambda r: r['bpb']['zero_memory']):.3f}", f"{g.mean(lambda r: r['live_gap']):+.4f}",
         f"{g.mean(lambda r: r['in_context_score']):.3f}",
         *(f"{g.mean(lambda r, n=n: r['decoded_at_length'][n]):.3f}" for n in ("2", "4")),
