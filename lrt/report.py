@@ -19,7 +19,7 @@ AXES = {
     "effective_forwards": "effective compute (token forwards)",
     "seconds": "training seconds",
 }
-COLOURS = ("#6b7280", "#d9822b", "#2f6fde", "#1f9d61", "#a855f7", "#dc2626")
+COLOURS = ("#6b7280", "#d9822b", "#2f6fde", "#1f9d61", "#a855f7", "#dc2626", "#0891b2", "#854d0e")
 
 
 @dataclass(frozen=True)

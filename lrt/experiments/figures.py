@@ -28,7 +28,7 @@ def decoded(record: dict[str, Any]) -> float:
 def budgets(groups: Sequence[Group]) -> Figure:
     """Decoded BPB against three measures of cost, a line per arm."""
     figure = Figure(figsize=(13, 4.4), layout="constrained")
-    arms = list(dict.fromkeys(g.arm for g in groups))
+    arms = list(dict.fromkeys(g.arm for g in groups))[: len(COLOURS)]
     for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), COST.items(), strict=True):
         for arm, colour in zip(arms, COLOURS, strict=False):
             found = sorted((g for g in groups if g.arm == arm), key=lambda g: g.mean(cost))

@@ -15,7 +15,7 @@ from lrt.experiments import figures
 from lrt.experiments.figures import decoded
 from lrt.experiments.groups import Group, read_groups, seeds_and_mean
 from lrt.model_config import require
-from lrt.report import Table, page, png
+from lrt.report import COLOURS, Table, page, png
 
 HEADER = (
     "method", "seeds", "parameters", "forwards / token", "C", "TFLOP", "CPU s", "decoded BPB", "less baseline",
@@ -66,9 +66,10 @@ def told(groups: Sequence[Group], baseline: str) -> list[Block]:
     """Tables and pictures of the groups, under headings."""
     blocks: list[Block] = []
     text = [g for g in groups if "accuracy" not in g.records[0]]
-    budgets = [g for g in text if len([h for h in text if h.arm == g.arm]) > 1]
-    if budgets:
-        blocks.append(("Decoded bits per byte against cost", figures.budgets(budgets)))
+    for sweep in dict.fromkeys(g.sweep for g in text):
+        budgets = [g for g in text if g.sweep == sweep and "train.horizon" in g.point]
+        if len({g.point for g in budgets}) > 1:
+            blocks.append((f"{sweep}: decoded bits per byte against cost", figures.budgets(budgets)))
     for sweep, point in dict.fromkeys((g.sweep, g.point) for g in groups):
         here = [g for g in groups if (g.sweep, g.point) == (sweep, point)]
         heading = f"{sweep}: {point}" if point else sweep
@@ -91,7 +92,9 @@ def _texts(heading: str, groups: list[Group], baseline: str) -> list[Block]:
 
 
 def _inside(heading: str, groups: list[Group]) -> list[Block]:
-    """What happens within rows, shown for the last point of a sweep's grid."""
+    """What happens within rows, shown for the last point of a sweep's grid, if its arms can be told apart."""
+    if len(groups) > len(COLOURS):
+        return []
     blocks: list[Block] = [(f"{heading}: by position", figures.positions(groups))]
     if any(g.records[0]["sweep_residuals"] for g in groups):
         blocks.append((f"{heading}: sweeps of prefill", figures.convergence(groups)))
