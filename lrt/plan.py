@@ -6,9 +6,8 @@ docs/scaling.md derives them and compares them with measurements.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from statistics import mean
 from typing import Annotated, Any
 
 import tyro
@@ -108,21 +107,26 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 def row(config: RunConfig, cluster: Cluster, name: str, mode: Parallelism, reshard: bool) -> dict[str, Any]:
     """One schedule's memory (bytes per device), seconds and bytes sent per step, and length of the training."""
     t, schedule, devices = config.train, Curriculum.parse(name), cluster.devices
-    draws = [s.passes(t.length) for s, _ in schedule.shares()]
+    draws, shares = zip(*((s.passes(t.length), share) for s, share in schedule.shares()), strict=True)
+
+    def average(of: Callable[[Passes], float]) -> float:
+        return sum(share * of(passes) for share, passes in zip(shares, draws, strict=True))
+
     fixed = states(config, devices if mode == "fsdp" else 1, mode, reshard, max(map(held, draws)))
     per_row = max(activations(config.model, passes, t.recompute) for passes in draws) * width(config)
-    share = t.batch // devices
-    rows = fitting(share, (cluster.memory - sum(fixed.values())) / per_row)
-    rows = min(rows, t.micro_batch or share)
-    compute = mean(step_flops(config, passes, devices, mode) for passes in draws) / cluster.flops / cluster.efficiency
-    sent = mean(traffic(config.model, passes, devices, mode, reshard, micro=share // max(rows, 1)) for passes in draws)
+    own = t.batch // devices
+    rows = fitting(own, (cluster.memory - sum(fixed.values())) / per_row)
+    rows = min(rows, t.micro_batch or own)
+    compute = average(lambda passes: step_flops(config, passes, devices, mode)) / cluster.flops / cluster.efficiency
+    micro = own // max(rows, 1)
+    sent = average(lambda passes: traffic(config.model, passes, devices, mode, reshard, micro))
     seconds, steps = (compute, compute + sent / cluster.speed), horizon(replace_schedule(config, name))
     tokens = steps * t.batch * t.length
     return {
         "schedule": name, "parallel": mode + (" reshard" if reshard else ""), "fits": rows > 0,
         "micro_batch": rows, "state_bytes": fixed, "activation_bytes": per_row * max(rows, 1),
         "bytes": sum(fixed.values()) + per_row * max(rows, 1),
-        "sent_bytes": sent, "gathers": mean(gathers(p, reshard) for p in draws) if mode == "fsdp" else 0,
+        "sent_bytes": sent, "gathers": average(lambda passes: gathers(passes, reshard)) if mode == "fsdp" else 0,
         "seconds": seconds, "communication_share": sent / cluster.speed / seconds[1],
         "steps": steps, "tokens": tokens, "days": seconds[1] * steps / 86400,
     }  # fmt: skip

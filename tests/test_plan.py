@@ -155,3 +155,14 @@ def test_impossible_clusters_are_one_line(flags: str, said: str, capsys):
 
 def test_a_run_from_json_can_be_planned():
     assert plan(RunConfig(train=TrainConfig(batch=8)), Cluster(devices=2))["cache_bytes_per_row"] > 0
+
+
+def test_stages_are_weighed_by_their_shares():
+    """Half of the steps run the plain schedule, the other half one of three settled ones."""
+    given, cluster = recipe("d4"), Cluster(devices=8, efficiency=0.5)
+    whole, plain, *settled = (
+        row(given, cluster, name, "fsdp", True)["gathers"]
+        for name in ("parallel@0.5,settled-1..3", "parallel", "settled-1", "settled-2", "settled-3")
+    )
+    assert whole == pytest.approx((plain + sum(settled) / 3) / 2)
+    assert whole != pytest.approx((plain + sum(settled)) / 4)
