@@ -60,7 +60,7 @@ def test_tables_and_pictures(records, capsys):
     assert cells[7:9] == ["4.3000 ± 4.0731", "-0.1500 ± 0.0707"] and cells[9] == "4.3100" and cells[15] == "5.00"
     assert "100.0% / 99.0%" in text and "75.0% / 50.0%" in text
     pictures = {p.name for p in (records / "img").glob("*.png")}
-    assert "results_decoded_bits_per_byte_against_cost.png" in pictures and len(pictures) == 6
+    assert "results_text_decoded_bits_per_byte_against_cost.png" in pictures and len(pictures) == 6
     assert all(f"img/{name}" in text for name in pictures)
     html = (records / "out" / "report.html").read_text(encoding="utf-8")
     assert html.count("data:image/png;base64,") == 6 and "4.3000 ± 4.0731" in html
