@@ -1,4 +1,8 @@
-"""Elementwise operations whose automatic backward is wasteful on a CPU: half of a small model's eager step."""
+"""Elementwise operations whose automatic backward is wasteful on a CPU: half of a small model's eager step.
+
+Where no gradient is wanted, each calls its formula directly: entering an autograd function costs more than it computes
+when one token is decoded.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = (size.square() / x.shape[-1] + eps).rsqrt().to(x.dtype)
+        scale = _inverse_rms(x, eps)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -28,6 +31,11 @@ class _RMSNorm(torch.autograd.Function):
         (dy,), (y, scale) = grads, ctx.saved_tensors
         along = torch.linalg.vecdot(dy, y).unsqueeze(-1) / y.shape[-1]
         return torch.addcmul(dy, y, along, value=-1).mul_(scale), None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (size.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
 
 
 class _ReLUSquared(torch.autograd.Function):
@@ -52,11 +60,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, *weights_and_terms: Tensor) -> Tensor:
         ctx.save_for_backward(*weights_and_terms)
         half = len(weights_and_terms) // 2
-        (w, *weights), (x, *terms) = weights_and_terms[:half], weights_and_terms[half:]
-        y = w * x
-        for w, x in zip(weights, terms, strict=True):
-            y.addcmul_(w, x)
-        return y
+        return _summed(weights_and_terms[:half], weights_and_terms[half:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,6 +69,13 @@ class _WeightedSum(torch.autograd.Function):
         pairs = list(zip(saved[:half], saved[half:], strict=True))
         dw = [_inner(dy, x, w) if need else None for (w, x), need in zip(pairs, needed[:half], strict=True)]
         return *dw, *(w * dy if need else None for (w, _), need in zip(pairs, needed[half:], strict=True))
+
+
+def _summed(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
+    y = weights[0] * terms[0]
+    for w, x in zip(weights[1:], terms[1:], strict=True):
+        y.addcmul_(w, x)
+    return y
 
 
 def _inner(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -119,11 +130,15 @@ def rms_norm(x: Tensor, eps: float = EPS) -> Tensor:
     """RMSNorm over the last axis, without learned weights; the same shape and type. On cuda torch's kernel is fused."""
     if x.is_cuda:
         return F.rms_norm(x, (x.shape[-1],), eps=eps)
+    if not torch.is_grad_enabled():
+        return x * _inverse_rms(x, eps)
     return _RMSNorm.apply(x, eps)  # pyright: ignore[reportReturnType]
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2 (Primer, So et al. 2021)."""
+    if not torch.is_grad_enabled():
+        return F.relu(x).square_()
     return _ReLUSquared.apply(x)  # pyright: ignore[reportReturnType]
 
 
@@ -132,11 +147,15 @@ def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
     if torch.compiler.is_compiling():  # fuses the plain formula, and does not trace one tensor given twice
         first, *others = (w * x for w, x in zip(weights, terms, strict=True))
         return sum(others, first)
+    if not torch.is_grad_enabled():
+        return _summed(weights, terms)
     return _WeightedSum.apply(*weights, *terms)  # pyright: ignore[reportReturnType]
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (channel i, channel i + E/2) of the last axis by an angle given as its cosine and sine."""
+    if not torch.is_grad_enabled():
+        return _turn(x, cos, sin, 1)
     return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 
