@@ -129,4 +129,4 @@ def test_a_job_array_does_the_same_and_finished_runs_are_not_submitted_again(pla
 @pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "sweeps").glob("*.toml")), ids=lambda f: f.stem)
 def test_the_sweeps_that_are_shipped_can_be_read(file):
     runs = read_sweep(file)
-    assert len(runs) >= 5 and len({run.name for run in runs}) == len(runs)
+    assert runs and len({run.name for run in runs}) == len(runs)
