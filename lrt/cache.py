@@ -33,6 +33,8 @@ class Slots(NamedTuple):
 
     keys: HeadsBKNE
     values: HeadsBKNE
+    rows: Tensor
+    """[B, 1]"""
     slot: Tensor
     """Slot that each row fills, [B, 1]."""
     positions: PositionsN
@@ -40,9 +42,8 @@ class Slots(NamedTuple):
 
     def extend(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[HeadsBKNE, HeadsBKNE]:
         """All slots, after the pass's own have been filled in place."""
-        at = self.slot[:, None, :, None].expand_as(k)
-        self.keys.scatter_(2, at, k.to(self.keys.dtype))
-        self.values.scatter_(2, at, v.to(self.values.dtype))
+        self.keys[self.rows, :, self.slot] = k.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.slot] = v.transpose(1, 2).to(self.values.dtype)
         return self.keys, self.values
 
     def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
@@ -97,9 +98,10 @@ class Cache(NamedTuple):
 
     def past(self) -> Past:
         """What the next token of every row sees: a pass of one position per row."""
+        rows = torch.arange(self.rows, device=self.length.device)[:, None]
         queries = self.length[:, None]
         held = per_size(self.keys, lambda r: (queries % r, positions_held(self.length + 1, r)))
-        layers = [Slots(k, v, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
+        layers = [Slots(k, v, rows, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
         return Past(queries, False, layers)
 
     def buffer(self) -> Buffer:
