@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -132,18 +132,16 @@ class Parallel:
     """One loss module on all processes: as it is, replicated (DDP), or sharded (FSDP2).
 
     FSDP2 shards every block, and the root (embedding, head, shared projection) with the loss: one gather and one
-    reduce-scatter of each a step, however many passes the schedule and micro-batches the step has. Blocks stay gathered
-    from their first pass until the gradients are complete, and send these when the backward comes to that pass, the
-    last it comes to. With `reshard` they are given back after every pass, and gathered for each pass and its backward
-    again: slower, but only one block is whole at a time. Scalars are replicated.
+    reduce-scatter of each a step, however many passes the schedule has, since blocks stay gathered from their first
+    pass until the gradients are complete. With `reshard` they are given back after every pass, and gathered for each
+    pass and its backward again: slower, but only one block is whole at a time. Scalars are replicated.
     """
 
     def __init__(self, loss: ScheduledLoss, world: World, mode: str, seed: int, reshard: bool = False):
         """Allocate the model of `loss`, which is on the meta device, on the world's, and initialise it from `seed`."""
         self.loss, self.world, self.reshard = loss, world, reshard
         self.module: nn.Module = loss
-        self.shards: list[FSDPModule] = []
-        self._holding: set[FSDPModule] = set()
+        self.blocks: list[FSDPModule] = []
         if world.grouped and mode == "fsdp":
             self._shard()
         loss.to_empty(device=world.device)
@@ -160,22 +158,10 @@ class Parallel:
         scalars = {p for p in model.parameters() if p.ndim == 0}  # which FSDP2 does not take
         for block in model.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard, ignored_params=scalars)
-            block.register_forward_hook(self._send_after)
         fully_shard(self.loss, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
-        self.shards = [m for m in self.loss.modules() if isinstance(m, FSDPModule)]
-        for m in self.shards:  # or the end of the last pass's backward would give back what earlier ones still need
+        self.blocks = [m for m in self.loss.modules() if isinstance(m, FSDPModule)]
+        for m in self.blocks:  # or the end of the last pass's backward would give back what earlier ones still need
             m.set_reshard_after_backward(self.reshard, recurse=False)
-
-    def _send_after(self, block: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:
-        """Let a block send its gradients with the backward of this call, if it is the first with gradient of a step's
-        last micro-batch; any other's backward is earlier, and would send what is accumulated by then.
-        """
-        if block not in self._holding or not torch.is_grad_enabled():
-            return
-        assert isinstance(block, FSDPModule)
-        self._holding.remove(block)
-        for x in outputs:
-            x.register_hook(lambda _: block.set_requires_gradient_sync(True, recurse=False))
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -184,24 +170,21 @@ class Parallel:
             with self.module.no_sync():
                 yield
             return
-        for root in self.shards[:1]:
-            root.set_requires_gradient_sync(False)
-            root.set_requires_gradient_sync(last, recurse=False)
-            root.set_is_last_backward(last)
-        self._holding = set(self.shards[1:]) if last else set()
+        for m in self.blocks[:1]:
+            m.set_requires_gradient_sync(last)
+            m.set_is_last_backward(last)
         yield
 
     @torch.no_grad()
     def collect(self) -> None:
         """After the last backward: give blocks back, complete the gradients that FSDP2 does not care for."""
-        if not self.shards:
+        if not self.blocks:
             return
-        for m in self.shards:
+        for m in self.blocks:
             m.reshard()
-        for p in self.loss.model.memory_parameters():
+        for p in self.parameters:
             if p.grad is None:  # a pass without memory: zero, as everywhere else
                 p.grad = torch.zeros_like(p)
-        assert all(p.grad is not None for p in self.parameters), "a block's first call had no part in the loss"
         scalars = [p.grad for p in self.parameters if p.grad is not None and not isinstance(p, DTensor)]
         if scalars and self.world.size > 1:
             mean = self.world.total(torch.stack(scalars)) / self.world.size
@@ -211,7 +194,7 @@ class Parallel:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it the bare model can be called (evaluation): the root is whole, and the blocks unless `reshard`."""
-        kept = self.shards[:1] if self.reshard else self.shards
+        kept = self.blocks[:1] if self.reshard else self.blocks
         for m in kept:
             m.unshard()
         yield
