@@ -132,7 +132,7 @@ class Parallel:
     """One loss module on all processes: as it is, replicated (DDP), or sharded (FSDP2).
 
     FSDP2 shards every block, and the root (embedding, head, shared projection) with the loss: one gather and one
-    reduce-scatter of each a step, however many passes the schedule has, since blocks stay gathered from their first
+    reduce-scatter of each a step (up to two in micro-batches), however many passes the schedule has, since blocks stay gathered from their first
     pass until the gradients are complete. With `reshard` they are given back after every pass, and gathered for each
     pass and its backward again: slower, but only one block is whole at a time. Scalars are replicated.
     """
