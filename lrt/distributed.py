@@ -132,9 +132,10 @@ class Parallel:
     """One loss module on all processes: as it is, replicated (DDP), or sharded (FSDP2).
 
     FSDP2 shards every block, and the root (embedding, head, shared projection) with the loss: one gather and one
-    reduce-scatter of each a step (up to two in micro-batches), however many passes the schedule has, since blocks stay gathered from their first
-    pass until the gradients are complete. With `reshard` they are given back after every pass, and gathered for each
-    pass and its backward again: slower, but only one block is whole at a time. Scalars are replicated.
+    reduce-scatter of each a step (in micro-batches up to two), however many passes the schedule has, since blocks stay
+    gathered from their first pass until the gradients are complete. With `reshard` they are given back after every
+    pass, and gathered for each pass and its backward again: slower, but only one block is whole at a time. Scalars are
+    replicated.
     """
 
     def __init__(self, loss: ScheduledLoss, world: World, mode: str, seed: int, reshard: bool = False):
@@ -165,7 +166,7 @@ class Parallel:
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: gradients travel with the last one's only."""
+        """Around forward and backward of a micro-batch: gradients travel with the last one's."""
         if isinstance(self.module, DistributedDataParallel) and not last:
             with self.module.no_sync():
                 yield

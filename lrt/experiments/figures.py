@@ -65,16 +65,9 @@ def bars(groups: Sequence[Group], baseline: Group) -> Figure:
 
 def positions(groups: Sequence[Group]) -> Figure:
     """Decoded BPB by the target's position in the row."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for g, colour in zip(groups, COLOURS, strict=False):
-        labels = list(g.records[0]["bpb_by_position"])
-        means = [g.mean(lambda r, label=label: r["bpb_by_position"][label]) for label in labels]
-        axes.plot(labels, means, "o-", ms=4, color=colour, label=g.arm)
-    axes.set_xlabel("position in the row")
-    axes.set_ylabel("decoded bits per byte")
-    axes.legend(frameon=False, fontsize=8)
-    _plain_axes(axes)
+    figure = _lines(groups, lambda r: r["bpb_by_position"])
+    figure.axes[0].set_xlabel("position in the row")
+    figure.axes[0].set_ylabel("decoded bits per byte")
     return figure
 
 
@@ -97,15 +90,21 @@ def convergence(groups: Sequence[Group]) -> Figure:
 
 def lengths(groups: Sequence[Group]) -> Figure:
     """Accuracy of synthetic tasks by length, decoded with memory."""
+    figure = _lines(groups, lambda r: {length: found["all"] for length, found in r["accuracy"].items()})
+    figure.axes[0].set_xlabel("length; the first is the one trained with")
+    figure.axes[0].set_ylabel("share of answers right")
+    figure.axes[0].set_ylim(0, 1.03)
+    return figure
+
+
+def _lines(groups: Sequence[Group], values: Callable[[dict[str, Any]], dict[str, float]]) -> Figure:
+    """A line per arm through the seeds' means of labelled values."""
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
     for g, colour in zip(groups, COLOURS, strict=False):
-        labels = list(g.records[0]["accuracy"])
-        means = [g.mean(lambda r, label=label: r["accuracy"][label]["all"]) for label in labels]
+        labels = list(values(g.records[0]))
+        means = [g.mean(lambda r, label=label: values(r)[label]) for label in labels]
         axes.plot(labels, means, "o-", ms=4, color=colour, label=g.arm)
-    axes.set_xlabel("length; the first is the one trained with")
-    axes.set_ylabel("share of answers right")
-    axes.set_ylim(0, 1.03)
     axes.legend(frameon=False, fontsize=8)
     _plain_axes(axes)
     return figure
