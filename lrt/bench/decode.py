@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,12 @@ from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solv
 
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
+DECODE_LINE = "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}"
+PREFILL_LINE = (
+    "{length:5d} tokens  {mode:30s}  {speedup:5.2f} x exact  {forward_equivalents:5.2f} forwards  "
+    "logits {max_logit_diff:.1e}  greedy {greedy_agree:.3f}"
+)
+SCORE_LINE = "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.1e} relative"
 X = TypeVar("X")
 
 
@@ -66,8 +72,10 @@ class Bench:
 def main(args: list[str]) -> int:
     """`lrt bench decode`."""
     given = parse(Bench, args, "bench decode")
-    result = run(**{name: value for name, value in vars(given).items() if name != "json"})
-    print("\n".join(lines(result)[: None if given.json else -1]))
+    chosen = {name: value for name, value in vars(given).items() if name != "json"}
+    result = run(**chosen, tell=partial(print, flush=True))
+    if given.json:
+        print(json.dumps(result))
     return 0
 
 
@@ -86,6 +94,7 @@ def run(
     tolerance: float = DEFAULT_TOLERANCE,
     rows: int = 4,
     peer: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure; the result is plain JSON data with the keys `decode`, `prefill`, `score` and `setting`.
 
@@ -99,6 +108,7 @@ def run(
         compile: whether steps are compiled.
         modes, lengths, tolerance, rows: prompts of these lengths, so many each, from the run's held-out text.
         peer: also time `generate` of transformers' own nanochat model beside ours, the backbone without memory.
+        tell: takes a line of text for each figure as soon as it is there.
     """
     where = resolve_device(device)
     setting: dict[str, Any] = {"device": where.type, "threads": torch.get_num_threads(), "compiled": compile}
@@ -114,15 +124,22 @@ def run(
         config = loaded.config.model
         prompts = held_out_rows(loaded, None, rows=rows, length=max(lengths)).tokens.to(where)
         for length in lengths:
-            result["prefill"] += prefill_times(loaded.model, prompts[:, :length], modes, tolerance)
+            for cell in prefill_times(loaded.model, prompts[:, :length], modes, tolerance):
+                result["prefill"].append(cell)
+                tell(PREFILL_LINE.format(**cell))
         result["score"] = score_times(loaded.model, prompts, tolerance)
+        tell(SCORE_LINE.format(**result["score"]))
     setting |= {"recipe": str(checkpoint or recipe), "depth": config.depth, "width": config.d}
     setting["projection"] = config.memory.projection
-    result["decode"] = latencies(config, where, batches, contexts, steps, compile, cache_gib)
+    for cell in latencies(config, where, batches, contexts, steps, compile, cache_gib):
+        result["decode"].append(cell)
+        tell(DECODE_LINE.format(**cell))
     if result["decode"]:
         setting["median_overhead"] = median(cell["overhead"] for cell in result["decode"])
     if peer:
         result["peer"] = against_transformers(replace(config, memory=MEMORY_OFF), where, compile)
+        speeds = {name: value for name, value in result["peer"].items() if name.endswith("second")}
+        tell("greedy, one row: " + ", ".join(f"{name} {value:,.1f}" for name, value in speeds.items()))
     return result
 
 
@@ -161,11 +178,10 @@ def latencies(
     steps: int,
     compile: bool,
     cache_gib: float,
-) -> list[dict[str, Any]]:
-    """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns."""
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell."""
     models = [LRT.build(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
     runs = [compiled() if compile else one_token for _ in models]
-    cells = []
     for batch, context in itertools.product(batches, contexts):
         if 2 * batch * context * config.depth * config.k * config.e * 4 > cache_gib * 2**30:
             continue
@@ -173,16 +189,13 @@ def latencies(
         tokens = torch.ones(batch, dtype=torch.int64, device=device)
         works = [partial(_step, model, tokens, cache, run) for model, run in zip(models, runs, strict=True)]
         times = [[_timed(device, work)[1] for work in works] for _ in range(steps + 3)][3:]  # 3 to compile and warm up
-        cells.append(
-            {
-                "batch": batch,
-                "context": context,
-                "ms": 1e3 * median(lrt for lrt, _ in times),
-                "plain_ms": 1e3 * median(plain for _, plain in times),
-                "overhead": median(lrt / plain for lrt, plain in times) - 1,
-            }
-        )
-    return cells
+        yield {
+            "batch": batch,
+            "context": context,
+            "ms": 1e3 * median(lrt for lrt, _ in times),
+            "plain_ms": 1e3 * median(plain for _, plain in times),
+            "overhead": median(lrt / plain for lrt, plain in times) - 1,
+        }
 
 
 def _filled(model: LRT, rows: int, length: int) -> Cache:
@@ -279,27 +292,3 @@ def score_times(model: LRT, rows: TokensBN, tolerance: float) -> dict[str, Any]:
         "max_nats_diff": float((swept.nats - exact.nats).abs().max()),
         "forward_equivalents": swept.effort.forwards,
     }
-
-
-def lines(result: dict[str, Any]) -> list[str]:
-    """The result as text for people; the last line is the JSON."""
-    out = []
-    for cell in result["decode"]:
-        out.append(
-            "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}".format(
-                **cell
-            )
-        )
-    for cell in result["prefill"]:
-        out.append(
-            "{length:5d} tokens  {mode:30s}  {speedup:5.2f} x exact  {forward_equivalents:5.2f} forwards  "
-            "logits {max_logit_diff:.1e}  greedy {greedy_agree:.3f}".format(**cell)
-        )
-    if result["score"]:
-        out.append(
-            "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.1e} relative".format(**result["score"])
-        )
-    if "peer" in result:
-        speeds = {name: value for name, value in result["peer"].items() if name.endswith("second")}
-        out.append("greedy, one row: " + ", ".join(f"{name} {value:,.1f}" for name, value in speeds.items()))
-    return [*out, json.dumps(result)]
