@@ -16,7 +16,7 @@ from torch import Tensor
 from lrt.cache import Cache
 from lrt.model import LRT
 from lrt.sampling import Laws, Sampling, choose, uniforms
-from lrt.solve import OneToken, advance, one_token
+from lrt.solve import OneToken, advance, next_logits
 from lrt.streaming import TextStream
 
 GREEDY = Sampling(temperature=0)
@@ -90,7 +90,7 @@ class Batch:
         cache: Cache,
         *,
         logits: Tensor | None = None,
-        run: OneToken = one_token,
+        run: OneToken = next_logits,
         shapes: Sequence[int] = (),
     ):
         """`logits` [B, V] come with a state whose prompts have been taken in. A step computes the first n rows, where n
@@ -164,9 +164,8 @@ class Batch:
             self.cache = self.cache._replace(longest=longest)
         if self._seen is not None:
             self._seen[:n].scatter_(1, tokens[:, None], True)
-        hidden, part = advance(self.model, tokens, self.cache.first(n), self._active, self.run)
+        self._logits, part = advance(self.model, tokens, self.cache.first(n), self._active, self.run)
         self.cache = self.cache.with_first(part)
-        self._logits = self.model.logits(hidden)
         for r in running:
             r.length += 1
         for r in forced:

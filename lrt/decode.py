@@ -15,7 +15,7 @@ from lrt.loss import token_nats
 from lrt.model import LRT
 from lrt.sampling import Sampling
 from lrt.shapes import StreamBND, TokensBN
-from lrt.solve import Effort, OneToken, Plan, advance, one_token, silent, solve, total
+from lrt.solve import Effort, OneToken, Plan, advance, next_logits, silent, solve, total
 from lrt.streaming import DecodeBytes, TextStream
 
 DEFAULT_MODE = "interleaved-8"
@@ -103,8 +103,7 @@ def step(model: LRT, tokens: Tensor, cache: Cache, active: Tensor | None = None)
     Returns:
         Next-token logits [B, V], and the state after.
     """
-    hidden, cache = advance(model, tokens, cache, active)
-    return model.logits(hidden), cache
+    return advance(model, tokens, cache, active, next_logits)
 
 
 @torch.no_grad()
@@ -181,7 +180,7 @@ def generate(
     capacity: int | None = None,
     mode: str = DEFAULT_MODE,
     tolerance: float = DEFAULT_TOLERANCE,
-    run: OneToken = one_token,
+    run: OneToken = next_logits,
 ) -> Iterator[Generated]:
     """Continue prompts together, a token per step, until every row has stopped.
 
@@ -194,7 +193,7 @@ def generate(
             prompt with that. Otherwise an empty one of `capacity` tokens; by default what prompts and answers need,
             at most the model's context, and answers end where it is full.
         mode, tolerance: how the prompts are taken in, see `prefill`.
-        run: `one_token`, or what `compiled` returns.
+        run: `next_logits`, or what `compiled` returns.
 
     Raises:
         ValueError: as `prefill`; stop texts without `decode_bytes`; not one sampling per prompt.
@@ -208,7 +207,8 @@ def generate(
     start = prefill(model, tokens, mode=mode, tolerance=tolerance, lengths=lengths, cache=cache, capacity=capacity)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
     cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
-    batch = Batch(model, cache, logits=logits, run=run)
+    shapes = [2**i for i in range(1, len(rows).bit_length())]  # rows that have all stopped leave the step
+    batch = Batch(model, cache, logits=logits, run=run, shapes=shapes)
     for request in _requests(model, laws, samples, cache, decode_bytes):
         batch.join(request, prompts[request.row // samples])
     while True:

@@ -23,7 +23,7 @@ from lrt.shapes import StreamBND, TokensBN
 from lrt.state import Buffer
 
 OneToken = Callable[[LRT, Tensor, Cache, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-"""`one_token`, or it compiled."""
+"""`one_token`, `next_logits`, or what `compiled` returns."""
 
 
 class Plan(NamedTuple):
@@ -210,13 +210,19 @@ def one_token(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None) ->
     return written.hidden[:, 0], memory, length
 
 
+def next_logits(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`one_token` with the head's logits [B, V] in place of its input."""
+    hidden, memory, length = one_token(model, tokens, view, active)
+    return model.logits(hidden), memory, length
+
+
 def compiled() -> OneToken:
-    """`one_token` compiled as one graph whose numbers of rows and of visible slots are dynamic: none per token.
+    """`next_logits` compiled as one graph whose numbers of rows and of visible slots are dynamic: none per token.
 
     One row and several make two graphs, and so do part of the slots and all of them. The first call takes as long as
     compiling does. Untested on CUDA, where it asks for CUDA graphs.
     """
-    run = torch.compile(one_token, fullgraph=True, mode="reduce-overhead" if torch.cuda.is_available() else None)
+    run = torch.compile(next_logits, fullgraph=True, mode="reduce-overhead" if torch.cuda.is_available() else None)
 
     def marked(model: LRT, tokens: Tensor, view: Cache, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         for x in (*view.keys, *view.values):
@@ -234,8 +240,8 @@ def advance(
 ) -> tuple[Tensor, Cache]:
     """Take in one token per row [B]: the exact recurrence.
 
-    Rows where `active` [B] is False wait. `run` is `one_token` or a compiled form of it. Returns what `run` computes
-    first and the state after. ValueError: a row is full.
+    Rows where `active` [B] is False wait. Returns what `run` computes first, and the state after.
+    ValueError: a row is full.
     """
     if cache.longest >= cache.capacity:
         reached = cache.length if active is None else cache.length[active]

@@ -20,7 +20,7 @@ from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF
 from lrt.reference import reference
 from lrt.sampling import Sampling
-from lrt.solve import advance, compiled
+from lrt.solve import advance, compiled, next_logits
 
 TIGHT = 1e-10
 MODES = ["exact", "jacobi", "interleaved-3"]
@@ -241,6 +241,21 @@ def test_at_a_fixed_batch_shape_a_row_is_bitwise_the_same_whatever_the_others(mo
     assert a[1] != b[1]
 
 
+def test_rows_that_have_all_stopped_leave_the_step(model):
+    """The step computes the first 2, 4, .. rows, as many as hold those that go on."""
+    prompts, rows = tokens(CFG, 5, 4).tolist(), []
+    laws = [Sampling(temperature=0, max_new_tokens=n, stop_tokens=()) for n in (6, 3, 2, 5, 2)]
+
+    def counting(model: LRT, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows.append(len(tokens))
+        return next_logits(model, tokens, *rest)
+
+    together = run_text(model, prompts, laws, mode="exact", run=counting)
+    assert rows == [5, 4, 4, 4, 2]
+    for i, prompt in enumerate(prompts):
+        assert [t for t, _ in together[i]] == [t for t, _ in run_text(model, [prompt], laws[i], mode="exact")[0]]
+
+
 def test_generation_follows_the_reference(model):
     """Greedy text: every token is the reference's most probable one, its log-probability the reference's."""
     prompt = tokens(CFG, 1, 8)[0].tolist()
@@ -337,7 +352,7 @@ def test_the_compiled_step_equals_the_plain_one_and_compiles_twice_at_most():
     with torch.no_grad():
         for t in range(200):
             a, ours = advance(model, rows[:, t], ours, active, run)
-            b, theirs = advance(model, rows[:, t], theirs, active)
+            b, theirs = step(model, rows[:, t], theirs, active)
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 

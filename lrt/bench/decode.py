@@ -30,7 +30,7 @@ from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import recipe as find_recipe
 from lrt.sampling import Sampling
 from lrt.shapes import IGNORE, TokensBN
-from lrt.solve import Effort, OneToken, Plan, advance, compiled, one_token, solve
+from lrt.solve import Effort, OneToken, Plan, advance, compiled, next_logits, solve
 
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
@@ -161,7 +161,7 @@ def against_transformers(
         out = other.generate(torch.tensor([prompt], device=device), max_new_tokens=tokens, do_sample=False)
         assert out.shape[1] == len(prompt) + tokens
 
-    works = {"transformers": theirs, "eager": partial(ours, one_token)}
+    works = {"transformers": theirs, "eager": partial(ours, next_logits)}
     works |= {"compiled": partial(ours, compiled())} if compile else {}
     times = [{name: _timed(device, work)[1] for name, work in works.items()} for _ in range(repeats + 1)][1:]
     speeds = {f"{name}_tokens_per_second": tokens / median(t[name] for t in times) for name in works}
@@ -181,13 +181,13 @@ def latencies(
 ) -> Iterator[dict[str, Any]]:
     """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell."""
     models = [LRT.build(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
-    runs = [compiled() if compile else one_token for _ in models]
+    runs = [compiled() if compile else next_logits for _ in models]
     for batch, context in itertools.product(batches, contexts):
         if 2 * batch * context * config.depth * config.k * config.e * 4 > cache_gib * 2**30:
             continue
         cache = _filled(models[0], batch, context)
         tokens = torch.ones(batch, dtype=torch.int64, device=device)
-        works = [partial(_step, model, tokens, cache, run) for model, run in zip(models, runs, strict=True)]
+        works = [partial(advance, model, tokens, cache, None, run) for model, run in zip(models, runs, strict=True)]
         times = [[_timed(device, work)[1] for work in works] for _ in range(steps + 3)][3:]  # 3 to compile and warm up
         yield {
             "batch": batch,
@@ -204,11 +204,6 @@ def _filled(model: LRT, rows: int, length: int) -> Cache:
     for x in (*cache.keys, *cache.values, cache.memory):
         x.normal_()
     return cache._replace(length=cache.length + length, longest=length)
-
-
-def _step(model: LRT, tokens: Tensor, cache: Cache, run: OneToken) -> Tensor:
-    hidden, _ = advance(model, tokens, cache, None, run)
-    return model.logits(hidden)
 
 
 def _timed(device: torch.device, work: Callable[[], X]) -> tuple[X, float]:

@@ -22,7 +22,7 @@ from lrt.serve.metrics import Metrics
 from lrt.serve.schemas import ChatRequest, CompletionRequest, Generation
 from lrt.serve.settings import Settings
 from lrt.serve.text import Listing, Vocabulary
-from lrt.solve import OneToken, one_token
+from lrt.solve import OneToken, next_logits
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Choice:
 class Served:
     """One model behind the endpoints."""
 
-    def __init__(self, loaded: Loaded, settings: Settings, name: str | None = None, run: OneToken = one_token):
+    def __init__(self, loaded: Loaded, settings: Settings, name: str | None = None, run: OneToken = next_logits):
         self.model, self.config, self.settings = loaded.model, loaded.config, settings
         self.name, self.created = name or loaded.config.name, int(time.time())
         self.fingerprint = f"lrt-{__version__}-step{loaded.step}"

@@ -58,14 +58,14 @@ def main(args: list[str]) -> int:
         raise ValueError(f"{error.name} is not installed; install latent-recurrent-transformer[serve]") from None
     from lrt.checkpoint import load_model
     from lrt.hardware import resolve_device
-    from lrt.solve import compiled, one_token
+    from lrt.solve import compiled, next_logits
 
     require(given.drain >= 0, f"--drain is {given.drain}; give at least 0 seconds")
     require(0 <= given.port < 2**16, f"--port is {given.port}; give 0 to 65535")
     torch.set_num_threads(given.threads or max(1, (os.cpu_count() or 2) - 1))
     sys.setswitchinterval(SWITCH_INTERVAL)
     loaded = load_model(given.run, resolve_device(given.device))
-    served = Served(loaded, given.settings, given.name, compiled() if given.compile else one_token)
+    served = Served(loaded, given.settings, given.name, compiled() if given.compile else next_logits)
     app = create_app(served, given.api_key or os.environ.get("LRT_API_KEY") or None)
     listener = _listen(given.host, given.port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -28,7 +28,7 @@ from lrt.sampling import Sampling
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
 from lrt.serve.states import Kept, Store
-from lrt.solve import OneToken, Plan, one_token, solve
+from lrt.solve import OneToken, Plan, next_logits, solve
 from lrt.streaming import DecodeBytes, TextStream
 
 log = logging.getLogger("lrt.serve")
@@ -100,7 +100,7 @@ class Engine:
     """Runs jobs; every method but the private ones may be called from the event loop's thread."""
 
     def __init__(
-        self, model: LRT, settings: Settings, decode_bytes: DecodeBytes, metrics: Metrics, run: OneToken = one_token
+        self, model: LRT, settings: Settings, decode_bytes: DecodeBytes, metrics: Metrics, run: OneToken = next_logits
     ):
         self.model, self.settings, self.metrics = model, settings, metrics
         self.capacity = model.config.context
