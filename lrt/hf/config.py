@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from lrt.config import from_dict, to_dict
+from lrt.decode import DEFAULT_MODE, DEFAULT_TOLERANCE
 from lrt.model_config import ModelConfig, require
 from lrt.schedule import Curriculum
 
@@ -28,9 +29,9 @@ class LRTConfig(PreTrainedConfig):
     prefill: str = "sweeps"
     """How a forward over several tokens computes the recurrence: `sweeps`, `exact`, or `zero_memory`, which reads no
     memory anywhere, in later steps neither."""
-    prefill_mode: str = "interleaved-8"
+    prefill_mode: str = DEFAULT_MODE
     """Which sweeps: jacobi or interleaved-G."""
-    prefill_tolerance: float = 1e-3
+    prefill_tolerance: float = DEFAULT_TOLERANCE
     """Relative change of the memory at which sweeps stop."""
     schedule: str = "settled-1..3"
     """Schedule of the loss in train mode; of several stages, the last."""

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from lrt.decode import DEFAULT_CHUNK, DEFAULT_SWEEPS
 from lrt.hf.cache import Layer, memory_layer, order, pick, places, state_of, take_back
 from lrt.hf.config import LRTConfig
 from lrt.loss import IGNORE, ScheduledLoss
@@ -23,7 +24,6 @@ from lrt.shapes import StreamBND, TokensBN
 from lrt.solve import Plan, solve
 from lrt.state import Past
 
-CHUNK, SWEEPS = 1024, 32
 """Positions that a prefill solves at a time, and the sweeps it may take before it goes on token by token."""
 
 
@@ -101,12 +101,12 @@ class LRTModel(LRTPreTrainedModel):
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
         layer = None if cache is None else memory_layer(cache, self.core.config.layers)
         if cache is not None and layer is not None and layer.m is not None and input_ids.shape[1] == 1:
-            hidden = self._step(input_ids, attention_mask, position_ids, cache)
+            hidden = self._step(input_ids, attention_mask, cache)
         else:
             hidden = self._prefill(input_ids, attention_mask, position_ids, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)  # pyright: ignore[reportArgumentType]
 
-    def _step(self, tokens: TokensBN, mask: Tensor | None, positions: Tensor | None, cache: Cache) -> StreamBND:
+    def _step(self, tokens: TokensBN, mask: Tensor | None, cache: Cache) -> StreamBND:
         """One token per row on top of the cache: tensors in and out, so that it can be compiled."""
         layer = memory_layer(cache, self.core.config.layers)
         seen = cache.get_seq_length()
@@ -150,7 +150,7 @@ class LRTModel(LRTPreTrainedModel):
     @torch.no_grad()
     def _solved(self, tokens: TokensBN, count: Tensor, state: Any) -> tuple[StreamBND, Any]:
         mode = "exact" if self.config.prefill == "exact" else self.config.prefill_mode
-        plan, hidden = Plan.parse(mode, self.config.prefill_tolerance, SWEEPS, CHUNK), []
+        plan, hidden = Plan.parse(mode, self.config.prefill_tolerance, DEFAULT_SWEEPS, DEFAULT_CHUNK), []
         for _, solved in solve(self.core, tokens, count, state, plan):
             hidden, state = [*hidden, solved.hidden], solved.cache
         return torch.cat(hidden, dim=1), state
