@@ -37,6 +37,8 @@ from lrt.sharding import fill
 
 FORMAT = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+"""In the run's folder; checkpoints know its SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Checkpoint:
     config: RunConfig
     extra: dict[str, Any]
     """What the training stored beside it: the BPB at this step, data hash, what was spent so far."""
+    tokenizer: str | None = None
+    """SHA-256 of the run's tokenizer file; None if there was none, or before this was kept."""
 
     def model(self, device: str | torch.device = "cpu") -> LRT:
         """The model with its weights, in evaluation mode; a weight that does not fit raises ValueError naming it."""
@@ -112,7 +116,8 @@ def save(
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / name)
         checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
         meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
-        write_json(aside / META, meta)
+        tokenizer = _hash(run / TOKENIZER) if (run / TOKENIZER).exists() else None
+        write_json(aside / META, meta | {"tokenizer": tokenizer})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -196,7 +201,8 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     for name, expected in sums.items():
         if not (folder / name).is_file() or (verify and _hash(folder / name) != expected):
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
-    return Checkpoint(folder, step, from_dict(RunConfig, meta.get("config"), str(folder / META)), extra)
+    config = from_dict(RunConfig, meta.get("config"), str(folder / META))
+    return Checkpoint(folder, step, config, extra, meta.get("tokenizer"))
 
 
 def newest_valid(run: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
@@ -245,6 +251,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
     checkpoint = open_checkpoint(Path(folder))
     run = checkpoint.folder.parent.parent
     tokenizer = load_tokenizer(run / "tokenizer")
+    if checkpoint.tokenizer is not None and checkpoint.tokenizer != _hash(run / TOKENIZER):
+        raise ValueError(
+            f"{run / TOKENIZER} is not the one that {checkpoint.folder} was saved with (checksum): "
+            "restore the run's own tokenizer"
+        )
     if tokenizer.vocab_size > checkpoint.config.model.vocab_size:  # a smaller one: other families pad theirs
         raise ValueError(
             f"{run / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}; "

@@ -16,8 +16,19 @@ from safetensors.torch import save_file
 
 import lrt
 from lrt import checkpoint
-from lrt.checkpoint import META, MODEL, OPTIMIZER, load_weights, newest_valid, open_checkpoint, save, write_json
+from lrt.checkpoint import (
+    META,
+    MODEL,
+    OPTIMIZER,
+    load_model,
+    load_weights,
+    newest_valid,
+    open_checkpoint,
+    save,
+    write_json,
+)
 from lrt.config import RunConfig, TrainConfig
+from lrt.data import ByteTokenizer, train_bpe
 from lrt.loss import ScheduledLoss
 from lrt.model import LRT
 from lrt.optim import Optimizer
@@ -62,6 +73,19 @@ def test_round_trip_is_bit_exact(tmp_path: Path):
     )
     assert not opened.model().training
     Optimizer(opened.model(), RUN.optim).load(state)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path):
+    """One of another text, of the same size or a smaller one, spells other words by the same ids."""
+    own, other, smaller = train_bpe(["to be or not to be " * 9], 262), train_bpe(["a rose is a rose " * 9], 262), 259
+    run = replace(RUN, model=replace(RUN.model, vocab_size=own.vocab_size))
+    own.save(tmp_path / "tokenizer")
+    save(tmp_path, 1, run, LRT.build(run.model), {}, EXTRA, keep=1)
+    assert load_model(tmp_path).tokenizer.hash == own.hash
+    for wrong in (other, train_bpe(["to be or not to be " * 9], smaller), ByteTokenizer()):
+        wrong.save(tmp_path / "tokenizer")
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not the one .* restore the run's own tokenizer"):
+            load_model(tmp_path)
 
 
 def test_a_folder_holds_what_it_says_and_nothing_is_left_aside(tmp_path: Path):
