@@ -37,7 +37,8 @@ class DataConfig:
     split: str = "train"
     """Split of a Hugging Face dataset."""
     tokenizer: str = "bytes"
-    """`bytes`, `bpe` (trained on the text), or the path of a tokenizer.json or tokenizer folder."""
+    """`bytes`, `bpe` (trained on the text), or the path of a tokenizer.json or tokenizer folder; each may end in
+    `+pauses`: a latent position after every token."""
     vocab_size: int = 4096
     """Vocabulary of a `bpe` tokenizer."""
     validation: float = 0.02

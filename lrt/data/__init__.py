@@ -5,7 +5,7 @@ from lrt.data.prepare import Prepared, prepare
 from lrt.data.shards import Manifest, Shard, TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
 from lrt.data.synthetic import TaskLoader, TaskRows, batches
-from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
     "BPETokenizer",
@@ -13,6 +13,7 @@ __all__ = [
     "ByteTokenizer",
     "Loader",
     "Manifest",
+    "PausingTokenizer",
     "Prepared",
     "RowSource",
     "Shard",

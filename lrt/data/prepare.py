@@ -11,8 +11,9 @@ from typing import final
 from lrt.data.shards import FORMAT, TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
 from lrt.data.synthetic import PREFIX, TaskRows, task_rows
-from lrt.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 
+PAUSES = "+pauses"
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
 
 Progress = Callable[[int, int | None, str], None]
@@ -75,7 +76,8 @@ def prepare(
     """Make, or find again, `folder/<readable name>-<key>/` with the token shards of a source.
 
     source, text_column, subset, split, max_bytes: see `documents`. tokenizer: `bytes`, `bpe` (trained on the training
-        documents, up to `vocab_size` ids), or the path of a tokenizer. validation: share held out.
+        documents, up to `vocab_size` ids), or the path of a tokenizer; any of them followed by `+pauses`: see
+        `PausingTokenizer`. validation: share held out.
     progress: called with (bytes of text done, total or None, what is going on).
     verify: how shards found again are checked, see `open_split`.
     ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
@@ -84,14 +86,16 @@ def prepare(
     if source.startswith(PREFIX):
         return Prepared(Path(folder), ByteTokenizer(), *task_rows(source, tokenizer))
     text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
-    given = _given_tokenizer(tokenizer)
-    kind = f"bpe{vocab_size}" if given is None else given.hash
+    base = tokenizer.removesuffix(PAUSES)
+    given, pauses = _given_tokenizer(base), tokenizer[len(base) :]
+    kind = (f"bpe{vocab_size}" if given is None else given.hash) + pauses
     facts = [FORMAT, text.fingerprint(), max_bytes, validation, kind]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     home = Path(folder).expanduser() / f"{_slug(source)}-{_slug(kind if given is None else tokenizer)}-{key}"
     if not home.exists():
         report = progress if progress is not None else _silent
         made = given if given is not None else _train(text, vocab_size, validation, report)
+        made = _with_pauses(made) if pauses else made
         total = text.total()
         write_shards(
             text.texts(), made, home, validation=validation, progress=lambda done: report(done, total, "tokenizing")
@@ -110,6 +114,12 @@ def _given_tokenizer(name: str) -> Tokenizer | None:
     if name == "bpe":
         return None
     return ByteTokenizer() if name == "bytes" else load_tokenizer(name)
+
+
+def _with_pauses(tokenizer: Tokenizer) -> Tokenizer:
+    if not isinstance(tokenizer, (ByteTokenizer, BPETokenizer)):
+        raise ValueError("the tokenizer has pauses already: leave +pauses out")
+    return PausingTokenizer(tokenizer)
 
 
 def _train(text: _Source, vocab_size: int, validation: float, report: Progress) -> Tokenizer:

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 BOS = "<|bos|>"
+PAUSE = "<|pause|>"
 # Foreign tokenizers are searched in this order: a token that opens documents, else one that separates them.
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
 SEPARATOR_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -31,11 +32,14 @@ class Tokenizer(ABC):
     """Text to ids and back.
 
     Attributes:
+        positions: positions of a row that a token of text takes.
         vocab_size: number of ids V; every id is in [0, V).
         bos: the id put in front of each document; text alone never encodes to it.
         hash: sha256 hex of the canonical content; equal hashes mean equal encodings.
         specials: the special tokens' names and ids; no text encodes to them, so who wants one puts its id.
     """
+
+    positions = 1
 
     def __init__(self, *, spellings: list[bytes], bos: int, canonical: str) -> None:
         self.vocab_size = len(spellings)
@@ -72,6 +76,10 @@ class Tokenizer(ABC):
         """Bytes of text each id stands for, int32 [V]; 0 for special tokens. The denominator of bits per byte."""
         return np.array([len(spelling) for spelling in self._spellings], dtype=np.int32)
 
+    def spellings(self) -> list[bytes]:
+        """The bytes that each id spells [V]; none for special tokens."""
+        return list(self._spellings)
+
     def widen(self, size: int) -> None:
         """Take ids up to `size` for known, and spell nothing by them: other families' models have more than words."""
         self._spellings += [b""] * (size - self.vocab_size)
@@ -100,6 +108,10 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: Path | str) -> None:
         _write_json(Path(folder) / "tokenizer.json", self._content)
+
+    def content(self) -> dict[str, Any]:
+        """What another tokenizer's file needs to hold of this one."""
+        return {"inner": self._content, "bos": None}
 
     def fast(self) -> tokenizers.Tokenizer:
         core = tokenizers.Tokenizer(models.BPE(_byte_of_character(), []))
@@ -163,6 +175,10 @@ class BPETokenizer(Tokenizer):
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self._bos_text}
         _write_json(Path(folder) / "tokenizer_config.json", config)
 
+    def content(self) -> dict[str, Any]:
+        """What another tokenizer's file needs to hold of this one."""
+        return {"inner": json.loads(self._core.to_str()), "bos": self._bos_text}
+
     def fast(self) -> tokenizers.Tokenizer:
         return _opening(tokenizers.Tokenizer.from_str(self._core.to_str()), self._bos_text)
 
@@ -172,6 +188,37 @@ class BPETokenizer(Tokenizer):
         except TypeError:  # how the library reports text that has no UTF-8 form
             raise ValueError("the text holds lone surrogates: replace them before encoding") from None
         return [encoding.ids for encoding in encodings]
+
+
+@final
+class PausingTokenizer(Tokenizer):
+    """Another tokenizer's ids, each but BOS followed by a pause, the last id: a latent position after every token.
+
+    Without memory these are pause tokens (Goyal et al. 2023, arXiv:2310.02226). With it a pause reads the hidden state
+    of the token before and hands on its own: one latent thought a token, as in PonderLM-2. To the model a pause is a
+    token like any other, which it emits itself when it decodes; it spells no bytes, so bits per byte leave it out.
+    """
+
+    positions = 2
+
+    def __init__(self, inner: ByteTokenizer | BPETokenizer) -> None:
+        self._inner, self.pause = inner, inner.vocab_size
+        self._content = {"type": "pausing", "version": 1} | inner.content()
+        spellings = [*inner.spellings(), b""]
+        super().__init__(spellings=spellings, bos=inner.bos, canonical=json.dumps(self._content, sort_keys=True))
+        self.specials = inner.specials | {PAUSE: self.pause}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[i for token in ids for i in (token, self.pause)] for ids in self._inner.encode_batch(texts)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._inner.decode(token for token in ids if token < self.pause)
+
+    def save(self, folder: Path | str) -> None:
+        _write_json(Path(folder) / "tokenizer.json", self._content)
+
+    def fast(self) -> tokenizers.Tokenizer:
+        raise ValueError("a tokenizer with pauses has no form in the tokenizers library: train without +pauses")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -207,12 +254,25 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     content = _read_json(file)
     if content.get("type") == "bytes":
         return _load_bytes(file, content)
+    if content.get("type") == "pausing":
+        return PausingTokenizer(_load_inner(file, content))
+    return _load_core(file, content, None)
+
+
+def _load_inner(file: Path, content: dict[str, Any]) -> ByteTokenizer | BPETokenizer:
+    inner, bos = content.get("inner"), content.get("bos")
+    if content.get("version") != 1 or not isinstance(inner, dict) or not isinstance(bos, (str, type(None))):
+        raise ValueError(f"{file}: a tokenizer with pauses of another version: save it again with this version of lrt")
+    return _load_bytes(file, inner) if bos is None else _load_core(file, inner, bos)
+
+
+def _load_core(file: Path, content: dict[str, Any], bos: str | None) -> BPETokenizer:
     try:
         core = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file}: not in the tokenizers format ({_one_line(error)}): save it as such") from None
     try:
-        return BPETokenizer(core, _find_bos(core, file))
+        return BPETokenizer(core, bos or _find_bos(core, file))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -35,16 +35,17 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
     loaded = load_model(folder, resolve_device("auto"))
     p, bpb, model = result["progress"], result["bpb"], loaded.model
     wall, cpu = decoding_speed(model)
+    each, t = loaded.tokenizer.positions, loaded.config.train
     scaling = accounting.scaling_parameters(model.config)
     return {
         "name": result["name"],
-        "seed": loaded.config.train.seed,
-        "schedule": loaded.config.train.schedule,
+        "seed": t.seed,
+        "schedule": t.schedule,
         "projection": model.config.memory.projection,
         "parameters": sum(accounting.parameters_by_group(model.config).values()),
         "memory_parameters": accounting.parameters_by_group(model.config)["memory"],
         "scaling_parameters": scaling,
-        "forwards_per_token": model.config.loops,
+        "forwards_per_token": each * model.config.loops,
         "tokens": p["tokens"],
         "token_forwards": p["token_forwards"],
         "effective_compute": p["effective_forwards"],
@@ -55,9 +56,9 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
         "live_gap": bpb["live_gap"],
         "bpb_by_position": bpb["by_position"],
         "sweep_residuals": bpb["residuals"],
-        "decode_tokens_per_second": wall,
-        "decode_tokens_per_cpu_second": cpu,
-        "decode_flops_per_token": accounting.decode_flops_per_token(model.config, loaded.config.train.length - 1),
+        "decode_tokens_per_second": wall / each,
+        "decode_tokens_per_cpu_second": cpu / each,
+        "decode_flops_per_token": each * accounting.decode_flops_per_token(model.config, t.length - 1),
         "peak_memory_bytes": result["peak_memory_bytes"],
         **(scored(loaded) if longer else {}),
         **origin(loaded.config),
@@ -85,7 +86,7 @@ def scored(loaded: Loaded) -> dict[str, Any]:
     found |= {str(times): nats(loaded.model, times)[1] for times in LONGER}
     _, rounded = nats(deepcopy(loaded.model).to(torch.bfloat16), 1)
     return {
-        "in_context_score": in_context_score(each),
+        "in_context_score": in_context_score(each) * loaded.tokenizer.positions,
         "decoded_at_length": found,
         "decoded_bfloat16": rounded,
     }

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lrt.data import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from lrt.data import BPETokenizer, ByteTokenizer, PausingTokenizer, load_tokenizer, train_bpe
 
 CORPUS = [
     "The cat sat on the mat, and the dog sat on the cat.\n" * 4,
@@ -236,4 +236,31 @@ def test_malformed_files_are_one_line_errors(tmp_path, content, message):
 
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@each_of_ours
+def test_pauses_stand_after_every_token_and_spell_nothing(tokenizer, tmp_path):
+    pausing = PausingTokenizer(tokenizer)
+    for text in HARD:
+        ids = pausing.encode(text)
+        assert ids[::2] == tokenizer.encode(text)
+        assert ids[1::2] == [pausing.pause] * (len(ids) // 2)
+        assert pausing.decode(ids) == text == pausing.decode_bytes(ids).decode()
+    assert pausing.vocab_size == tokenizer.vocab_size + 1 == pausing.pause + 1
+    assert pausing.token_bytes().tolist() == [*tokenizer.token_bytes().tolist(), 0]
+    pausing.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.hash, again.bos, again.specials) == (pausing.hash, tokenizer.bos, pausing.specials)
+    assert again.hash != tokenizer.hash
+    with pytest.raises(ValueError, match=r"train without \+pauses"):
+        pausing.fast()
+
+
+@pytest.mark.parametrize("wrong", [{"version": 2}, {"inner": 3}, {"bos": 3}, {"bos": "<|none|>"}, {"inner": {}}])
+def test_a_damaged_file_with_pauses_is_refused(wrong, tmp_path):
+    PausingTokenizer(BPE).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: "):
         load_tokenizer(tmp_path)
