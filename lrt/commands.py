@@ -13,11 +13,11 @@ import tyro
 
 from lrt.cli import parse
 from lrt.config import DataConfig, RunConfig
-from lrt.decode import DEFAULT_MODE
 from lrt.model_config import ModelConfig, require
 from lrt.recipes import recipe
 from lrt.sampling import Sampling
 from lrt.schedule import Curriculum
+from lrt.solve import DEFAULT_MODE
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
     from lrt.evals.bpb import BPB

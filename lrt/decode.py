@@ -15,15 +15,22 @@ from lrt.loss import token_nats
 from lrt.model import LRT
 from lrt.sampling import Sampling
 from lrt.shapes import StreamBND, TokensBN
-from lrt.solve import Effort, OneToken, Plan, advance, next_logits, silent, solve, total
+from lrt.solve import (
+    DEFAULT_CHUNK,
+    DEFAULT_MODE,
+    DEFAULT_SWEEPS,
+    DEFAULT_TOLERANCE,
+    Effort,
+    OneToken,
+    Plan,
+    advance,
+    next_logits,
+    silent,
+    solve,
+    total,
+)
 from lrt.streaming import DecodeBytes, TextStream
 
-DEFAULT_MODE = "interleaved-8"
-"""The fastest that agrees with exact decoding on trained models: measured in docs/decoding.md."""
-DEFAULT_TOLERANCE = 7e-4
-"""The largest at which no measured prompt's logits differed from exact decoding's by 1e-3 (docs/decoding.md)."""
-DEFAULT_CHUNK = 1024
-DEFAULT_SWEEPS = 32
 LOGITS_AT_ONCE = 2**25
 """Logits that scoring computes at a time, which bounds its memory."""
 

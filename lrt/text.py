@@ -9,9 +9,10 @@ import torch
 
 from lrt.cache import Cache
 from lrt.data import Tokenizer
-from lrt.decode import DEFAULT_MODE, generate
+from lrt.decode import generate
 from lrt.model import LRT
 from lrt.sampling import Sampling
+from lrt.solve import DEFAULT_MODE
 
 
 @torch.no_grad()

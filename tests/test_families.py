@@ -168,7 +168,7 @@ def test_a_folder_becomes_a_run_and_a_folder_again(case: str, tmp_path: Path, wo
     assert (logits_of(loaded.model, ids) - expected).abs().max() < 1e-5
     assert loaded.model.config.bos == words.bos
     assert (run / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"
-    save_family(run, back, CASES[case][0])
+    save_family(load_model(run), back, CASES[case][0])
     before, after = (load_file(folder / "model.safetensors") for folder in (source, back))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -195,7 +195,7 @@ def test_training_goes_on_from_it(tmp_path: Path, words, capsys):
     assert 0 < max(moved) < 1
     assert main(["train", "--resume", str(more)]) == 0
     with pytest.raises(ValueError, match="uses its memory"):
-        save_family(more, tmp_path / "no", "llama")
+        save_family(load_model(more), tmp_path / "no", "llama")
 
 
 def test_a_model_of_ours_gains_memory(tmp_path: Path, words):

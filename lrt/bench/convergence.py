@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from lrt.cache import Cache
-from lrt.decode import DEFAULT_CHUNK
 from lrt.fold import fold
 from lrt.loss import token_nats
 from lrt.model import LRT
 from lrt.shapes import IGNORE, TokensBN
-from lrt.solve import Plan, change_of, finish, solve
+from lrt.solve import DEFAULT_CHUNK, Plan, change_of, finish, solve
 from lrt.state import Buffer
 
 MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")

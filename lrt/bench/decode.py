@@ -23,14 +23,26 @@ from lrt.bench.convergence import MODES
 from lrt.bench.peer import nanochat
 from lrt.cache import Cache
 from lrt.cli import parse
-from lrt.decode import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, DEFAULT_TOLERANCE, generate, score, step
+from lrt.decode import generate, score, step
 from lrt.hardware import resolve_device, synchronise
 from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import recipe as find_recipe
 from lrt.sampling import Sampling
 from lrt.shapes import IGNORE, TokensBN
-from lrt.solve import Effort, OneToken, Plan, advance, compiled, next_logits, solve
+from lrt.solve import (
+    DEFAULT_CHUNK,
+    DEFAULT_MODE,
+    DEFAULT_SWEEPS,
+    DEFAULT_TOLERANCE,
+    Effort,
+    OneToken,
+    Plan,
+    advance,
+    compiled,
+    next_logits,
+    solve,
+)
 
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""

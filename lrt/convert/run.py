@@ -193,16 +193,14 @@ def template_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def save_family(run: Path, folder: Path, kind: str) -> checkpoint.Loaded:
-    """Write the model of a run, whose memory must be off or without effect, as a checkpoint of another family."""
-    loaded = checkpoint.load_model(run)
+def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
+    """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
     weights = dict(loaded.model.state_dict())
     silent = ("gamma", "projection.key.weight", "projection.value.weight", "gate.weight")
     active = [name for name, value in weights.items() if name.endswith(silent) and value.any()]
-    require(not active, f"{run} uses its memory ({active[:1]}), which a {kind} model has not; use --to hf")
+    require(not active, f"{loaded.run} uses its memory ({active[:1]}), which a {kind} model has not; use --to hf")
     config = replace(loaded.model.config, memory=MEMORY_OFF)
     facts = families.family_config(kind, config)
     folder.mkdir(parents=True)
     save_file(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
     checkpoint.write_json(folder / "config.json", facts)
-    return loaded

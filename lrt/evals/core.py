@@ -22,12 +22,13 @@ import tyro
 from lrt.checkpoint import load_model
 from lrt.cli import parse
 from lrt.data import Tokenizer
-from lrt.decode import DEFAULT_MODE, states
+from lrt.decode import states
 from lrt.hardware import resolve_device
 from lrt.loss import token_nats
 from lrt.model import LRT
 from lrt.model_config import require
 from lrt.report import Table
+from lrt.solve import DEFAULT_MODE
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 Item = dict[str, Any]

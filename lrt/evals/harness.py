@@ -13,9 +13,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lrt.checkpoint import Loaded
-from lrt.decode import DEFAULT_MODE, DEFAULT_TOLERANCE, generate, states
+from lrt.decode import generate, states
 from lrt.model_config import require
 from lrt.sampling import Sampling
+from lrt.solve import DEFAULT_MODE, DEFAULT_TOLERANCE
 
 Pair = tuple[Any, list[int], list[int]]
 """Something to tell it by, and the tokens of context and continuation."""

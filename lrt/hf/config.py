@@ -8,9 +8,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from lrt.config import from_dict, to_dict
-from lrt.decode import DEFAULT_MODE, DEFAULT_TOLERANCE
 from lrt.model_config import ModelConfig, require
 from lrt.schedule import Curriculum
+from lrt.solve import DEFAULT_MODE, DEFAULT_TOLERANCE
 
 MEMORY_LAYER = "lrt_full_attention"
 """Type of the cache layer that holds the memory beside keys and values: the last one."""

@@ -49,15 +49,16 @@ def main(args: list[str]) -> int:
     """The command."""
     given = parse(Export, args, "export")
     require(not given.folder.exists(), f"{given.folder} exists; remove it or choose another folder")
+    loaded = load_model(given.run)
+    tokenizer = fast_tokenizer(loaded)
     if given.to in FAMILIES:
-        loaded = save_family(given.run, given.folder, given.to)
+        save_family(loaded, given.folder, given.to)
     else:
-        loaded = load_model(given.run)
         wrapped(loaded, given.prefill).save_pretrained(given.folder)
         for name, text in sources().items():
             (given.folder / f"{name}.py").write_text(text, encoding="utf-8")
         (given.folder / "README.md").write_text(card(loaded, given.prefill), encoding="utf-8")
-    save_tokenizer(loaded, given.folder)
+    save_tokenizer(tokenizer, given.folder)
     print(f"{given.folder}: step {loaded.step} of {given.run} as {given.to}")
     return 0
 
@@ -93,9 +94,9 @@ def fast_tokenizer(loaded: Loaded) -> Any:
     )  # fmt: skip
 
 
-def save_tokenizer(loaded: Loaded, folder: Path) -> None:
-    """Write it in the usual files; the class is called by the name that older readers know too."""
-    fast_tokenizer(loaded).save_pretrained(folder)
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write `fast_tokenizer`'s in the usual files; the class is called by the name that older readers know too."""
+    tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     about = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from lrt.decode import DEFAULT_CHUNK, DEFAULT_SWEEPS
 from lrt.hf.cache import Layer, memory_layer, order, pick, places, state_of, take_back
 from lrt.hf.config import LRTConfig
 from lrt.loss import IGNORE, ScheduledLoss
@@ -21,7 +20,7 @@ from lrt.model import LRT
 from lrt.model_config import require
 from lrt.schedule import Curriculum
 from lrt.shapes import StreamBND, TokensBN
-from lrt.solve import Plan, solve
+from lrt.solve import DEFAULT_CHUNK, DEFAULT_SWEEPS, Plan, solve
 from lrt.state import Past
 
 """Positions that a prefill solves at a time, and the sweeps it may take before it goes on token by token."""

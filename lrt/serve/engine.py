@@ -22,13 +22,12 @@ from torch import Tensor
 
 from lrt.batch import Batch, Emission, Request
 from lrt.cache import Cache
-from lrt.decode import DEFAULT_SWEEPS
 from lrt.model import LRT
 from lrt.sampling import Sampling
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
 from lrt.serve.states import Kept, Store
-from lrt.solve import OneToken, Plan, next_logits, solve
+from lrt.solve import DEFAULT_SWEEPS, OneToken, Plan, next_logits, solve
 from lrt.streaming import DecodeBytes, TextStream
 
 log = logging.getLogger("lrt.serve")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrt.decode import DEFAULT_MODE
 from lrt.model_config import require
-from lrt.solve import Plan
+from lrt.solve import DEFAULT_MODE, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
