@@ -10,8 +10,9 @@ from helpers import config, fixed, randomised, tokens
 
 from lrt.cli import main
 from lrt.decode import score
-from lrt.evals.analyze import ablations, analyse, contraction, gates, influence, layerwise, switches
+from lrt.evals.analyze import ablations, analyse, contraction, gates, influence, layerwise, norms, switches
 from lrt.evals.bpb import Rows
+from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, ModelConfig
 
 CONFIG = config(projection="shared", source=3, window_pattern="L", kv_heads=2)
@@ -83,6 +84,17 @@ def test_influence_is_the_gradient_of_the_loss():
             gradient[channel] += sign * -torch.log_softmax(logits[0].double(), 0)[rows.targets[0, 11]].item() / 2e-5
     one = Rows(*(x[:1] for x in rows))
     assert influence(model, one, reach=6)[0] == pytest.approx(float(gradient.norm()), rel=1e-3)
+
+
+def test_the_streams_size_is_taken_at_the_source_block_before_the_norm():
+    """Fresh blocks add nothing, so x after block i is (1 + i beta) x0, and x0 has root mean square 1."""
+    cfg = config(depth=2, loops=2, source=3, window_pattern="L")
+    model = LRT.build(cfg).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("gamma"):
+                p.zero_()
+    assert norms(model, some_rows(cfg)) == pytest.approx(dict.fromkeys(("1", "2", "4", "8"), 1.3), rel=1e-5)
 
 
 def test_contraction_is_the_factor_per_sweep():

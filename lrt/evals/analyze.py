@@ -133,12 +133,19 @@ def contraction(residuals: Sequence[float]) -> float:
 
 @torch.no_grad()
 def norms(model: LRT, rows: Rows) -> dict[str, float]:
-    """Mean norm of the memory over that of a vector of ones, by position in doubling buckets; decoded."""
+    """Root mean square of the stream that the memory is normalised from, by position in doubling buckets; decoded."""
     passes, length = Schedule.parse("sequential").passes(rows.tokens.shape[1]), rows.tokens.shape[1]
-    written = [w.source.norm(dim=-1).mean() for _, w, _ in fold(model, rows.tokens, passes, model.starts(rows.tokens))]
-    values, root = torch.stack(written), model.config.d**0.5
+    loop, block = divmod(model.config.source - 1, model.config.depth)
+    streams: list[Tensor] = []
+    hook = model.blocks[block].register_forward_hook(lambda module, inputs, out: streams.append(out[0]))
+    written = []
+    for _ in fold(model, rows.tokens, passes, model.starts(rows.tokens)):
+        written.append(streams[loop].pow(2).mean(dim=-1).sqrt().mean())
+        streams.clear()
+    hook.remove()
+    values = torch.stack(written)
     edges = [1 << i for i in range(length.bit_length()) if 1 << i <= length]
-    return {str(low): float(values[low - 1 : 2 * low - 1].mean()) / root for low in edges}
+    return {str(low): float(values[low - 1 : 2 * low - 1].mean()) for low in edges}
 
 
 def analyse(model: LRT, rows: Rows) -> dict[str, Any]:
@@ -148,7 +155,7 @@ def analyse(model: LRT, rows: Rows) -> dict[str, Any]:
     scalars = [{name: p.item() for name, p in b.injection.named_parameters()} for b in _blocks(model)]
     return {
         "scalars": scalars, "gates": gates(model, rows), "ablations": ablations(model, rows),
-        "influence": influence(model, rows), "memory_norm_by_position": norms(model, rows),
+        "influence": influence(model, rows), "stream_rms_by_position": norms(model, rows),
         "sweep_residuals": residuals, "contraction": contraction(residuals),
     }  # fmt: skip
 
@@ -164,13 +171,13 @@ def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
     changes = [[name, f"{x:+.4f}"] for name, x in found["ablations"].items() if name != "loss"]
     whole = f"nats per token more than {found['ablations']['loss']:.4f}"
     reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(found["influence"], 1)]
-    sizes = [[k, f"{x:.4f}"] for k, x in found["memory_norm_by_position"].items()]
+    sizes = [[k, f"{x:.4f}"] for k, x in found["stream_rms_by_position"].items()]
     sweeps = [[str(k), f"{x:.2e}"] for k, x in enumerate(found["sweep_residuals"], 1)]
     return [
         ("scalars and gates", Table(header, layers)),
         ("switched off", Table(["off", whole], changes)),
         ("reach of the memory", Table(["k", "norm of the loss's gradient at m_{t-k}"], reach)),
-        ("norm of the memory", Table(["from position", "norm / sqrt(D)"], sizes)),
+        ("the stream before it is normalised to the memory", Table(["from position", "root mean square"], sizes)),
         (f"sweeps contract by {found['contraction']:.3f}", Table(["sweep", "largest relative change"], sweeps)),
     ]
 
