@@ -50,6 +50,19 @@ def test_a_tokenizer_can_be_brought_along(source, tmp_path):
     assert "-given-" in data.folder.name
 
 
+def test_any_tokenizer_may_take_pauses(source, tmp_path):
+    plain, data = (run(source, tmp_path, tokenizer=name) for name in ("bpe", "bpe+pauses"))
+    pause = data.tokenizer.vocab_size - 1
+    ids = data.val.read(0, len(data.val)).tolist()
+    kept = [i for i in ids if i != pause]
+    assert kept == plain.val.read(0, len(plain.val)).tolist()
+    assert len(ids) == 2 * len(kept) - kept.count(data.tokenizer.bos)  # none after BOS
+    given = run(source, tmp_path, tokenizer=str(plain.folder) + "+pauses")
+    assert given.tokenizer.hash == data.tokenizer.hash
+    with pytest.raises(ValueError, match=r"has pauses already: leave \+pauses out"):
+        run(source, tmp_path, tokenizer=str(data.folder) + "+pauses")
+
+
 def test_the_second_call_reads_nothing_again(source, tmp_path):
     calls: list[tuple] = []
     first = run(source, tmp_path, tokenizer="bpe", progress=lambda *args: calls.append(args))
