@@ -46,7 +46,12 @@ class Plan(NamedTuple):
     """Positions solved at a time."""
 
     @staticmethod
-    def parse(mode: str, tolerance: float, max_sweeps: int, chunk: int) -> Plan:
+    def parse(
+        mode: str,
+        tolerance: float = DEFAULT_TOLERANCE,
+        max_sweeps: int = DEFAULT_SWEEPS,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> Plan:
         """Read `exact`, `jacobi` or `interleaved-G`. ValueError: another mode, or a number out of range."""
         found = re.fullmatch(r"exact|jacobi|interleaved-([1-9]\d*)", mode)
         if not found:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import config, fixed, randomised, tokens
 
+from lrt.cache import Cache
 from lrt.cli import main
-from lrt.decode import score
+from lrt.decode import score, step
 from lrt.evals.analyze import ablations, analyse, contraction, gates, influence, layerwise, norms, switches
 from lrt.evals.bpb import Rows
-from lrt.model import LRT
 from lrt.model_config import MEMORY_OFF, ModelConfig
 
 CONFIG = config(projection="shared", source=3, window_pattern="L", kv_heads=2)
@@ -69,7 +69,7 @@ def test_influence_is_the_gradient_of_the_loss():
     found = influence(model, rows, reach=6)
     assert len(found) == 6 and all(x > 0 for x in found)
     # The loss of the next token, when the newest memory is moved by a small step along one channel.
-    from lrt.decode import Cache, prefill, step
+    from lrt.decode import prefill
 
     ids = rows.tokens[:1, :12]
     cache = prefill(model, ids[:, :11], mode="exact", capacity=12).cache
@@ -86,15 +86,20 @@ def test_influence_is_the_gradient_of_the_loss():
     assert influence(model, one, reach=6)[0] == pytest.approx(float(gradient.norm()), rel=1e-3)
 
 
-def test_the_streams_size_is_taken_at_the_source_block_before_the_norm():
-    """Fresh blocks add nothing, so x after block i is (1 + i beta) x0, and x0 has root mean square 1."""
+def test_the_streams_size_is_that_of_the_next_blocks_input_as_decoded():
     cfg = config(depth=2, loops=2, source=3, window_pattern="L")
-    model = LRT.build(cfg).double()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("gamma"):
-                p.zero_()
-    assert norms(model, some_rows(cfg)) == pytest.approx(dict.fromkeys(("1", "2", "4", "8"), 1.3), rel=1e-5)
+    model, rows, seen = randomised(cfg), some_rows(cfg), []
+    cache = Cache.empty(model, *rows.tokens.shape)
+    hook = model.blocks[1].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    for t in range(12):
+        _, cache = step(model, rows.tokens[:, t], cache)
+    hook.remove()
+    sizes = torch.stack(
+        [x.pow(2).mean(-1).sqrt().mean() for x in seen[1::2]]
+    )  # block 4 of a step: block 2, second loop
+    expected = {str(low): float(sizes[low - 1 : 2 * low - 1].mean()) for low in (1, 2, 4, 8)}
+    assert norms(model, rows) == pytest.approx(expected, rel=1e-9)
+    assert len({round(x, 3) for x in expected.values()}) > 1
 
 
 def test_contraction_is_the_factor_per_sweep():

@@ -13,7 +13,7 @@ from lrt.fold import fold
 from lrt.loss import token_nats
 from lrt.model import LRT
 from lrt.shapes import IGNORE, TokensBN
-from lrt.solve import DEFAULT_CHUNK, Plan, change_of, finish, solve
+from lrt.solve import Plan, change_of, finish, solve
 from lrt.state import Buffer
 
 MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
@@ -39,7 +39,7 @@ class Point(NamedTuple):
 def exact_hidden(model: LRT, tokens: TokensBN) -> Tensor:
     """Hidden states [B, T, D] of exact decoding: the oracle of every comparison here."""
     lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
-    parts = solve(model, tokens, lengths, Cache.empty(model, *tokens.shape), Plan(0, 0.0, 1, DEFAULT_CHUNK))
+    parts = solve(model, tokens, lengths, Cache.empty(model, *tokens.shape), Plan.parse("exact"))
     return torch.cat([solved.hidden for _, solved in parts], dim=1)
 
 

@@ -30,19 +30,7 @@ from lrt.model_config import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.recipes import recipe as find_recipe
 from lrt.sampling import Sampling
 from lrt.shapes import IGNORE, TokensBN
-from lrt.solve import (
-    DEFAULT_CHUNK,
-    DEFAULT_MODE,
-    DEFAULT_SWEEPS,
-    DEFAULT_TOLERANCE,
-    Effort,
-    OneToken,
-    Plan,
-    advance,
-    compiled,
-    next_logits,
-    solve,
-)
+from lrt.solve import DEFAULT_MODE, DEFAULT_TOLERANCE, Effort, OneToken, Plan, advance, compiled, next_logits, solve
 
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
@@ -260,7 +248,7 @@ def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str], tolerance
     """Every mode against exact decoding on the same prompts, one at a time; worst difference, median seconds."""
     length, found = prompts.shape[1], {}
     for mode in ("exact", *modes):
-        plan = Plan.parse(mode, tolerance, DEFAULT_SWEEPS, DEFAULT_CHUNK)
+        plan = Plan.parse(mode, tolerance)
         found[mode] = [_take_in(model, prompt[None], plan) for prompt in prompts]
     exact, cells = found.pop("exact"), []
     for mode, taken in found.items():
@@ -269,7 +257,7 @@ def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str], tolerance
         cells.append(
             {
                 "length": length,
-                "mode": str(Plan.parse(mode, tolerance, DEFAULT_SWEEPS, DEFAULT_CHUNK)),
+                "mode": str(Plan.parse(mode, tolerance)),
                 "seconds": seconds[0],
                 "exact_seconds": seconds[1],
                 "speedup": seconds[1] / seconds[0],

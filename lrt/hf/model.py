@@ -20,7 +20,7 @@ from lrt.model import LRT
 from lrt.model_config import require
 from lrt.schedule import Curriculum
 from lrt.shapes import StreamBND, TokensBN
-from lrt.solve import DEFAULT_CHUNK, DEFAULT_SWEEPS, Plan, solve
+from lrt.solve import Plan, solve
 from lrt.state import Past
 
 """Positions that a prefill solves at a time, and the sweeps it may take before it goes on token by token."""
@@ -149,7 +149,7 @@ class LRTModel(LRTPreTrainedModel):
     @torch.no_grad()
     def _solved(self, tokens: TokensBN, count: Tensor, state: Any) -> tuple[StreamBND, Any]:
         mode = "exact" if self.config.prefill == "exact" else self.config.prefill_mode
-        plan, hidden = Plan.parse(mode, self.config.prefill_tolerance, DEFAULT_SWEEPS, DEFAULT_CHUNK), []
+        plan, hidden = Plan.parse(mode, self.config.prefill_tolerance), []
         for _, solved in solve(self.core, tokens, count, state, plan):
             hidden, state = [*hidden, solved.hidden], solved.cache
         return torch.cat(hidden, dim=1), state

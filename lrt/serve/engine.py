@@ -27,7 +27,7 @@ from lrt.sampling import Sampling
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
 from lrt.serve.states import Kept, Store
-from lrt.solve import DEFAULT_SWEEPS, OneToken, Plan, next_logits, solve
+from lrt.solve import OneToken, Plan, next_logits, solve
 from lrt.streaming import DecodeBytes, TextStream
 
 log = logging.getLogger("lrt.serve")
@@ -104,7 +104,7 @@ class Engine:
         self.model, self.settings, self.metrics = model, settings, metrics
         self.capacity = model.config.context
         self.store = Store(settings.keep_mb * 2**20)
-        self.plan = Plan.parse(settings.prefill, settings.tolerance, DEFAULT_SWEEPS, settings.chunk)
+        self.plan = Plan.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
         cache = Cache.empty(model, settings.shapes[-1], self.capacity)
         self._batch = Batch(model, cache, run=run, shapes=settings.shapes)
         self._decode_bytes = decode_bytes
