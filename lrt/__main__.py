@@ -2,6 +2,6 @@
 
 import sys
 
-from lrt.cli import main
+from lrt.cli.main import main
 
 sys.exit(main())

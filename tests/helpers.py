@@ -14,11 +14,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrt.config import RunConfig
-from lrt.fold import fold
-from lrt.model import LRT
-from lrt.model_config import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
-from lrt.reference import _logits, _token
+from lrt.config.model import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
+from lrt.config.run import RunConfig
+from lrt.model.reference import _logits, _token
+from lrt.model.run_passes import run_passes
+from lrt.model.transformer import LRT
 from lrt.schedule import Pass, Schedule, check
 
 
@@ -132,7 +132,7 @@ def outcome(model: LRT, ids: Tensor, run: Sequence[Pass]) -> Outcome:
     hidden, source = (torch.zeros(rows, length, c.d, dtype=torch.float64) for _ in range(2))
     keys, values = (torch.zeros(c.source, rows, c.k, length, c.e, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
-        for p, written, _ in fold(model, ids, run, model.starts(ids)):
+        for p, written, _ in run_passes(model, ids, run, model.starts(ids)):
             at = list(p.positions)
             source[:, at] = written.source
             hidden[:, at] = 0.0 if written.hidden is None else written.hidden

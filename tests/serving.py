@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from lrt import checkpoint
-from lrt.config import RunConfig, TrainConfig
+from lrt.config.model import MemoryConfig, ModelConfig
+from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import train_bpe
-from lrt.model import LRT
-from lrt.model_config import MemoryConfig, ModelConfig
+from lrt.model.transformer import LRT
 from lrt.serve.api import create_app
 from lrt.serve.calls import Served
 from lrt.serve.settings import Settings
+from lrt.training import checkpoint
 
 WORDS = "def area(self, width, height):\n    return width * height\n# the quick brown fox jumps over the lazy dog é\n"
 

@@ -14,9 +14,9 @@ import torch
 from helpers import config, randomised
 from serving import Server
 
-from lrt import checkpoint
-from lrt.config import DataConfig, RunConfig, TrainConfig
+from lrt.config.run import DataConfig, RunConfig, TrainConfig
 from lrt.data import ByteTokenizer
+from lrt.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "http://127.0.0.1:8000"

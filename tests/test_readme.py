@@ -7,7 +7,7 @@ import io
 import re
 from pathlib import Path
 
-from lrt.cli import COMMANDS
+from lrt.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, To
 PAUSES = "+pauses"
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
 
-Progress = Callable[[int, int | None, str], None]
+ReportProgress = Callable[[int, int | None, str], None]
 
 
 @final
@@ -70,7 +70,7 @@ def prepare(
     validation: float,
     max_bytes: int | None = None,
     folder: Path | str,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
     verify: str = "size",
 ) -> Prepared:
     """Make, or find again, `folder/<readable name>-<key>/` with the token shards of a source.
@@ -122,7 +122,7 @@ def _with_pauses(tokenizer: Tokenizer) -> Tokenizer:
     return PausingTokenizer(tokenizer)
 
 
-def _train(text: _Source, vocab_size: int, validation: float, report: Progress) -> Tokenizer:
+def _train(text: _Source, vocab_size: int, validation: float, report: ReportProgress) -> Tokenizer:
     def sample() -> Iterator[str]:
         done = 0
         for doc in _thinned(text, validation):

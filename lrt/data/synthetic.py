@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lrt.data.loader import Batch, Batches, Loader, RowSource
-from lrt.shapes import IGNORE
+from lrt.model.shapes import IGNORE
 
 Ids = np.ndarray
 Pair = tuple[Ids, Ids]

@@ -14,7 +14,7 @@ Measure = Callable[[Record], float]
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of one arm at one point of a grid, one per seed."""
 
     sweep: str
@@ -30,7 +30,7 @@ class Group:
         """Standard deviation over the seeds (n - 1); 0 for a single one."""
         return seeds_and_mean([measure(r) for r in self.records])[1]
 
-    def paired(self, other: Group, measure: Measure) -> list[float]:
+    def paired(self, other: RunGroup, measure: Measure) -> list[float]:
         """Differences from `other`, one for each seed that both have."""
         theirs = {r["seed"]: measure(r) for r in other.records}
         return [measure(r) - theirs[r["seed"]] for r in self.records if r["seed"] in theirs]
@@ -42,7 +42,7 @@ def seeds_and_mean(values: Sequence[float]) -> tuple[float, float]:
     return mean, statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def read_groups(files: Sequence[Path]) -> list[Group]:
+def read_groups(files: Sequence[Path]) -> list[RunGroup]:
     """Runs recorded in JSON-lines files, grouped, in the files' order. ValueError: a line that is no record."""
     found: dict[tuple[str, str, str], list[Record]] = {}
     for file in files:
@@ -53,7 +53,7 @@ def read_groups(files: Sequence[Path]) -> list[Group]:
             sweep = file.parent.name if file.name == "results.jsonl" else file.stem
             point = ", ".join(f"{name} {value}" for name, value in record["grid"].items())
             found.setdefault((sweep, point, record["arm"]), []).append(record)
-    return [Group(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in found.items()]
+    return [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in found.items()]
 
 
 def _record(line: str, where: str) -> Record:

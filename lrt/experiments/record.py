@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt import __version__, accounting
-from lrt.checkpoint import Loaded, load_model, read_json
-from lrt.config import RunConfig, to_dict
+from lrt import __version__
+from lrt.config.run import RunConfig, to_dict
 from lrt.data.synthetic import PREFIX, TaskRows
-from lrt.decode import generate, score
-from lrt.evals.bpb import bits_per_byte, held_out_rows
-from lrt.evals.incontext import in_context_score
-from lrt.evals.synthetic import by_length
-from lrt.hardware import resolve_device
-from lrt.model import LRT
-from lrt.sampling import Sampling
+from lrt.evaluation.bits_per_byte import bits_per_byte, held_out_rows
+from lrt.evaluation.in_context import in_context_score
+from lrt.evaluation.synthetic import by_length
+from lrt.inference.generate import generate, score
+from lrt.inference.sampling import SamplingParams
+from lrt.model.flops import decode_flops_per_token, parameters_by_group, scaling_parameters
+from lrt.model.transformer import LRT
+from lrt.training.checkpoint import Loaded, load_model, read_json
+from lrt.utils.hardware import resolve_device
 
 LONGER = (2, 4)
 """Multiples of the trained length at which decoded BPB is measured too."""
@@ -36,14 +37,14 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
     p, bpb, model = result["progress"], result["bpb"], loaded.model
     wall, cpu = decoding_speed(model)
     each, t = loaded.tokenizer.positions, loaded.config.train
-    scaling = accounting.scaling_parameters(model.config)
+    scaling = scaling_parameters(model.config)
     return {
         "name": result["name"],
         "seed": t.seed,
         "schedule": t.schedule,
         "projection": model.config.memory.projection,
-        "parameters": sum(accounting.parameters_by_group(model.config).values()),
-        "memory_parameters": accounting.parameters_by_group(model.config)["memory"],
+        "parameters": sum(parameters_by_group(model.config).values()),
+        "memory_parameters": parameters_by_group(model.config)["memory"],
         "scaling_parameters": scaling,
         "forwards_per_token": each * model.config.loops,
         "tokens": p["tokens"],
@@ -58,7 +59,7 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
         "sweep_residuals": bpb["residuals"],
         "decode_tokens_per_second": wall / each,
         "decode_tokens_per_cpu_second": cpu / each,
-        "decode_flops_per_token": each * accounting.decode_flops_per_token(model.config, t.length - 1),
+        "decode_flops_per_token": each * decode_flops_per_token(model.config, t.length - 1),
         "peak_memory_bytes": result["peak_memory_bytes"],
         **(scored(loaded) if longer else {}),
         **origin(loaded.config),
@@ -94,7 +95,7 @@ def scored(loaded: Loaded) -> dict[str, Any]:
 
 def decoding_speed(model: LRT, tokens: int = 100) -> tuple[float, float]:
     """Greedy tokens of one row per second of wall-clock and of this process's CPU time, after the first few."""
-    free = Sampling(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
+    free = SamplingParams(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
     clocks = [(time.perf_counter(), time.process_time()) for _ in generate(model, [[0]], free)]
     skipped = min(10, len(clocks) - 2)
     (wall, cpu), (first_wall, first_cpu) = clocks[-1], clocks[skipped]

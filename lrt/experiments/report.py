@@ -10,12 +10,13 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from lrt.cli import parse
-from lrt.experiments import figures
-from lrt.experiments.figures import decoded
-from lrt.experiments.groups import Group, read_groups, seeds_and_mean
-from lrt.model_config import require
-from lrt.report import COLOURS, Table, page, png
+from lrt.cli.main import parse
+from lrt.config.model import require
+from lrt.experiments import plots
+from lrt.experiments.groups import RunGroup, read_groups, seeds_and_mean
+from lrt.experiments.pages import COLOURS, page, png
+from lrt.experiments.plots import decoded
+from lrt.utils.tables import Table
 
 HEADER = (
     "method", "seeds", "parameters", "forwards / token", "C", "TFLOP", "CPU s", "decoded BPB", "less baseline",
@@ -62,14 +63,14 @@ ABOUT = (
 )
 
 
-def told(groups: Sequence[Group], baseline: str) -> list[Block]:
+def told(groups: Sequence[RunGroup], baseline: str) -> list[Block]:
     """Tables and pictures of the groups, under headings."""
     blocks: list[Block] = []
     text = [g for g in groups if "accuracy" not in g.records[0]]
     for sweep in dict.fromkeys(g.sweep for g in text):
         budgets = [g for g in text if g.sweep == sweep and "train.horizon" in g.point]
         if len({g.point for g in budgets}) > 1:
-            blocks.append((f"{sweep}: decoded bits per byte against cost", figures.budgets(budgets)))
+            blocks.append((f"{sweep}: decoded bits per byte against cost", plots.budgets(budgets)))
     for sweep, point in dict.fromkeys((g.sweep, g.point) for g in groups):
         here = [g for g in groups if (g.sweep, g.point) == (sweep, point)]
         heading = f"{sweep}: {point}" if point else sweep
@@ -82,26 +83,26 @@ def told(groups: Sequence[Group], baseline: str) -> list[Block]:
     return blocks
 
 
-def _texts(heading: str, groups: list[Group], baseline: str) -> list[Block]:
+def _texts(heading: str, groups: list[RunGroup], baseline: str) -> list[Block]:
     base = next((g for g in groups if g.arm == baseline), groups[0])
     blocks: list[Block] = [(heading, Table(HEADER, [_row(g, base) for g in groups]))]
     if len(groups) > 1:
         others = [g for g in groups if g is not base and g.paired(base, decoded)]
-        blocks.append((f"{heading}: differences", figures.bars(others, base)))
+        blocks.append((f"{heading}: differences", plots.bars(others, base)))
     return blocks
 
 
-def _inside(heading: str, groups: list[Group]) -> list[Block]:
+def _inside(heading: str, groups: list[RunGroup]) -> list[Block]:
     """What happens within rows, shown for the last point of a sweep's grid, if its arms can be told apart."""
     if len(groups) > len(COLOURS):
         return []
-    blocks: list[Block] = [(f"{heading}: by position", figures.positions(groups))]
+    blocks: list[Block] = [(f"{heading}: by position", plots.positions(groups))]
     if any(g.records[0]["sweep_residuals"] for g in groups):
-        blocks.append((f"{heading}: sweeps of prefill", figures.convergence(groups)))
+        blocks.append((f"{heading}: sweeps of prefill", plots.convergence(groups)))
     return blocks
 
 
-def _row(g: Group, base: Group) -> list[str]:
+def _row(g: RunGroup, base: RunGroup) -> list[str]:
     first = g.records[0]
     difference = seeds_and_mean(g.paired(base, decoded)) if g is not base else None
     return [
@@ -122,7 +123,7 @@ def _spread(mean: float, deviation: float, seeds: int, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + (f" ± {deviation:.4f}" if seeds > 1 else "")
 
 
-def _tasks(heading: str, groups: list[Group]) -> list[Block]:
+def _tasks(heading: str, groups: list[RunGroup]) -> list[Block]:
     sizes = list(groups[0].records[0]["accuracy"])
     rows = [
         [g.arm, str(len(g.records)), f"{g.mean(lambda r: r['cpu_seconds']):.0f}"]
@@ -130,7 +131,7 @@ def _tasks(heading: str, groups: list[Group]) -> list[Block]:
         for g in groups
     ]
     table = Table(["training", "seeds", "CPU s", *(f"{n} symbols: all / last" for n in sizes)], rows)
-    return [(heading, table), (f"{heading}: by length", figures.lengths(groups))]
+    return [(heading, table), (f"{heading}: by length", plots.lengths(groups))]
 
 
 def _markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:

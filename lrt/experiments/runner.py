@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lrt.config import RunConfig
-from lrt.console import Live
-from lrt.train import Sink
+from lrt.config.run import RunConfig
+from lrt.training.logging import Live
+from lrt.training.trainer import Sink
 
 Work = Callable[[RunConfig, Path, Sink], None]
 """What is done with a run: its configuration, its folder, and where its events go."""

@@ -28,16 +28,16 @@ from typing import Any
 
 import tyro
 
-from lrt import checkpoint
-from lrt.checkpoint import read_json, write_json
-from lrt.cli import parse
-from lrt.config import RunConfig, from_dict, to_dict
-from lrt.console import Jsonl, Live
+from lrt.cli.main import parse
+from lrt.config.model import require
+from lrt.config.recipes import recipe
+from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.experiments.record import record
 from lrt.experiments.runner import at_once, run_all
-from lrt.model_config import require
-from lrt.recipes import recipe
-from lrt.train import Sink, prepare_data, train
+from lrt.training import checkpoint
+from lrt.training.checkpoint import read_json, write_json
+from lrt.training.logging import Jsonl, Live
+from lrt.training.trainer import Sink, prepare_data, train
 
 if sys.version_info >= (3, 11):
     import tomllib

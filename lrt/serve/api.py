@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from lrt import __version__
 from lrt.serve.calls import Call, Chat, Completion, Served
-from lrt.serve.engine import Task
+from lrt.serve.engine import BackgroundTask
 from lrt.serve.http import ApiError, EventStream, Guard, handle_errors
 from lrt.serve.inspect import inspect
 from lrt.serve.schemas import ChatRequest, CompletionRequest, ErrorBody, InspectRequest
@@ -118,7 +118,7 @@ def _own(served: Served) -> APIRouter:
             raise ApiError(400, "text is empty: give at least one character", param="text")
         call = Call(served)
         work = partial(inspect, served.model, served.words, ids, body.top, **served.how)
-        call.submit([Task(0, call.events, call.deadline, work=work)])
+        call.submit([BackgroundTask(0, call.events, call.deadline, work=work)])
         (event,) = await call.all(request)
         return event.what | {"model": served.about()}
 

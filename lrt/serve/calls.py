@@ -12,17 +12,17 @@ from typing import Any, final
 from fastapi import Request
 
 from lrt import __version__
-from lrt.batch import Emission, Ranked
-from lrt.checkpoint import Loaded
-from lrt.sampling import Sampling
-from lrt.serve.engine import Answer, Busy, Engine, Event, Expired, Failed, Job, Task
+from lrt.inference.batch import Emission, Ranked
+from lrt.inference.prefill import OneToken, next_logits
+from lrt.inference.sampling import SamplingParams
+from lrt.serve.engine import Answer, BackgroundTask, Busy, Engine, Event, Expired, Failed, Job
 from lrt.serve.http import ApiError, disconnected
 from lrt.serve.inspect import score, trained_without_memory
 from lrt.serve.metrics import Metrics
 from lrt.serve.schemas import ChatRequest, CompletionRequest, Generation
 from lrt.serve.settings import Settings
 from lrt.serve.text import Listing, Vocabulary
-from lrt.solve import OneToken, next_logits
+from lrt.training.checkpoint import Loaded
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Served:
             raise ApiError(400, f"token {wrong[0]} is outside the vocabulary of {self.model.config.vocab_size}",
                            param="prompt")  # fmt: skip
 
-    def answers(self, call: Call, prompts: list[list[int]], n: int, law: Sampling, top: int) -> list[Job]:
+    def answers(self, call: Call, prompts: list[list[int]], n: int, law: SamplingParams, top: int) -> list[Job]:
         """The jobs of n answers to each prompt; a text ends at the BOS, which opens the next document."""
         bos = self.model.config.bos
         return [
@@ -193,7 +193,7 @@ class Completion:
         jobs: list[Job] = []
         if self.scored:  # before the answers, whose listings follow
             jobs += [
-                Task(-1 - i, call.events, call.deadline,
+                BackgroundTask(-1 - i, call.events, call.deadline,
                      work=lambda ids=ids: score(served.model, ids, body.logprobs or 0, **served.how))
                 for i, ids in enumerate(self.prompts)
             ]  # fmt: skip

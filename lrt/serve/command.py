@@ -13,8 +13,8 @@ from typing import Annotated
 import torch
 import tyro
 
-from lrt.cli import parse
-from lrt.model_config import require
+from lrt.cli.main import parse
+from lrt.config.model import require
 from lrt.serve.settings import Settings
 
 SWITCH_INTERVAL = 5e-4
@@ -56,9 +56,9 @@ def main(args: list[str]) -> int:
         from lrt.serve.calls import Served
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; install latent-recurrent-transformer[serve]") from None
-    from lrt.checkpoint import load_model
-    from lrt.hardware import resolve_device
-    from lrt.solve import compiled, next_logits
+    from lrt.inference.prefill import compiled, next_logits
+    from lrt.training.checkpoint import load_model
+    from lrt.utils.hardware import resolve_device
 
     require(given.drain >= 0, f"--drain is {given.drain}; give at least 0 seconds")
     require(0 <= given.port < 2**16, f"--port is {given.port}; give 0 to 65535")

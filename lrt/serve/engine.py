@@ -20,15 +20,15 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lrt.batch import Batch, Emission, Request
-from lrt.cache import Cache
-from lrt.model import LRT
-from lrt.sampling import Sampling
+from lrt.inference.batch import Emission, Request, RunningBatch
+from lrt.inference.prefill import OneToken, PrefillOptions, next_logits, solve
+from lrt.inference.sampling import SamplingParams
+from lrt.inference.streaming import DecodeBytes, TextStream
+from lrt.model.kv_cache import KVCache
+from lrt.model.transformer import LRT
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
-from lrt.serve.states import Kept, Store
-from lrt.solve import OneToken, Plan, next_logits, solve
-from lrt.streaming import DecodeBytes, TextStream
+from lrt.serve.states import StateStore, StoredState
 
 log = logging.getLogger("lrt.serve")
 Lane = Generator[None, None, Any]
@@ -78,7 +78,7 @@ class Answer(Job):
     """One continuation of one prompt."""
 
     prompt: list[int] = field(default_factory=list)
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     sample: int = 0
     top: int = 0
     stop_tokens: tuple[int, ...] = ()
@@ -88,7 +88,7 @@ class Answer(Job):
 
 
 @dataclass(eq=False)
-class Task(Job):
+class BackgroundTask(Job):
     """Work on the model that is not decoding: scoring, looking inside."""
 
     work: Callable[[], Lane] = field(default=lambda: iter(()))  # pyright: ignore[reportAssignmentType]
@@ -103,15 +103,15 @@ class Engine:
     ):
         self.model, self.settings, self.metrics = model, settings, metrics
         self.capacity = model.config.context
-        self.store = Store(settings.keep_mb * 2**20)
-        self.plan = Plan.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
-        cache = Cache.empty(model, settings.shapes[-1], self.capacity)
-        self._batch = Batch(model, cache, run=run, shapes=settings.shapes)
+        self.store = StateStore(settings.keep_mb * 2**20)
+        self.plan = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
+        cache = KVCache.empty(model, settings.shapes[-1], self.capacity)
+        self._batch = RunningBatch(model, cache, run=run, shapes=settings.shapes)
         self._decode_bytes = decode_bytes
         self._seated: dict[int, Answer] = {}
         self._lanes: deque[tuple[Job, Lane]] = deque()
         self._answers: deque[Answer] = deque()
-        self._tasks: deque[Task] = deque()
+        self._tasks: deque[BackgroundTask] = deque()
         self._wake = threading.Condition()
         self._outbox: list[tuple[Job, Event]] = []
         self._closing = False
@@ -139,7 +139,7 @@ class Engine:
                 self.metrics.refused.inc()
                 raise Busy(max(1, math.ceil(self._typical * waiting / self.settings.rows)))
             self._answers.extend(job for job in jobs if isinstance(job, Answer))
-            self._tasks.extend(job for job in jobs if isinstance(job, Task))
+            self._tasks.extend(job for job in jobs if isinstance(job, BackgroundTask))
             self._wake.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
@@ -204,7 +204,7 @@ class Engine:
     def _jobs(self) -> list[Job]:
         with self._wake:
             waiting = [*self._answers, *self._tasks]
-        return [*self._seated.values(), *(job for job, _ in self._lanes if isinstance(job, Task)), *waiting]
+        return [*self._seated.values(), *(job for job, _ in self._lanes if isinstance(job, BackgroundTask)), *waiting]
 
     def _admit(self) -> None:
         """Seat answers that wait, as long as there are rows, and begin tasks, as long as few are under way."""
@@ -234,9 +234,9 @@ class Engine:
         self._batch.cache = kept.into(cache, row, done) if kept else cache.clear(row)
         self._join(answer, row, done)
 
-    def _sweep(self, answer: Answer, row: int, kept: Kept | None, done: int) -> Lane:
+    def _sweep(self, answer: Answer, row: int, kept: StoredState | None, done: int) -> Lane:
         """Take in all of a long prompt but its last token, a chunk at a time, then join the batch."""
-        cache, known = Cache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
+        cache, known = KVCache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
         cache = kept.into(cache, 0, done) if kept else cache
         tokens = torch.tensor([known[done:]], device=self.model.device)
         for _, solved in solve(self.model, tokens, torch.full_like(tokens[:, 0], tokens.shape[1]), cache, self.plan):
@@ -262,7 +262,7 @@ class Engine:
             next(lane)
             self._lanes.append((job, lane))
         except StopIteration as end:
-            if isinstance(job, Task):
+            if isinstance(job, BackgroundTask):
                 self._post(job, end.value)
         except Exception as error:
             if not isinstance(error, ValueError):

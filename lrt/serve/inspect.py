@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrt.batch import Ranked, ranked
-from lrt.decode import states
-from lrt.evals.bpb import bits_per_byte
-from lrt.model import LRT, Attention, Block, ResidualInjection
+from lrt.evaluation.bits_per_byte import bits_per_byte
+from lrt.inference.batch import Ranked, ranked
+from lrt.inference.generate import states
+from lrt.model.transformer import LRT, Attention, Block, ResidualInjection
 from lrt.schedule import Curriculum
 from lrt.serve.engine import Lane
 from lrt.serve.text import Vocabulary

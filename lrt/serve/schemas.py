@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lrt.sampling import Sampling
+from lrt.inference.sampling import SamplingParams
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
@@ -55,11 +55,11 @@ class Generation(Strict):
             raise ValueError("stream_options need stream to be true")
         return self
 
-    def sampling(self, most: int, stop: tuple[str, ...] = ()) -> Sampling:
+    def sampling(self, most: int, stop: tuple[str, ...] = ()) -> SamplingParams:
         """The library's form; without a seed one is drawn."""
         given = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = secrets.randbelow(2**63) if self.seed is None else self.seed % 2**64
-        return Sampling(
+        return SamplingParams(
             max_new_tokens=max(1, most), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             min_p=self.min_p, repetition_penalty=self.repetition_penalty, seed=seed, stop=(*given, *stop),
         )  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrt.model_config import require
-from lrt.solve import DEFAULT_MODE, Plan
+from lrt.config.model import require
+from lrt.inference.prefill import DEFAULT_MODE, PrefillOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Settings:
     """Tokens from which a prompt is swept; shorter ones step with the batch, at no cost to the others."""
 
     def __post_init__(self) -> None:
-        Plan.parse(self.prefill, self.tolerance, 1, self.chunk)
+        PrefillOptions.parse(self.prefill, self.tolerance, 1, self.chunk)
         for name in ("rows", "queue", "max_choices", "max_body", "sweep_from"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
         for name in ("max_prompt", "max_output"):

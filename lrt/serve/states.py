@@ -1,4 +1,4 @@
-"""Kept states: what finished answers leave behind, so that a conversation goes on where it stopped."""
+"""StoredState states: what finished answers leave behind, so that a conversation goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple, final
 import numpy as np
 from torch import Tensor
 
-from lrt.cache import Cache
+from lrt.model.kv_cache import KVCache
 
 MOST_MARKS = 16
 
 
-class Kept(NamedTuple):
+class StoredState(NamedTuple):
     """One row's state after `tokens`, with the places it can be continued from."""
 
     tokens: np.ndarray
@@ -35,7 +35,7 @@ class Kept(NamedTuple):
         common = int(differs[0]) if len(differs) else n
         return max((mark for mark in self.marks if mark <= common), default=0)
 
-    def into(self, cache: Cache, row: int, mark: int) -> Cache:
+    def into(self, cache: KVCache, row: int, mark: int) -> KVCache:
         """`cache` with its row in this state, as it was after `mark` tokens."""
         for mine, new in zip((*cache.keys, *cache.values), (*self.keys, *self.values), strict=True):
             mine[row, :, : new.shape[1]] = new
@@ -45,18 +45,18 @@ class Kept(NamedTuple):
 
 
 @final
-class Store:
-    """Kept states, the least recently used dropped first where they exceed `limit` bytes."""
+class StateStore:
+    """StoredState states, the least recently used dropped first where they exceed `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
-        self._kept: list[Kept] = []
+        self._kept: list[StoredState] = []
         """The most recently used last."""
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, tokens: Sequence[int]) -> tuple[Kept | None, int]:
+    def find(self, tokens: Sequence[int]) -> tuple[StoredState | None, int]:
         """The state that is furthest on the way to `tokens`, and the mark to continue it from."""
         wanted = np.asarray(tokens, dtype=np.int64)
         best = max(self._kept, key=lambda kept: kept.usable(wanted), default=None)
@@ -66,7 +66,7 @@ class Store:
         self._touch(best)
         return best, mark
 
-    def add(self, tokens: Sequence[int], cache: Cache, row: int, marks: dict[int, Tensor]) -> None:
+    def add(self, tokens: Sequence[int], cache: KVCache, row: int, marks: dict[int, Tensor]) -> None:
         """Keep a row that has taken in `tokens`; `marks` hold the memory at places where it may be continued."""
         known = np.asarray(tokens, dtype=np.int64)
         n, rings = len(known), [k.shape[2] for k in cache.keys]
@@ -79,7 +79,7 @@ class Store:
             self._drop(old)
         last = sorted(marks)[-MOST_MARKS:]
         keys, values = ([x[row, :, : min(n, x.shape[2])].clone() for x in xs] for xs in (cache.keys, cache.values))
-        kept = Kept(known, keys, values, {mark: marks[mark] for mark in last})
+        kept = StoredState(known, keys, values, {mark: marks[mark] for mark in last})
         if kept.size > self.limit:
             return
         self._kept.append(kept)
@@ -87,9 +87,9 @@ class Store:
         while self.size > self.limit:
             self._drop(self._kept[0])
 
-    def _drop(self, kept: Kept) -> None:
+    def _drop(self, kept: StoredState) -> None:
         self._kept = [k for k in self._kept if k is not kept]
         self.size -= kept.size
 
-    def _touch(self, kept: Kept) -> None:
+    def _touch(self, kept: StoredState) -> None:
         self._kept = [*(k for k in self._kept if k is not kept), kept]

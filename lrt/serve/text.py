@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
-from lrt.batch import Ranked
 from lrt.data import Tokenizer
+from lrt.inference.batch import Ranked
 
 TURN, NEXT = "USER: {}\nBOT:", "\nUSER:"
 """How `lrt chat` writes a turn, and what ends an answer."""

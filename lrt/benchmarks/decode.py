@@ -1,0 +1,299 @@
+"""`lrt bench decode`: what memory costs per decoded token, and what prefill by sweeps saves.
+
+Latency is measured against the same backbone without memory, prefill and scoring against exact decoding, in one run
+and in turns, so that whatever else the machine does falls on both sides alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lrt.benchmarks.convergence import MODES
+from lrt.benchmarks.peer import nanochat
+from lrt.cli.main import parse
+from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
+from lrt.config.recipes import recipe as find_recipe
+from lrt.inference.generate import decode_step, generate, score
+from lrt.inference.prefill import (
+    DEFAULT_MODE,
+    DEFAULT_TOLERANCE,
+    Effort,
+    OneToken,
+    PrefillOptions,
+    advance,
+    compiled,
+    next_logits,
+    solve,
+)
+from lrt.inference.sampling import SamplingParams
+from lrt.model.kv_cache import KVCache
+from lrt.model.shapes import IGNORE, TokensBN
+from lrt.model.transformer import LRT
+from lrt.utils.hardware import resolve_device, synchronise
+
+GREEDY = 64
+"""Greedy tokens that are compared after each prompt."""
+DECODE_LINE = "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}"
+PREFILL_LINE = (
+    "{length:5d} tokens  {mode:30s}  {speedup:5.2f} x exact  {forward_equivalents:5.2f} forwards  "
+    "logits {max_logit_diff:.1e}  greedy {greedy_agree:.3f}"
+)
+SCORE_LINE = "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.1e} relative"
+X = TypeVar("X")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Latency per token against the same backbone without memory; prefill and scoring against token by token."""
+
+    recipe: str = "d12"
+    """Model of the latency figures; its weights are random, which latency does not mind."""
+    checkpoint: Path | None = None
+    """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Rows of the latency figures."""
+    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
+    """Tokens already in the cache, filled synthetically."""
+    lengths: tuple[int, ...] = (256, 1024)
+    """Prompt lengths."""
+    steps: int = 15
+    """Timed pairs per latency figure; the median is reported."""
+    compile: bool = True
+    """Compile the step."""
+    peer: bool = False
+    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    json: bool = False
+    """End with one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """`lrt bench decode`."""
+    given = parse(Bench, args, "bench decode")
+    chosen = {name: value for name, value in vars(given).items() if name != "json"}
+    result = run(**chosen, tell=partial(print, flush=True))
+    if given.json:
+        print(json.dumps(result))
+    return 0
+
+
+def run(
+    *,
+    device: str = "auto",
+    recipe: str = "d12",
+    checkpoint: Path | None = None,
+    batches: Sequence[int] = (1, 8, 32),
+    contexts: Sequence[int] = (128, 512, 1024, 2048, 4096),
+    steps: int = 15,
+    compile: bool = True,
+    cache_gib: float = 6.0,
+    modes: Sequence[str] = MODES,
+    lengths: Sequence[int] = (256, 1024),
+    tolerance: float = DEFAULT_TOLERANCE,
+    rows: int = 4,
+    peer: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure; the result is plain JSON data with the keys `decode`, `prefill`, `score` and `setting`.
+
+    Args:
+        device: cpu, cuda or auto.
+        recipe: whose backbone is timed, with shared projections, where no checkpoint is given.
+        checkpoint: a run or checkpoint folder; only with one are prefill and scoring measured, since sweeps converge
+            on trained models and mean nothing on random ones.
+        batches, contexts: grid of the latency measurement; cells whose cache exceeds `cache_gib` are left out.
+        steps: timed steps per cell and model.
+        compile: whether steps are compiled.
+        modes, lengths, tolerance, rows: prompts of these lengths, so many each, from the run's held-out text.
+        peer: also time `generate` of transformers' own nanochat model beside ours, the backbone without memory.
+        tell: takes a line of text for each figure as soon as it is there.
+    """
+    where = resolve_device(device)
+    setting: dict[str, Any] = {"device": where.type, "threads": torch.get_num_threads(), "compiled": compile}
+    result: dict[str, Any] = {"decode": [], "prefill": [], "score": {}, "setting": setting}
+    if checkpoint is None:
+        base = find_recipe(recipe).model
+        config = replace(base, memory=MemoryConfig(projection="shared"))
+    else:
+        from lrt.evaluation.bits_per_byte import held_out_rows
+        from lrt.training.checkpoint import load_model
+
+        loaded = load_model(checkpoint, where)
+        config = loaded.config.model
+        prompts = held_out_rows(loaded, None, rows=rows, length=max(lengths)).tokens.to(where)
+        for length in lengths:
+            for cell in prefill_times(loaded.model, prompts[:, :length], modes, tolerance):
+                result["prefill"].append(cell)
+                tell(PREFILL_LINE.format(**cell))
+        result["score"] = score_times(loaded.model, prompts, tolerance)
+        tell(SCORE_LINE.format(**result["score"]))
+    setting |= {"recipe": str(checkpoint or recipe), "depth": config.depth, "width": config.d}
+    setting["projection"] = config.memory.projection
+    for cell in latencies(config, where, batches, contexts, steps, compile, cache_gib):
+        result["decode"].append(cell)
+        tell(DECODE_LINE.format(**cell))
+    if result["decode"]:
+        setting["median_overhead"] = median(cell["overhead"] for cell in result["decode"])
+    if peer:
+        result["peer"] = against_transformers(replace(config, memory=MEMORY_OFF), where, compile)
+        speeds = {name: value for name, value in result["peer"].items() if name.endswith("second")}
+        tell("greedy, one row: " + ", ".join(f"{name} {value:,.1f}" for name, value in speeds.items()))
+    return result
+
+
+def against_transformers(
+    config: ModelConfig, device: torch.device, compile: bool, *, tokens: int = 128, repeats: int = 5
+) -> dict[str, Any]:
+    """Greedy tokens per second of one row after a prompt of 16, in turns with transformers' nanochat of the same sizes.
+
+    Ours is timed uncompiled, as transformers' is, and compiled too if `compile`; median of `repeats`.
+    """
+    model, other = LRT.build(config, device), nanochat(config, device).eval()
+    prompt = list(range(1, 17))
+    greedy = SamplingParams(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
+
+    def ours(run: OneToken) -> None:
+        assert sum(1 for _ in generate(model, [prompt], greedy, run=run)) == tokens
+
+    def theirs() -> None:
+        out = other.generate(torch.tensor([prompt], device=device), max_new_tokens=tokens, do_sample=False)
+        assert out.shape[1] == len(prompt) + tokens
+
+    works = {"transformers": theirs, "eager": partial(ours, next_logits)}
+    works |= {"compiled": partial(ours, compiled())} if compile else {}
+    times = [{name: _timed(device, work)[1] for name, work in works.items()} for _ in range(repeats + 1)][1:]
+    speeds = {f"{name}_tokens_per_second": tokens / median(t[name] for t in times) for name in works}
+    ratios = {f"{name}_ratio": median(t["transformers"] / t[name] for t in times) for name in works}
+    return {"depth": config.depth, "width": config.d, "tokens": tokens} | speeds | ratios
+
+
+@torch.no_grad()
+def latencies(
+    config: ModelConfig,
+    device: torch.device,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    compile: bool,
+    cache_gib: float,
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell."""
+    models = [LRT.build(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
+    runs = [compiled() if compile else next_logits for _ in models]
+    for batch, context in itertools.product(batches, contexts):
+        if 2 * batch * context * config.depth * config.k * config.e * 4 > cache_gib * 2**30:
+            continue
+        cache = _filled(models[0], batch, context)
+        tokens = torch.ones(batch, dtype=torch.int64, device=device)
+        works = [partial(advance, model, tokens, cache, None, run) for model, run in zip(models, runs, strict=True)]
+        times = [[_timed(device, work)[1] for work in works] for _ in range(steps + 3)][3:]  # 3 to compile and warm up
+        yield {
+            "batch": batch,
+            "context": context,
+            "ms": 1e3 * median(lrt for lrt, _ in times),
+            "plain_ms": 1e3 * median(plain for _, plain in times),
+            "overhead": median(lrt / plain for lrt, plain in times) - 1,
+        }
+
+
+def _filled(model: LRT, rows: int, length: int) -> KVCache:
+    """A state of rows that have seen `length` tokens, filled with noise."""
+    cache = KVCache.empty(model, rows, length + 1)
+    for x in (*cache.keys, *cache.values, cache.memory):
+        x.normal_()
+    return cache._replace(length=cache.length + length, longest=length)
+
+
+def _timed(device: torch.device, work: Callable[[], X]) -> tuple[X, float]:
+    """What `work` returns, and the seconds it took."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = work()
+    synchronise(device)
+    return result, time.perf_counter() - start
+
+
+class Taken(NamedTuple):
+    """A prompt taken in."""
+
+    logits: Tensor
+    """[1, T, V]"""
+    greedy: Tensor
+    """The tokens that greedy decoding adds, [GREEDY]."""
+    effort: Effort
+    seconds: float
+
+
+@torch.no_grad()
+def _take_in(model: LRT, prompt: TokensBN, plan: PrefillOptions) -> Taken:
+    def work() -> tuple[Tensor, KVCache, Effort]:
+        lengths = torch.full_like(prompt[:, 0], prompt.shape[1])
+        cache = KVCache.empty(model, 1, prompt.shape[1] + GREEDY)
+        parts = [solved for _, solved in solve(model, prompt, lengths, cache, plan)]
+        effort = max((p.effort for p in parts), key=lambda e: e.forwards)
+        return torch.cat([p.hidden for p in parts], dim=1), parts[-1].cache, effort
+
+    (hidden, cache, effort), seconds = _timed(prompt.device, work)
+    logits = model.logits(hidden)
+    last, said = logits[:, -1], []
+    for _ in range(GREEDY):
+        said.append(last.argmax(-1))
+        last, cache = decode_step(model, said[-1], cache)
+    return Taken(logits, torch.cat(said), effort, seconds)
+
+
+def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str], tolerance: float) -> list[dict[str, Any]]:
+    """Every mode against exact decoding on the same prompts, one at a time; worst difference, median seconds."""
+    length, found = prompts.shape[1], {}
+    for mode in ("exact", *modes):
+        plan = PrefillOptions.parse(mode, tolerance)
+        found[mode] = [_take_in(model, prompt[None], plan) for prompt in prompts]
+    exact, cells = found.pop("exact"), []
+    for mode, taken in found.items():
+        pairs = list(zip(taken, exact, strict=True))
+        seconds = [median(t.seconds for t in side) for side in (taken, exact)]
+        cells.append(
+            {
+                "length": length,
+                "mode": str(PrefillOptions.parse(mode, tolerance)),
+                "seconds": seconds[0],
+                "exact_seconds": seconds[1],
+                "speedup": seconds[1] / seconds[0],
+                "max_logit_diff": max(float((a.logits - b.logits).abs().max()) for a, b in pairs),
+                "greedy_agree": sum(float((a.greedy == b.greedy).float().mean()) for a, b in pairs) / len(pairs),
+                "sweeps": max(t.effort.sweeps for t in taken),
+                "forward_equivalents": max(t.effort.forwards for t in taken),
+                "stepped": max(int(t.effort.stepped.max()) for t in taken),
+            }
+        )
+    return cells
+
+
+def score_times(model: LRT, rows: TokensBN, tolerance: float) -> dict[str, Any]:
+    """Scoring by sweeps against scoring token by token, all rows at once."""
+    targets = torch.cat((rows[:, 1:], torch.full_like(rows[:, :1], IGNORE)), dim=1)
+    swept, seconds = _timed(rows.device, lambda: score(model, rows, targets, mode=DEFAULT_MODE, tolerance=tolerance))
+    exact, slow = _timed(rows.device, lambda: score(model, rows, targets, mode="exact"))
+    return {
+        "rows": len(rows),
+        "length": rows.shape[1],
+        "mode": swept.mode,
+        "seconds": seconds,
+        "exact_seconds": slow,
+        "speedup": slow / seconds,
+        "loss_diff": float(swept.nats.sum() / exact.nats.sum() - 1),
+        "max_nats_diff": float((swept.nats - exact.nats).abs().max()),
+        "forward_equivalents": swept.effort.forwards,
+    }

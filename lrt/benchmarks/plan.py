@@ -1,0 +1,257 @@
+"""`lrt plan`: what a recipe needs on a cluster: memory, time and communication of a step, days. Formulas, no running.
+
+docs/scaling.md derives them and compares them with measurements.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+import tyro
+
+from lrt.cli.main import parse
+from lrt.config.model import ModelConfig, require
+from lrt.config.run import Parallelism, RunConfig
+from lrt.model.flops import BACKWARD, cache_bytes_per_token, memory_bytes, parameters_by_group, passes_flops
+from lrt.schedule import Curriculum, Pass, Passes
+from lrt.training.budget import horizon
+from lrt.training.optimizer import Muon
+
+SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "settled-1..3")
+WIDTHS = 13.15
+"""Numbers of width D that one block keeps of one token for the backward pass: counted, see docs/scaling.md."""
+GATED = 2.25
+"""Numbers of width K E that gating adds."""
+EDGES = 3.0
+"""Numbers of width D per token outside the blocks: embedding, source, hidden state and its gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines."""
+
+    devices: int = 8
+    """Devices in all."""
+    per_node: int = 8
+    """Devices of one machine."""
+    memory: float = 80e9
+    """Bytes of one device."""
+    flops: float = 989e12
+    """Peak FLOP/s of one device in the training's number type (H100, dense bfloat16; for a CPU, measure it)."""
+    efficiency: float = 0.4
+    """Share of the peak that the passes reach; what `lrt bench train` calls MFU."""
+    within: float = 450e9
+    """Bytes/s that a device sends inside its machine."""
+    across: float = 50e9
+    """Bytes/s that a device sends to other machines."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value > 0, f"--cluster.{name} is {value}; it must be positive")
+        require(self.efficiency <= 1, f"--cluster.efficiency is {self.efficiency}; it is a share, at most 1")
+
+    @property
+    def speed(self) -> float:
+        """Bytes/s of the slowest link of a ring over all devices."""
+        return self.within if self.devices <= self.per_node else self.across
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe needs on a cluster: memory, time and communication per step, days, for DDP and FSDP.
+
+    Every field of the recipe can be overridden, so that sizes without a recipe can be planned, too.
+    """
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    cluster: Cluster = field(default_factory=Cluster)
+    recipe: str = "cpu_demo"
+    """Recipe to start from."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """`lrt plan`."""
+    from lrt.cli.commands import _named
+    from lrt.config.recipes import recipe
+
+    base = recipe(_named(args, "--recipe", "cpu_demo"))
+    given = parse(Plan, args, "plan", default=Plan(base, recipe=base.name))
+    facts = plan(given.config, given.cluster)
+    print(json.dumps(facts) if given.json else "\n".join(lines(given, facts)))
+    return 0
+
+
+def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
+    """Everything as plain data: the model, and a row per schedule and kind of parallelism."""
+    t, groups = config.train, parameters_by_group(config.model)
+    require(
+        t.batch % cluster.devices == 0,
+        f"--train.batch {t.batch} does not divide among {cluster.devices} devices; make it a multiple",
+    )
+    kinds: list[tuple[Parallelism, bool]] = [("ddp", False), ("fsdp", False), ("fsdp", True)]
+    names = dict.fromkeys((*SCHEDULES, t.schedule))
+    found = [row(config, cluster, name, mode, reshard) for name in names for mode, reshard in kinds]
+    cache = cache_bytes_per_token(config.model) * config.model.context
+    return {
+        "parameters": groups | {"total": sum(groups.values())},
+        "cache_bytes_per_row": cache + memory_bytes(config.model),
+        "rows": found,
+    }
+
+
+def row(config: RunConfig, cluster: Cluster, name: str, mode: Parallelism, reshard: bool) -> dict[str, Any]:
+    """One schedule's memory (bytes per device), seconds and bytes sent per step, and length of the training."""
+    t, schedule, devices = config.train, Curriculum.parse(name), cluster.devices
+    draws, shares = zip(*((s.passes(t.length), share) for s, share in schedule.shares()), strict=True)
+
+    def average(of: Callable[[Passes], float]) -> float:
+        return sum(share * of(passes) for share, passes in zip(shares, draws, strict=True))
+
+    fixed = states(config, devices if mode == "fsdp" else 1, mode, reshard, max(map(held, draws)))
+    per_row = max(activations(config.model, passes, t.recompute) for passes in draws) * width(config)
+    own = t.batch // devices
+    rows = fitting(own, (cluster.memory - sum(fixed.values())) / per_row)
+    rows = min(rows, t.micro_batch or own)
+    compute = average(lambda passes: step_flops(config, passes, devices, mode)) / cluster.flops / cluster.efficiency
+    micro = own // max(rows, 1)
+    sent = average(lambda passes: traffic(config.model, passes, devices, mode, reshard, micro))
+    seconds, steps = (compute, compute + sent / cluster.speed), horizon(replace_schedule(config, name))
+    tokens = steps * t.batch * t.length
+    return {
+        "schedule": name, "parallel": mode + (" reshard" if reshard else ""), "fits": rows > 0,
+        "micro_batch": rows, "state_bytes": fixed, "activation_bytes": per_row * max(rows, 1),
+        "bytes": sum(fixed.values()) + per_row * max(rows, 1),
+        "sent_bytes": sent, "gathers": average(lambda passes: gathers(passes, reshard)) if mode == "fsdp" else 0,
+        "seconds": seconds, "communication_share": sent / cluster.speed / seconds[1],
+        "steps": steps, "tokens": tokens, "days": seconds[1] * steps / 86400,
+    }  # fmt: skip
+
+
+def replace_schedule(config: RunConfig, name: str) -> RunConfig:
+    """The configuration with another schedule: an effective-compute horizon depends on it."""
+    return replace(config, train=replace(config.train, schedule=name))
+
+
+def width(config: RunConfig) -> int:
+    """Bytes of a number of the residual stream."""
+    return 4 if config.train.dtype == "float32" else 2
+
+
+def fitting(share: int, limit: float) -> int:
+    """The largest micro-batch that divides a device's share of the batch and is at most `limit` rows; 0: none."""
+    return max((rows for rows in range(1, share + 1) if share % rows == 0 and rows <= limit), default=0)
+
+
+def matrices(model: ModelConfig) -> int:
+    """Parameters that Muon trains: one momentum each; AdamW keeps two for the others."""
+    groups = parameters_by_group(model)
+    return groups["matrices"] + groups["memory"]
+
+
+def held(passes: Passes) -> int:
+    """Passes with gradient: from two on, the gradients of all blocks are held whole until the first pass's backward."""
+    return sum(p.grad for p in passes)
+
+
+def states(config: RunConfig, shards: int, mode: Parallelism, reshard: bool, backwards: int) -> dict[str, float]:
+    """Bytes per device that do not depend on the rows: float32 weights, gradients and optimizer, and what is whole.
+
+    `backwards` is the number of passes with gradient.
+    """
+    model, groups = config.model, parameters_by_group(config.model)
+    total, muon, root = sum(groups.values()), matrices(model), groups["embedding"] + groups["head"]
+    block = (total - root) / model.depth
+    found = {"weights": 4 * total / shards, "gradients": 4 * total / shards}
+    found["optimizer"] = (4 * muon + 8 * (total - muon)) / shards
+    if mode == "fsdp":
+        found["gathered weights"] = 4 * (root + (2 * block if reshard else total - root))
+        found["whole gradients"] = 4 * (root + (2 * block if backwards < 2 else total - root))
+    if width(config) == 2:  # kept by autocast until the step ends; given back too with reshard, if computed again
+        found["cast weights"] = 2.0 * (root + 2 * block if reshard and config.train.recompute else total)
+    return found
+
+
+def activations(model: ModelConfig, passes: Passes, recompute: bool) -> float:
+    """Numbers kept of one row for the backward pass, and the keys and values of the passes without gradient."""
+    d, kv, total = model.d, model.k * model.e, 0.0
+    gated = model.memory.projection != "none"
+    length = max(p.positions[-1] + 1 for p in passes)
+    for i, p in enumerate(passes):
+        n, alone = len(p.positions), causal(p)
+        if not p.grad:
+            continue
+        pair = 2 * kv if i > 0 and model.memory.projection == "layerwise" else 0
+        keys = n if alone else min(length, p.positions[-1] + 1)  # a strided pass joins its keys with the buffer's
+        block = n * (WIDTHS * d + GATED * kv * gated + pair) + 2 * kv * keys
+        total += model.depth * (n * (d + 2 * kv) if recompute else block) + EDGES * d * n
+        total += block if recompute else 0  # of the block at work
+    return total + 2 * kv * model.depth * length * any(not p.grad for p in passes)
+
+
+def causal(p: Pass) -> bool:
+    """Whether a pass sees its own positions only."""
+    return p.positions.start == 0 and p.positions.step == 1
+
+
+def step_flops(config: RunConfig, passes: Passes, devices: int, mode: Parallelism) -> float:
+    """FLOPs of one device in a step: its share of the passes, and Muon's products (all of them under DDP)."""
+    t = config.train
+    once = passes_flops(config.model, passes)
+    if t.recompute:
+        once += passes_flops(config.model, tuple(p for p in passes if p.grad)) / BACKWARD
+    return once * t.batch / devices + muon_flops(config.model) / (devices if mode == "fsdp" else 1)
+
+
+def muon_flops(model: ModelConfig) -> float:
+    """FLOPs of orthogonalising every matrix of the blocks once: per round two products of m x m with m x M, one m^3."""
+    d, kv = model.d, model.k * model.e
+    pairs = {"none": 0, "shared": 1, "layerwise": model.depth}[model.memory.projection]
+    shapes: list[tuple[int, int, int]] = [(2 * model.depth, d, d), (2 * (model.depth + pairs), kv, d)]
+    shapes.append((2 * model.depth, d, 4 * d))
+    return Muon.ROUNDS * sum(n * (4 * a * a * b + 2 * a**3) for n, a, b in shapes)
+
+
+def gathers(passes: Passes, reshard: bool) -> float:
+    """How often a step gathers a weight: once; with reshard once per pass, and again for each backward."""
+    return len(passes) + held(passes) if reshard else 1
+
+
+def traffic(
+    model: ModelConfig, passes: Passes, devices: int, mode: Parallelism, reshard: bool, micro: int = 1
+) -> float:
+    """Bytes that one device sends in a step of `micro` micro-batches: ring collectives of float32 numbers."""
+    total = sum(parameters_by_group(model).values())
+    ring = 4 * total * (devices - 1) / devices
+    if mode == "ddp":
+        return 2 * ring
+    again = gathers(passes, reshard) * (micro if reshard else 1)
+    return ring * (again + 1) + 2 * 4 * matrices(model) * (devices - 1) / devices**2  # Muon: there and back
+
+
+def lines(given: Plan, facts: dict[str, Any]) -> Iterable[str]:
+    """The plan as a table for people."""
+    m, c, t = given.config.model, given.cluster, given.config.train
+    yield (
+        f"{given.recipe}: depth {m.depth}, width {m.d}, {facts['parameters']['total'] / 1e9:.3f} B parameters; "
+        f"batch {t.batch} x {t.length}, {t.horizon}; {c.devices} devices of {c.memory / 1e9:.0f} GB, "
+        f"{c.flops * c.efficiency / 1e12:.4g} TFLOP/s reached"
+    )
+    yield f"decoding: {facts['cache_bytes_per_row'] / 1e6:,.1f} MB of cache and memory for a row of {m.context} tokens"
+    yield (
+        f"{'schedule':<16}{'parallel':<14}{'rows':>5}{'state GB':>10}{'activ. GB':>10}{'gathers':>8}{'sent GB':>9}"
+        f"{'step s':>18}{'comm.':>7}{'steps':>10}{'days':>9}"
+    )
+    for r in facts["rows"]:
+        low, high = r["seconds"]
+        yield (
+            f"{r['schedule']:<16}{r['parallel']:<14}{r['micro_batch'] or '-':>5}"
+            f"{sum(r['state_bytes'].values()) / 1e9:>10,.2f}{r['activation_bytes'] / 1e9:>10,.2f}{r['gathers']:>8.1f}"
+            f"{r['sent_bytes'] / 1e9:>9,.2f}{f'{low:,.3f} to {high:,.3f}':>18}{r['communication_share']:>7.0%}"
+            f"{r['steps']:>10,}{r['days']:>9,.2f}{'' if r['fits'] else '  does not fit'}"
+        )
+    yield "step: communication hidden behind computing, to none hidden; days: none hidden; rows: of one micro-batch"

@@ -1,0 +1,297 @@
+"""`lrt bench train`: what a training step of every schedule costs beside the plain transformer's, and beside its ideal.
+
+All rows are timed in turns in one process, a plain step before and after every other: a ratio compares neighbours in
+time, so that whatever else the machine does falls on both. Peak memory is taken from a fresh process per row.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrt.benchmarks.peer import PEER, nanochat
+from lrt.benchmarks.profile import parts
+from lrt.cli.main import parse
+from lrt.config.model import MEMORY_OFF, Backend, Execution, MemoryConfig, ModelConfig, require
+from lrt.config.recipes import recipe as find_recipe
+from lrt.config.run import Dtype, OptimConfig
+from lrt.data import Loader
+from lrt.model.flops import passes_flops
+from lrt.model.loss import ScheduledLoss
+from lrt.model.transformer import LRT
+from lrt.schedule import NO_GRAD_COST, Passes, Schedule
+from lrt.training.optimizer import Optimizer, clip
+from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
+
+Timing = tuple[float, float]
+"""Seconds of forward and backward, and of the whole step."""
+LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The loss of tokens, targets and starts."""
+PLAIN = "plain"
+SCHEDULES = (
+    "interleaved-2", "interleaved-4", "interleaved-8", "refinement-1", "refinement-3",
+    "settled-1", "settled-2", "settled-3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time training steps of every schedule against the plain transformer's."""
+
+    device: str = "auto"
+    """`cpu`, `cuda` or `auto`."""
+    recipe: str | None = None
+    """Take model and length from a recipe; by default depth 4, width 256, vocabulary 4096, shared projections."""
+    depth: int | None = None
+    """Blocks, in place of the recipe's."""
+    width: int | None = None
+    """Model width, in place of the recipe's."""
+    vocab_size: int | None = None
+    """Vocabulary, in place of the recipe's."""
+    batch: int = 16
+    """Rows of a step."""
+    length: int | None = None
+    """Positions of a row; by default 512, or the recipe's."""
+    dtype: Dtype = "auto"
+    """Autocast type; `auto`: bfloat16 where the device multiplies it natively."""
+    schedules: tuple[str, ...] = SCHEDULES
+    """Rows beside the plain one."""
+    repeats: int = 5
+    """Timed steps per row; the median counts."""
+    compile: bool = False
+    """Compile the blocks, the plain model's too."""
+    attention: Backend = "auto"
+    """Attention of strided passes: `masked`, `merged` or `auto`."""
+    recompute: bool = False
+    """Compute blocks again in the backward pass."""
+    memory: bool = True
+    """Also take each row's peak memory, in a process of its own."""
+    profile: bool = False
+    """Also divide each row's step among its parts."""
+    peer: bool = False
+    """Also time transformers' own nanochat model of the same sizes (its whole step with fused AdamW alone)."""
+    json: bool = False
+    """End with one JSON object on a line of its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "repeats"):
+            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in self.schedules:
+            require(Schedule.parse(name) == Schedule.parse(name).at_largest(), f"schedule {name} has a range; fix it")
+
+
+def main(args: list[str]) -> int:
+    """`lrt bench train`."""
+    given = parse(Bench, args, "bench train")
+    result = measure(given)
+    print("\n".join(lines(result)))
+    if given.json:
+        print(json.dumps(result))
+    return 0
+
+
+def shape(given: Bench) -> tuple[ModelConfig, int]:
+    """The LRT's configuration and the length of a row."""
+    if given.recipe is None:
+        memory = MemoryConfig(projection="shared")
+        base, length = ModelConfig(depth=4, vocab_size=4096, context=512, memory=memory), 512
+    else:
+        found = find_recipe(given.recipe)
+        base, length = found.model, found.train.length
+    length = given.length or length
+    sizes = {"depth": given.depth, "width": given.width, "vocab_size": given.vocab_size}
+    chosen = {name: size for name, size in sizes.items() if size is not None}
+    return replace(base, context=max(base.context, length), **chosen), length
+
+
+class Stand:
+    """A model under test: one training step of one schedule on random tokens, as `train.Session.step` does it."""
+
+    def __init__(self, given: Bench, name: str):
+        config, length = shape(given)
+        self.config = replace(config, memory=MEMORY_OFF) if name in (PLAIN, PEER) else config
+        self.device = resolve_device(given.device)
+        self.dtype = getattr(torch, resolve_dtype(given.dtype, self.device))
+        self.schedule = Schedule.parse("parallel" if name in (PLAIN, PEER) else name)
+        noise = RandomTokens(self.config.vocab_size, 4 * given.batch * length + 1)
+        self.loader, self.steps = Loader(noise, batch=given.batch, length=length, bos=0, seed=0), 0
+        self.passes = self.schedule.passes(length)
+        self.loss, self.update = self._peer() if name == PEER else self._ours(given)
+
+    def _ours(self, given: Bench) -> tuple[LossOf, Callable[[], None]]:
+        loss = ScheduledLoss(LRT.build(self.config, self.device), self.schedule)
+        loss.model.execution = Execution(attention=given.attention, recompute=given.recompute, compile=given.compile)
+        optimizer = Optimizer(loss.model, OptimConfig(), self.dtype)
+        self.model = loss.model
+
+        def update() -> None:
+            clip(loss.model.parameters(), 1.0)
+            optimizer.step(0.0)
+
+        return lambda tokens, targets, starts: loss(tokens, targets, starts).loss, update
+
+    def _peer(self) -> tuple[LossOf, Callable[[], None]]:
+        model = nanochat(self.config, self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+
+        def update() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return (
+            lambda tokens, targets, _: model(tokens, shift_labels=targets, labels=targets, use_cache=False).loss,
+            update,
+        )
+
+    def step(self) -> Timing:
+        """One step; the weights stay (rate 0), the work is the same."""
+        start = self._clock()
+        with torch.profiler.record_function("data"):
+            tokens, targets, starts = (x.to(self.device, non_blocking=True) for x in self.loader.batch(self.steps))
+        ready = self._clock()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(tokens, targets, starts)
+        loss.backward()
+        done = self._clock()
+        with torch.profiler.record_function("optimizer"):
+            self.update()
+        self.steps += 1
+        return done - ready, self._clock() - start
+
+    def _clock(self) -> float:
+        synchronise(self.device)
+        return time.perf_counter()
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward over a batch, every pass counted."""
+        return passes_flops(self.config, self.passes) * self.loader.batch(0).tokens.shape[0]
+
+
+class RandomTokens:
+    """An endless supply of nothing in particular, for the loader."""
+
+    def __init__(self, vocab_size: int, size: int):
+        self.ids = np.random.default_rng(0).integers(1, vocab_size, size)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids start..stop-1."""
+        return self.ids[start:stop]
+
+
+def ideal(passes: Passes) -> float:
+    """Cost over the plain step's if nothing but token forwards counted; one without gradient counts a third."""
+    length = passes[0].positions.stop
+    return sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes) / length
+
+
+def measure(given: Bench) -> dict[str, Any]:
+    """Everything, as plain data: the object that `--json` prints."""
+    names = (PLAIN, *([PEER] if given.peer else []), *given.schedules)
+    peaks = {name: peak(given, name) for name in names} if given.memory else {}  # first, while this process is small
+    if resolve_device(given.device).type == "cpu":
+        keep_freed_memory()  # as training does
+    stands = {name: Stand(given, name) for name in names}
+    first = {name: stand.step()[0] for name, stand in stands.items()}
+    times = interleave({name: stand.step for name, stand in stands.items()}, given.repeats)
+    rows = [row(name, stands[name], times[name], given, peaks) for name in names]
+    plain = stands[PLAIN]
+    most, source = peak_flops(plain.device, plain.dtype)
+    for r in rows:
+        r["mfu"] = r["flops_per_second"] / most
+        if given.compile:
+            r["first_seconds"] = first[r["schedule"]]
+        if given.profile and r["schedule"] != PEER:
+            r["parts"] = parts(stands[r["schedule"]].step, stands[r["schedule"]].model)
+    c, length = plain.config, plain.loader.batch(0).tokens.shape[1]
+    return {
+        "device": str(plain.device), "dtype": str(plain.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "depth": c.depth, "width": c.d, "vocab_size": c.vocab_size, "batch": given.batch,
+        "length": length, "compile": given.compile, "attention": given.attention,
+        "recompute": given.recompute, "repeats": given.repeats,
+        "peak_flops": most, "peak_flops_source": source, "rows": rows,
+    }  # fmt: skip
+
+
+def interleave(works: dict[str, Callable[[], Timing]], repeats: int) -> dict[str, list[tuple[Timing, Timing]]]:
+    """Each work's timings, each with the mean of the plain step's right before and after it, from `repeats` rounds."""
+    times: dict[str, list[tuple[Timing, Timing]]] = {name: [] for name in works}
+    before = works[PLAIN]()
+    for name in [name for _ in range(repeats) for name in works]:
+        timing = works[name]()
+        if name == PLAIN:
+            times[name].append((timing, timing))
+            before = timing
+            continue
+        after = works[PLAIN]()
+        times[name].append((timing, ((before[0] + after[0]) / 2, (before[1] + after[1]) / 2)))
+        before = after
+    return times
+
+
+def row(
+    name: str, stand: Stand, times: list[tuple[Timing, Timing]], given: Bench, peaks: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """One schedule's figures. Ratios are medians over the repeats; `ms` is forward and backward."""
+    seconds, step = (median(t[i] for t, _ in times) for i in range(2))
+    ratio, whole = (median(t[i] / p[i] for t, p in times) for i in range(2))
+    least = ideal(stand.passes)
+    tokens = stand.loader.batch(0).tokens.numel()
+    return {
+        "schedule": name, "ms": 1e3 * seconds, "ratio": ratio, "ideal": least, "ratio_over_ideal": ratio / least,
+        "step_ms": 1e3 * step, "step_ratio": whole, "tokens_per_second": tokens / step,
+        "flops_per_second": stand.flops / seconds,
+    } | peaks.get(name, {})  # fmt: skip
+
+
+def peak(given: Bench, name: str) -> dict[str, float]:
+    """Peak memory of two steps in a fresh process, in MB (2^20 bytes); `idle_mb` is what it held before the first."""
+    freed_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps freed memory, more or less of it by chance
+    fresh = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, freed_at_once), ProcessPoolExecutor(1, fresh) as pool:
+        most, before = pool.submit(_peak, given, name).result()
+    return {"peak_mb": most / 2**20, "idle_mb": before / 2**20}
+
+
+def _peak(given: Bench, name: str) -> tuple[int, int]:
+    stand = Stand(given, name)
+    before = peak_memory(stand.device)
+    for _ in range(2):
+        stand.step()
+    return peak_memory(stand.device), before
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result as a table for people."""
+    what = "depth {depth}, width {width}, vocabulary {vocab_size}, batch {batch} x {length}, {device} {dtype}"
+    out = [what.format(**result) + f", {result['threads']} threads{', compiled' if result['compile'] else ''}"]
+    out.append(
+        f"{'schedule':<16}{'fwd+bwd ms':>11}{'ratio':>7}{'/ideal':>8}{'step ms':>10}{'ratio':>7}"
+        f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}"
+    )
+    for r in result["rows"]:
+        out.append(
+            f"{r['schedule']:<16}{r['ms']:>11.1f}{r['ratio']:>7.3f}{r['ratio_over_ideal']:>8.3f}{r['step_ms']:>10.1f}"
+            f"{r['step_ratio']:>7.3f}{r['tokens_per_second']:>10,.0f}{r['flops_per_second'] / 1e9:>9.1f}"
+            f"{r['mfu']:>7.1%}{r.get('peak_mb', float('nan')):>9.0f}"
+        )
+    for r in result["rows"]:
+        if "parts" in r:
+            out.append(f"{r['schedule']:<16}" + "  ".join(f"{part} {ms:.1f} ms" for part, ms in r["parts"].items()))
+    return out

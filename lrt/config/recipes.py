@@ -1,0 +1,94 @@
+"""Named recipes: functions that return a whole configuration. `lrt train --recipe NAME` starts from one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
+from lrt.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+
+PAPER_MEMORY = MemoryConfig(projection="shared")
+"""The paper's default: shared projections, both injections, memory from the last block."""
+LRT_MEMORY = MemoryConfig(projection="layerwise")
+"""Ours: a projection per layer."""
+
+
+def cpu_demo() -> RunConfig:
+    """A model for two CPU cores and a minute or two; the Python standard library in 512 BPE tokens."""
+    return RunConfig(
+        name="cpu_demo",
+        model=ModelConfig(depth=3, width=64, heads=2, context=256, memory=LRT_MEMORY),
+        data=DataConfig(source="python", tokenizer="bpe", vocab_size=512, max_bytes=16_000_000),
+        optim=OptimConfig(embedding_lr=0.1),
+        train=TrainConfig(schedule="settled-1..3", batch=8, length=128, horizon="compute=9", eval_every=400),
+    )
+
+
+def cpu_demo_paper() -> RunConfig:
+    """The demo model by the paper's recipe: shared projections, interleaved S = 2."""
+    base = cpu_demo()
+    train = replace(base.train, schedule="interleaved-2")
+    return replace(base, name="cpu_demo_paper", model=replace(base.model, memory=PAPER_MEMORY), train=train)
+
+
+def cpu_demo_plain() -> RunConfig:
+    """The demo model without memory."""
+    base = cpu_demo()
+    train = replace(base.train, schedule="parallel")
+    return replace(base, name="cpu_demo_plain", model=replace(base.model, memory=MEMORY_OFF), train=train)
+
+
+def _depth(depth: int, name: str, rows: int) -> RunConfig:
+    return RunConfig(
+        name=name,
+        model=ModelConfig(depth=depth, value_embeddings="alternating", window_pattern="SSSL", memory=LRT_MEMORY),
+        data=DataConfig(source="python+site-packages", tokenizer="bpe", vocab_size=8192),
+        train=TrainConfig(schedule="settled-1..3", batch=rows, length=2048, horizon="ratio=20"),
+    )
+
+
+def d4() -> RunConfig:
+    """Depth 4, width 256: a large CPU run or a minute on a GPU."""
+    return _depth(4, "d4", rows=32)
+
+
+def d8() -> RunConfig:
+    """Depth 8, width 512: minutes on one GPU."""
+    return _depth(8, "d8", rows=64)
+
+
+def d12() -> RunConfig:
+    """Depth 12, width 768: an hour or so on one GPU."""
+    return _depth(12, "d12", rows=256)
+
+
+def _paper(depth: int, name: str) -> RunConfig:
+    model = ModelConfig(depth=depth, vocab_size=32768, value_embeddings="all", memory=PAPER_MEMORY)
+    data = DataConfig(source="hf:HuggingFaceFW/fineweb-edu", subset="sample-100BT", tokenizer="bpe", vocab_size=32768)
+    train = TrainConfig(
+        schedule="interleaved-2", batch=256, micro_batch=16, length=2048, horizon="ratio=10", save_every=500
+    )
+    return RunConfig(name=name, model=model, data=data, train=train)
+
+
+def d20_paper() -> RunConfig:
+    """The paper's 1.3 B model: depth 20, shared projections, interleaved S = 2, FineWeb-Edu, R = 10."""
+    return _paper(20, "d20_paper")
+
+
+def d24_paper() -> RunConfig:
+    """The paper's 2.0 B model: depth 24, otherwise as d20_paper."""
+    return _paper(24, "d24_paper")
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    f.__name__: f for f in (cpu_demo, cpu_demo_paper, cpu_demo_plain, d4, d8, d12, d20_paper, d24_paper)
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """The recipe called `name`; an unknown one raises ValueError listing those there are."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()

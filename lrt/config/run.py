@@ -1,0 +1,261 @@
+"""Frozen configuration with validation: what a run is, in full. Recipes (`recipes.py`) return whole configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from lrt.config.model import (
+    BackboneConfig,
+    Backend,
+    Execution,
+    MemoryConfig,
+    ModelConfig,
+    RopeScaling,
+    require,
+    require_choice,
+)
+from lrt.schedule import Curriculum
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+Parallelism = Literal["ddp", "fsdp"]
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "python"
+    """`python` (standard library sources), `python+site-packages`, a file, folder or glob, or `hf:owner/name`."""
+    text_column: str = "text"
+    """Column that holds the text in jsonl, parquet and Hugging Face datasets."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe` (trained on the text), or the path of a tokenizer.json or tokenizer folder; each may end in
+    `+pauses`: a latent position after every token."""
+    vocab_size: int = 4096
+    """Vocabulary of a `bpe` tokenizer."""
+    validation: float = 0.02
+    """Share of the documents held out for validation."""
+    max_bytes: int | None = None
+    """Stop reading the source after so many bytes of text."""
+    folder: str = "runs/data"
+    """Where token shards are kept; prepared once per source and tokenizer."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.validation < 1, f"data.validation is {self.validation}; it must lie between 0 and 1")
+        require(self.vocab_size >= 258, f"data.vocab_size is {self.vocab_size}; bytes and BOS alone need 258")
+        limit = self.max_bytes
+        require(limit is None or limit >= 1, f"data.max_bytes is {limit}; it must be at least 1 or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Muon for the matrices, AdamW for the rest; warm-up, flat, linear decay (SPEC section 2)."""
+
+    matrix_lr: float = 0.02
+    """Muon's rate for all matrices of the blocks and the memory projections."""
+    embedding_lr: float = 0.3
+    """AdamW's rate for token and value embeddings, at width 768; scaled by (width / 768)^-1/2."""
+    head_lr: float = 0.004
+    """AdamW's rate for the output head, biases and weights of norms, at width 768; scaled likewise."""
+    scalar_lr: float = 0.04
+    """AdamW's rate for alpha, beta and gamma."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    betas: tuple[float, float] = (0.8, 0.95)
+    """AdamW's betas."""
+    warmup: float = 0.01
+    """Share of the steps over which the rate rises linearly from 0."""
+    decay: float = 0.5
+    """Share of the steps, at the end, over which it falls linearly."""
+    final: float = 0.02
+    """Share of the peak rate that the decay would reach one step after the last."""
+    clip: float | None = 1.0
+    """Largest gradient norm; none does not clip."""
+
+    def __post_init__(self) -> None:
+        shares = {"warmup": self.warmup, "decay": self.decay, "final": self.final}
+        rates = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay")
+        for name, value in ((name, getattr(self, name)) for name in rates):
+            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be at least 0")
+        require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; it must be at least 0 and below 1")
+        fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(fine, f"optim.betas are {self.betas}; give two numbers, at least 0 and below 1")
+        for name, share in shares.items():
+            require(0 <= share <= 1, f"optim.{name} is {share}; it is a share and must lie between 0 and 1")
+        require(self.warmup + self.decay <= 1, f"optim.warmup {self.warmup} + decay {self.decay} exceed 1")
+        require(self.clip is None or self.clip > 0, f"optim.clip is {self.clip}; it must be positive or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in what order of passes, and on what machine."""
+
+    schedule: str = "settled-1..3"
+    """Passes per step: parallel, interleaved-S, refinement-K, chunked-C, sequential, settled-R (see `lrt schedule`);
+    or one after the other, each until a share of the steps: parallel@0.5,settled-1..3."""
+    batch: int = 32
+    """Rows of one optimizer step, over all devices."""
+    micro_batch: int | None = None
+    """Rows of one forward and backward on one device; none means the whole share of the batch."""
+    parallel: Parallelism = "ddp"
+    """What torchrun's processes do: `ddp` replicates the model, `fsdp` shards it (docs/scaling.md)."""
+    reshard: bool = False
+    """Under fsdp, give a block back after every pass: least memory, but a gather per pass instead of one per step."""
+    length: int = 2048
+    """Positions of a row, T."""
+    horizon: str = "ratio=20"
+    """When to stop: steps=N, tokens=N, ratio=R (tokens per scaling parameter: matrices and head, not the memory), or
+    compute=C (R times token forwards per token: every pass counts, one without gradient a third)."""
+    seed: int = 0
+    """Seed of initialisation, data order and drawn schedules."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: cuda where there is one."""
+    dtype: Dtype = "auto"
+    """Autocast type of training; evaluation is float32. `auto`: bfloat16 where the device multiplies it natively."""
+    compile: bool = False
+    """Compile the blocks; does not pay for runs of a few minutes on a CPU."""
+    attention: Backend = "auto"
+    """Attention of strided passes: `masked`, `merged`, or `auto`, what was faster where measured (docs/speed.md)."""
+    recompute: bool = False
+    """Keep only the inputs of blocks for the backward pass and compute the rest again: less memory, a third slower."""
+    eval_every: int = 250
+    """Steps between evaluations; the last step is always evaluated. 0: only then."""
+    eval_rows: int = 64
+    """Validation rows of an evaluation."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved. 0: only then."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one by decoded BPB is kept beside them."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite after which training stops; each one is skipped."""
+    log_every: int = 10
+    """Steps between metric lines; the loss is read from the device only then."""
+    init_from: str | None = None
+    """Run whose weights (not its optimizer) training starts from; `lrt train --init-from` sets it, and the model."""
+    gap_warning: float = 0.02
+    """Live gap (decoded minus parallel BPB) above which a warning is shown."""
+
+    def __post_init__(self) -> None:
+        schedule = Curriculum.parse(self.schedule)
+        self.horizon_parts()
+        require(self.length >= 2, f"train.length is {self.length}; a row needs at least 2 positions")
+        for drawn, _ in schedule.shares():
+            if drawn.weights:
+                drawn.passes(self.length)  # raises now, not at the step that draws fewer passes than weights
+        require(self.batch >= 1, f"train.batch is {self.batch}; it must be at least 1")
+        require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
+        require(self.keep >= 1, f"train.keep is {self.keep}; at least 1 checkpoint must be kept")
+        require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
+        for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
+            require(value >= 0, f"train.{name} is {value}; it must be at least 0")
+        require(self.max_skipped >= 1, f"train.max_skipped is {self.max_skipped}; it must be at least 1")
+        require_choice("train.dtype", self.dtype, Dtype)
+        require_choice("train.parallel", self.parallel, Parallelism)
+        _ = self.execution  # checks its own
+        micro = self.micro_batch
+        require(
+            micro is None or (micro >= 1 and self.batch % micro == 0),
+            f"train.micro_batch {micro} must divide batch {self.batch}",
+        )
+
+    @property
+    def execution(self) -> Execution:
+        """How the model computes."""
+        return Execution(attention=self.attention, recompute=self.recompute, compile=self.compile)
+
+    def horizon_parts(self) -> tuple[str, float]:
+        """The horizon's kind and number."""
+        kind, _, text = self.horizon.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        known = kind in ("steps", "tokens", "ratio", "compute")
+        fine = known and 0 < number < math.inf
+        require(fine, f"train.horizon is {self.horizon!r}; write steps=1000, tokens=1e6, ratio=20 or compute=20")
+        return kind, number
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: data, model, optimizer, training."""
+
+    name: str = "run"
+    """Name of the run; its folder is runs/NAME unless --out says otherwise."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training."""
+
+    def __post_init__(self) -> None:
+        length, context = self.train.length, self.model.context
+        require(
+            length <= context,
+            f"train.length {length} exceeds model.context {context}; shorten the one or raise the other",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON-ready data."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
+    """Rebuild a configuration from `to_dict`'s output; unknown or ill-typed fields raise ValueError naming them."""
+    require(isinstance(data, dict), f"{where} is a {type(data).__name__}; it must be an object of named fields")
+    known = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    unknown = sorted(set(data) - set(known))
+    require(not unknown, f"{where} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        nested = _NESTED.get(str(known[name].type))
+        value = from_dict(nested, value, f"{where}.{name}") if nested else value
+        values[name] = tuple(value) if isinstance(value, list) else value
+        if nested is None:
+            _check_type(f"{where}.{name}", values[name], str(known[name].type))
+    return cls(**values)
+
+
+_NESTED: dict[str, type] = {
+    c.__name__: c
+    for c in (RopeScaling, BackboneConfig, MemoryConfig, ModelConfig, DataConfig, OptimConfig, TrainConfig)
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "None": (type(None),),
+    "Projection": (str,),
+    "ValueEmbeddings": (str,),
+    "Dtype": (str,),
+    "Parallelism": (str,),
+    "Backend": (str,),
+    "MLPKind": (str,),
+    "Biases": (str,),
+    "QKNorm": (str,),
+    "RopeKind": (str,),
+}
+
+
+def _check_type(where: str, value: Any, annotation: str) -> None:
+    if annotation == "tuple[float, float]":
+        fits = isinstance(value, tuple) and len(value) == 2 and all(type(x) in (int, float) for x in value)
+    else:
+        kinds = sum((_TYPES[part.strip()] for part in annotation.split("|")), ())
+        fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+    require(fits, f"{where} is {value!r}; it must be {annotation}")

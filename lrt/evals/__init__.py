@@ -1,1 +1,0 @@
-"""Evaluation: every number through `decode` or `fold`, and every number with its mode."""

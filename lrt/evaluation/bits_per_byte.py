@@ -1,0 +1,219 @@
+"""Bits per byte of one model on the same rows in every mode (SPEC sections 7 and 8).
+
+BPB is total nats / (ln 2 x bytes of the target tokens); special tokens stand for no bytes and count neither way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrt.data import Loader, RowSource, TaskRows, documents, prepare
+from lrt.inference.generate import score
+from lrt.model.loss import token_nats
+from lrt.model.run_passes import run_passes
+from lrt.model.shapes import IGNORE, TokensBN
+from lrt.model.transformer import LRT
+from lrt.schedule import Curriculum, Pass, Schedule
+from lrt.training.checkpoint import Loaded
+from lrt.utils.distributed import World
+
+SWEEPS = 8
+"""Jacobi sweeps over which the memory's residual is followed."""
+
+
+class Rows(NamedTuple):
+    """Validation rows, each [B, T]."""
+
+    tokens: TokensBN
+    targets: TokensBN
+    starts: Tensor
+    bytes: Tensor
+    """UTF-8 bytes of the target tokens, 0 for special ones."""
+
+
+@dataclass(frozen=True)
+class BPB:
+    """Bits per byte in every mode, in the evaluation's float type."""
+
+    zero_memory: float
+    """One parallel pass, no memory."""
+    passes: tuple[float, ...]
+    """Each pass of the schedule that makes logits, over its own positions."""
+    merged: float
+    """The last writer of each position: parallel BPB."""
+    decoded: float
+    """Exact recurrence, token by token."""
+    by_position: dict[str, float]
+    """Decoded, by the target's position in the row: `1`, `2-3`, `4-7`, ..."""
+    residuals: tuple[float, ...]
+    """Largest relative change of any memory vector in each Jacobi sweep from zero memory."""
+    rows: int
+    """Rows scored."""
+    schedule: str
+    """Schedule of `passes` and `merged`."""
+
+    @property
+    def live_gap(self) -> float:
+        """Decoded minus merged: how far the training graph's score flatters (or not) the decoder."""
+        return self.decoded - self.merged
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, the live gap included."""
+        return asdict(self) | {"live_gap": self.live_gap}
+
+
+def validation_rows(stream: RowSource | TaskRows, token_bytes: np.ndarray, *, rows: int, length: int, bos: int) -> Rows:
+    """`rows` fixed rows spread over the validation split, or as many as there are.
+
+    Each answer of a task counts as one byte: its BPB is bits per answer.
+    """
+    if isinstance(stream, TaskRows):
+        batch = stream.batch(rows, length)
+        return Rows(batch.tokens, batch.targets, batch.starts, (batch.targets != IGNORE).long())
+    count = min(rows, (len(stream) - 1) // length)
+    batch = Loader(stream, batch=max(count, 1), length=length, bos=bos, seed=0).batch(0)
+    sizes = torch.from_numpy(token_bytes.astype(np.int64))
+    return Rows(batch.tokens, batch.targets, batch.starts, sizes[batch.targets])
+
+
+class _Text(NamedTuple):
+    """Tokens in memory, as a loader reads them."""
+
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+
+def held_out_rows(loaded: Loaded, source: str | None, *, rows: int, length: int) -> Rows:
+    """Rows of the run's validation split, or of another text source read as `lrt train` would."""
+    d, tokenizer = loaded.config.data, loaded.tokenizer
+    if source is None:
+        prepared = prepare(
+            source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
+            vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder),
+        )  # fmt: skip
+        if prepared.tokenizer.hash != tokenizer.hash:
+            raise ValueError(
+                f"{prepared.folder} has another tokenizer than {loaded.run}; its text has changed: give --source"
+            )
+        stream = prepared.val
+    else:
+        enough = rows * length * 16  # bytes; tokens are shorter on average
+        found = documents(source, text_column=d.text_column, max_bytes=enough)
+        ids = [i for text in found for i in (tokenizer.bos, *tokenizer.encode(text))]
+        stream = _Text(np.asarray(ids, dtype=np.int64))
+    return validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+
+
+def bits_per_byte(nats: Tensor, sizes: Tensor) -> float:
+    """BPB of per-token `nats` whose targets stand for `sizes` bytes; both of one shape."""
+    total = int(sizes.sum())
+    return float(nats[sizes > 0].double().sum()) / (math.log(2) * total) if total else math.nan
+
+
+@torch.no_grad()
+def evaluate(
+    model: LRT, schedule: Schedule | Curriculum, rows: Rows, *, batch: int = 64, world: World | None = None
+) -> BPB:
+    """Score the same rows in every mode; ranges in the schedule are taken at their upper end.
+
+    Of several processes each scores its share of the rows, and all get the whole result.
+    """
+    training, world = model.training, world or World(model.device)
+    model.eval()
+    own = _share(rows, world)
+    parts = [
+        _scores(model, schedule.at_largest(), Rows(*(x[i : i + batch] for x in own)))
+        for i in range(0, len(own.tokens), batch)
+    ]
+    model.train(training)
+
+    def gathered(own: list[Tensor]) -> Tensor:
+        return world.gather(torch.cat(own))[: len(rows.tokens)]
+
+    zero, merged, decoded = (gathered([getattr(p, name) for p in parts]) for name in ("zero", "merged", "decoded"))
+    sizes = rows.bytes
+    passes = []
+    for i, at in enumerate(parts[0].slices):
+        cut = slice(at.start, at.stop, at.step)
+        passes.append(bits_per_byte(gathered([p.passes[i] for p in parts]), sizes[:, cut]))
+    residuals = world.gather(torch.tensor([p.residuals for p in parts])).amax(0).tolist()
+    return BPB(
+        zero_memory=bits_per_byte(zero, sizes),
+        passes=tuple(passes),
+        merged=bits_per_byte(merged, sizes),
+        decoded=bits_per_byte(decoded, sizes),
+        by_position=by_position(decoded, sizes),
+        residuals=tuple(residuals),
+        rows=len(sizes),
+        schedule=str(schedule.at_largest()),
+    )
+
+
+def _share(rows: Rows, world: World) -> Rows:
+    """This process's rows, equally many on each: the last ones score the first rows again, and that is cut off."""
+    count = -(-len(rows.tokens) // world.size)
+    own = torch.arange(world.rank * count, (world.rank + 1) * count) % len(rows.tokens)
+    return rows if world.size == 1 else Rows(*(x[own] for x in rows))
+
+
+def by_position(nats: Tensor, sizes: Tensor) -> dict[str, float]:
+    """BPB in buckets of doubling position: the loss falls along the row as far as context helps."""
+    length, found, low = nats.shape[1], {}, 1
+    while low <= length:
+        high = min(2 * low, length + 1)
+        label = str(low) if high == low + 1 else f"{low}-{high - 1}"
+        found[label] = bits_per_byte(nats[:, low - 1 : high - 1], sizes[:, low - 1 : high - 1])
+        low = high
+    return found
+
+
+class _Scores(NamedTuple):
+    zero: Tensor
+    passes: list[Tensor]
+    slices: list[range]
+    merged: Tensor
+    decoded: Tensor
+    residuals: list[float]
+
+
+def _scores(model: LRT, schedule: Schedule, rows: Rows) -> _Scores:
+    device, length = model.device, rows.tokens.shape[1]
+    tokens, targets, starts = (x.to(device) for x in rows[:3])
+    passes, slices = [], []
+    merged = torch.zeros(tokens.shape, dtype=torch.float64)
+    for p, written, _ in run_passes(model, tokens, schedule.passes(length), starts):
+        if written.hidden is not None:
+            cut = slice(p.positions.start, p.positions.stop, p.positions.step)
+            passes.append(token_nats(model, written.hidden, targets[:, cut]).double().cpu())
+            slices.append(p.positions)
+            merged[:, cut] = passes[-1]
+    zero = score(model, tokens, targets, mode="zero_memory").nats.double().cpu()
+    decoded = score(model, tokens, targets, mode="exact").nats.double().cpu()
+    return _Scores(zero, passes, slices, merged, decoded, sweep_residuals(model, tokens, starts))
+
+
+@torch.no_grad()
+def sweep_residuals(model: LRT, tokens: TokensBN, starts: Tensor | None, sweeps: int = SWEEPS) -> list[float]:
+    """Largest relative change of any row's and position's memory in each Jacobi sweep; empty without memory."""
+    if not model.config.memory.on:
+        return []
+    full = range(tokens.shape[1])
+    found: list[float] = []
+    before = torch.zeros(())
+    for _, written, _ in run_passes(model, tokens, [Pass(full, 0.0, False)] * (sweeps + 1), starts):
+        change = (written.source - before).norm(dim=-1) / written.source.norm(dim=-1)
+        before = written.source
+        found.append(float(change.max()))
+    return found[1:]

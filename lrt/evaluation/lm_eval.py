@@ -1,0 +1,132 @@
+"""lm-eval: the harness's own tasks and aggregation, scored and continued by the decoding engine, with memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from lrt.config.model import require
+from lrt.inference.generate import generate, states
+from lrt.inference.prefill import DEFAULT_MODE, DEFAULT_TOLERANCE
+from lrt.inference.sampling import SamplingParams
+from lrt.training.checkpoint import Loaded
+
+Pair = tuple[Any, list[int], list[int]]
+"""Something to tell it by, and the tokens of context and continuation."""
+MAX_NEW = 256
+"""Tokens generated where a task names no number; the harness's own default."""
+
+
+@final
+class Harness(TemplateLM):
+    """A model for lm-eval, whose three methods are `states`, `generate`, and windows over the first.
+
+    Texts are tokenised as HFLM does with an exported folder: BOS in front of every context. Rolling windows begin with
+    one BOS (HFLM needs `add_bos_token=False` for that, else it also scores a BOS after a BOS).
+    """
+
+    backend = "causal"
+
+    def __init__(self, loaded: Loaded, mode: str = DEFAULT_MODE, rows: int = 8):
+        super().__init__()
+        self.loaded, self.mode, self.tolerance, self.batch_rows = loaded, mode, DEFAULT_TOLERANCE, rows
+        self.max_length = loaded.model.config.context
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.loaded.tokenizer.bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        opening = [] if add_special_tokens is False else [self.loaded.tokenizer.bos]
+        return [*opening, *self.loaded.tokenizer.encode(string)]
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
+        """Summed log-probability of each continuation, and whether it is the greedy one."""
+        whole = [([*context, *rest][-self.max_length - 1 :], len(rest)) for _, context, rest in requests]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(whole)
+        for rows in self._batches([len(ids) for ids, _ in whole]):
+            width = max(len(whole[i][0]) for i in rows)
+            ids = torch.tensor(
+                [whole[i][0] + [0] * (width - len(whole[i][0])) for i in rows], device=self.loaded.model.device
+            )
+            chosen, best = self._scored(ids)
+            for row, i in enumerate(rows):
+                end, count = len(whole[i][0]) - 1, whole[i][1]
+                part = slice(end - count, end)
+                found[i] = float(chosen[row, part].sum()), bool(best[row, part].all())
+        return found
+
+    def _scored(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of every token after the first, float64 [B, T - 1], and whether it is the most probable."""
+        model, parts = self.loaded.model, []
+        for first, hidden, _ in states(model, ids[:, :-1], mode=self.mode, tolerance=self.tolerance):
+            z, target = model.logits(hidden), ids[:, first + 1 : first + 1 + hidden.shape[1]]
+            chosen = z.double().log_softmax(-1).gather(-1, target[..., None])[..., 0]
+            parts.append((chosen, z.argmax(-1) == target))
+        return torch.cat([a for a, _ in parts], dim=1), torch.cat([b for _, b in parts], dim=1)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Summed log-probability of whole texts, in windows of the model's context that share no target."""
+        bos, owners, windows = self.loaded.tokenizer.bos, [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for pair in get_rolling_token_windows(ids, bos, self.max_length, context_len=1):
+                owners.append(i)
+                windows.append((None, *make_disjoint_window(pair)))
+        totals = [0.0] * len(requests)
+        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += value
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, up to the first stop text; a context too long for its answer loses its beginning."""
+        found = [""] * len(requests)
+        prompts, laws = zip(*(self._request(*request.args) for request in requests), strict=True)
+        for rows in self._batches([len(p) for p in prompts]):
+            texts = dict.fromkeys(rows, "")
+            spell = self.loaded.tokenizer.decode_bytes
+            some = [prompts[i] for i in rows], [laws[i] for i in rows]
+            for made in generate(
+                self.loaded.model, *some, decode_bytes=spell, mode=self.mode, tolerance=self.tolerance
+            ):
+                for emission in made.emissions:
+                    texts[rows[emission.row]] += emission.text
+            for i, text in texts.items():
+                found[i] = text
+        return found
+
+    def _request(self, context: str, options: dict[str, Any]) -> tuple[list[int], SamplingParams]:
+        until, count = options.get("until") or [], options.get("max_gen_toks", MAX_NEW)
+        warm = options.get("do_sample") and options.get("temperature", 1.0)
+        require(not warm, "lrt eval --tasks decodes greedily; this task samples: set do_sample false")
+        require(count < self.max_length, f"max_gen_toks {count} leaves no context of {self.max_length}; lower it")
+        stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
+        prompt = self.tok_encode(context)[-(self.max_length - count) :]
+        return prompt, SamplingParams(max_new_tokens=count, temperature=0, stop=stop)
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices, rows of like length together, longest first."""
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        for i in range(0, len(longest), self.batch_rows):
+            yield longest[i : i + self.batch_rows]
+
+
+def run_tasks(
+    loaded: Loaded, tasks: Sequence[str], *, mode: str, include: Path | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """The harness's results by task, with the mode that scored them. ValueError: a task that it does not know."""
+    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    require(not unknown, f"lm-eval knows no task {', '.join(unknown)}; name its YAML's folder with --include-path")
+    model: Any = Harness(loaded, mode)
+    done: Any = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, limit=limit)
+    exact = mode in ("exact", "zero_memory")
+    return {"mode": mode if exact else f"sweeps({mode}, {DEFAULT_TOLERANCE:g})", "results": done["results"]}

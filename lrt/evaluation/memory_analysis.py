@@ -1,0 +1,237 @@
+"""`lrt analyze RUN`: where the memory acts, how far back it reaches, and how fast its sweeps contract.
+
+Nothing is computed by a second forward: what is switched off is switched off in the weights of a copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from lrt.cli.main import parse
+from lrt.config.model import require
+from lrt.evaluation.bits_per_byte import Rows, held_out_rows, sweep_residuals
+from lrt.inference.generate import score
+from lrt.model.loss import token_nats
+from lrt.model.run_passes import run_passes
+from lrt.model.transformer import LRT, Block
+from lrt.schedule import Schedule
+from lrt.training.checkpoint import load_model
+from lrt.utils.hardware import resolve_device
+from lrt.utils.tables import Table
+
+REACH = 16
+"""Positions back that the gradient is followed."""
+
+
+def layerwise(model: LRT) -> LRT:
+    """The same function with a projection per layer, so that each can be switched off; a copy in any case."""
+    config = model.config
+    if config.memory.projection == "shared":
+        config = replace(config, memory=replace(config.memory, projection="layerwise"))
+    copy, weights = LRT.build(config, model.device).to(model.stream_dtype), dict(model.state_dict())
+    for name in [name for name in weights if name.startswith("projection.")]:
+        shared = weights.pop(name)
+        weights |= {f"blocks.{i}.attention.{name}": shared for i in range(config.depth)}
+    copy.load_state_dict(weights)
+    return copy.eval()
+
+
+def _blocks(model: LRT) -> list[Block]:
+    return [block for block in model.blocks if isinstance(block, Block)]
+
+
+def switches(model: LRT) -> dict[str, list[Tensor]]:
+    """Weights (or parts of them) that are zeroed to switch something off, by what that is. `model` is `layerwise`."""
+    found: dict[str, list[Tensor]] = {"all memory": [], "ResidualInjection": [], "KVProjection": []}
+    for i, block in enumerate(_blocks(model), 1):
+        gamma = [block.injection.gamma.data] if block.injection.gamma is not None else []
+        projection = block.attention.projection
+        matrices = [projection.key.weight.data, projection.value.weight.data] if projection is not None else []
+        found["ResidualInjection"] += gamma
+        found["KVProjection"] += matrices
+        found[f"layer {i}"] = gamma + matrices
+        for head in range(model.config.k if matrices else 0):
+            rows = slice(head * model.config.e, (head + 1) * model.config.e)
+            found[f"layer {i}, head {head + 1}"] = [w[rows] for w in matrices]
+    found["all memory"] = found["ResidualInjection"] + found["KVProjection"]
+    return {name: parts for name, parts in found.items() if parts}
+
+
+@torch.no_grad()
+def ablations(model: LRT, rows: Rows) -> dict[str, float]:
+    """Decoded loss in nats per token with everything on, and the increase when each switch is off."""
+    copy = layerwise(model)
+
+    def loss() -> float:
+        return float(score(copy, rows.tokens, rows.targets).nats.double().mean())
+
+    whole, found = loss(), {}
+    for name, parts in switches(copy).items():
+        kept = [part.clone() for part in parts]
+        for part in parts:
+            part.zero_()
+        found[name] = loss() - whole
+        for part, before in zip(parts, kept, strict=True):
+            part.copy_(before)
+    return {"loss": whole} | found
+
+
+@torch.no_grad()
+def gates(model: LRT, rows: Rows) -> list[dict[str, list[float]]]:
+    """Mean gates by layer: `local`, `memory` and, where there is a value embedding, `value`, each by head."""
+    seen: list[list[Tensor]] = [[] for _ in _blocks(model)]
+    hooks = [
+        block.attention.gate.register_forward_hook(_keeper(kept))
+        for block, kept in zip(_blocks(model), seen, strict=True)
+        if block.attention.gate is not None
+    ]
+    score(model, rows.tokens, rows.targets)
+    for hook in hooks:
+        hook.remove()
+    names = ("local", "memory", "value")
+    return [
+        dict(zip(names, torch.stack(kept).mean(0).view(-1, model.config.k).tolist(), strict=False)) if kept else {}
+        for kept in seen
+    ]
+
+
+def _keeper(kept: list[Tensor]) -> Any:
+    def keep(module: nn.Module, inputs: Any, out: Tensor) -> None:
+        kept.append(2 * torch.sigmoid(out).flatten(0, -2).mean(0))
+
+    return keep
+
+
+def influence(model: LRT, rows: Rows, reach: int = REACH) -> list[float]:
+    """Norm of the gradient of the last position's loss with respect to m_{t-k}, k = 1.., mean over rows; exact."""
+    tokens, targets = rows.tokens[:, : 2 * reach], rows.targets[:, : 2 * reach]
+    with torch.enable_grad():
+        passes = Schedule.parse("sequential").passes(tokens.shape[1])
+        written = [w for _, w, _ in run_passes(model, tokens, passes, model.starts(tokens))]
+        last = written[-1].hidden
+        assert last is not None
+        loss = token_nats(model, last, targets[:, -1:]).sum()
+        before = [w.source for w in reversed(written[-1 - reach : -1])]
+        found = torch.autograd.grad(loss, before, allow_unused=True)
+    return [0.0 if g is None else float(g.norm(dim=-1).mean()) for g in found]
+
+
+def contraction(residuals: Sequence[float]) -> float:
+    """Factor by which a sweep shrinks the change of the memory: geometric mean over the sweeps that still change it."""
+    falling = [r for r in residuals if r > 1e-6]
+    return (falling[-1] / falling[0]) ** (1 / (len(falling) - 1)) if len(falling) > 1 else 0.0
+
+
+@torch.no_grad()
+def norms(model: LRT, rows: Rows) -> dict[str, float]:
+    """Root mean square of the stream that the memory is normalised from, by position in doubling buckets; decoded."""
+    passes, length = Schedule.parse("sequential").passes(rows.tokens.shape[1]), rows.tokens.shape[1]
+    loop, block = divmod(model.config.source - 1, model.config.depth)
+    streams: list[Tensor] = []
+    hook = model.blocks[block].register_forward_hook(lambda module, inputs, out: streams.append(out[0]))
+    written = []
+    for _ in run_passes(model, rows.tokens, passes, model.starts(rows.tokens)):
+        written.append(streams[loop].pow(2).mean(dim=-1).sqrt().mean())
+        streams.clear()
+    hook.remove()
+    values = torch.stack(written)
+    edges = [1 << i for i in range(length.bit_length()) if 1 << i <= length]
+    return {str(low): float(values[low - 1 : 2 * low - 1].mean()) for low in edges}
+
+
+def analyse(model: LRT, rows: Rows) -> dict[str, Any]:
+    """Everything `lrt analyze` tells, as plain data. ValueError: a model without memory."""
+    require(model.config.memory.on, "this model has no memory to analyse; give an LRT")
+    residuals = sweep_residuals(model, rows.tokens, model.starts(rows.tokens))
+    scalars = [{name: p.item() for name, p in b.injection.named_parameters()} for b in _blocks(model)]
+    return {
+        "scalars": scalars, "gates": gates(model, rows), "ablations": ablations(model, rows),
+        "influence": influence(model, rows), "stream_rms_by_position": norms(model, rows),
+        "sweep_residuals": residuals, "contraction": contraction(residuals),
+    }  # fmt: skip
+
+
+def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
+    """The findings as tables under headings."""
+    layers = [
+        [str(i), *(f"{s[n]:.3f}" if n in s else "" for n in ("alpha", "beta", "gamma"))]
+        + [" ".join(f"{x:.2f}" for x in g.get(n, [])) for n in ("local", "memory", "value")]
+        for i, (s, g) in enumerate(zip(found["scalars"], found["gates"], strict=True), 1)
+    ]
+    header = ["layer", "alpha", "beta", "gamma", "local gates by head", "memory gates", "value gates"]
+    changes = [[name, f"{x:+.4f}"] for name, x in found["ablations"].items() if name != "loss"]
+    whole = f"nats per token more than {found['ablations']['loss']:.4f}"
+    reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(found["influence"], 1)]
+    sizes = [[k, f"{x:.4f}"] for k, x in found["stream_rms_by_position"].items()]
+    sweeps = [[str(k), f"{x:.2e}"] for k, x in enumerate(found["sweep_residuals"], 1)]
+    return [
+        ("scalars and gates", Table(header, layers)),
+        ("switched off", Table(["off", whole], changes)),
+        ("reach of the memory", Table(["k", "norm of the loss's gradient at m_{t-k}"], reach)),
+        ("the stream before it is normalised to the memory", Table(["from position", "root mean square"], sizes)),
+        (f"sweeps contract by {found['contraction']:.3f}", Table(["sweep", "largest relative change"], sweeps)),
+    ]
+
+
+def heat_map(found: dict[str, Any]) -> Figure:
+    """Loss increase with a head's memory switched off (left), and its mean memory gate (right), layers by heads."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    depth, heads = len(found["gates"]), max(len(g.get("memory", ())) for g in found["gates"])
+    require(heads > 0, "this model has no KVProjection, so there is no heat map by head")
+    cells = [(i, h) for i in range(depth) for h in range(heads)]
+    losses = [[found["ablations"][f"layer {i}, head {h}"] for h in range(1, heads + 1)] for i in range(1, depth + 1)]
+    opened = [g["memory"] for g in found["gates"]]
+    for axes, values, title in zip(
+        figure.subplots(1, 2), (losses, opened), ("nats per token more without it", "mean memory gate"), strict=True
+    ):
+        image = axes.imshow(values, cmap="viridis", aspect="auto")
+        figure.colorbar(image, ax=axes)
+        axes.set(title=title, xlabel="key/value head", ylabel="layer")
+        axes.set_xticks(range(heads), range(1, heads + 1))
+        axes.set_yticks(range(depth), range(1, depth + 1))
+        for i, h in cells if depth * heads <= 64 else ():
+            dark = values[i][h] < (max(map(max, values)) + min(map(min, values))) / 2
+            axes.text(h, i, f"{values[i][h]:.3f}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
+    return figure
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Where the memory of a run acts: scalars, gates, what is lost without each part, reach, contraction."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    source: str | None = None
+    """Text to analyse on instead of the run's validation split."""
+    rows: int = 16
+    """Rows."""
+    out: Path | None = None
+    """PNG of the heat map by layer and head; by default RUN/analysis.png."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """`lrt analyze`."""
+    given = parse(Analyze, args, "analyze")
+    require(given.rows >= 1, f"--rows is {given.rows}; take at least 1")
+    loaded = load_model(given.run, resolve_device(given.device))
+    rows = held_out_rows(loaded, given.source, rows=given.rows, length=loaded.config.train.length)
+    found = analyse(loaded.model, Rows(*(x.to(loaded.model.device) for x in rows)))
+    picture = given.out or loaded.run / "analysis.png"
+    if loaded.config.model.memory.projection != "none":
+        heat_map(found).savefig(picture, dpi=130)
+    text = "\n\n".join(f"{heading}\n\n{table.markdown()}" for heading, table in tables(found))
+    print(json.dumps({"run": str(given.run), "step": loaded.step} | found) if given.json else text)
+    return 0

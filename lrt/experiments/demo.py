@@ -1,0 +1,120 @@
+"""`lrt demo`: a plain transformer and two LRTs at equal effective compute, trained here and now, and compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lrt.config.model import require
+from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
+from lrt.config.run import RunConfig
+from lrt.experiments.pages import curves, page, read_run
+from lrt.experiments.record import record
+from lrt.experiments.runner import at_once, run_all
+from lrt.inference.chat import complete
+from lrt.inference.sampling import SamplingParams
+from lrt.model.flops import train_flops_per_token
+from lrt.schedule import Curriculum
+from lrt.training.checkpoint import load_model, write_json
+from lrt.training.logging import Jsonl, Live
+from lrt.training.trainer import Sink, horizon, prepare_data, train
+from lrt.utils.hardware import resolve_device
+from lrt.utils.tables import Table
+
+ARMS: dict[str, Callable[[], RunConfig]] = {
+    "plain": cpu_demo_plain,
+    "lrt-shared-interleaved-2": cpu_demo_paper,
+    "lrt-layerwise-settled-1-3": cpu_demo,
+}
+HEADER = (
+    "method", "parameters", "tokens", "token forwards", "train s", "BPB zero memory", "merged", "decoded", "live gap",
+    "decode tok/s",
+)  # fmt: skip
+PROMPT = "def read_lines(path):\n"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train three arms at equal effective compute, print one table, write report.html and report.json."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the report; each arm's run is a folder in it."""
+    compute: float | None = None
+    """Effective compute, in token forwards per scaling parameter; by default the recipe's."""
+    source: str = "python"
+    """Text to train on: `python` is the standard library's sources; see `lrt train --help`."""
+    seed: int = 0
+    """Seed of all arms."""
+
+
+def run_demo(demo: Demo) -> str:
+    """Train the arms, as many at a time as there are cores, and report; returns the table and samples as text."""
+    require(demo.compute is None or demo.compute > 0, f"--compute is {demo.compute}; it must be positive")
+    for name in ARMS:
+        folder = demo.out / name
+        require(not folder.exists(), f"{folder} exists; remove it or choose another --out")
+    started = time.perf_counter()
+    configs = {name: _configure(make(), name, demo) for name, make in ARMS.items()}
+    with Live(samples=False) as live:
+        prepare_data(next(iter(configs.values())), [live])
+        longest = sorted(configs.items(), key=lambda named: _flops(named[1]), reverse=True)
+        failed = run_all(dict(longest), demo.out, _train_arm, at_once(), live)
+    require(not failed, "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    rows = [_row(config, demo.out / name) for name, config in configs.items()]
+    return _write(demo.out, rows, time.perf_counter() - started)
+
+
+def _configure(config: RunConfig, name: str, demo: Demo) -> RunConfig:
+    horizon = config.train.horizon if demo.compute is None else f"compute={demo.compute}"
+    training = replace(config.train, horizon=horizon, seed=demo.seed)
+    return replace(config, name=name, train=training, data=replace(config.data, source=demo.source))
+
+
+def _flops(config: RunConfig) -> float:
+    t = config.train
+    per_token = train_flops_per_token(config.model, Curriculum.parse(t.schedule), t.length)
+    return per_token * horizon(config) * t.batch * t.length
+
+
+def _train_arm(config: RunConfig, folder: Path, tell: Sink) -> None:
+    train(config, folder, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
+
+
+def _row(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """One arm's figures; decoding speed is measured here, once nothing else runs."""
+    loaded = load_model(folder, resolve_device(config.train.device))
+    prompt = SamplingParams(max_new_tokens=100, temperature=0.7, seed=1)
+    sample = PROMPT + "".join(complete(loaded.model, loaded.tokenizer, PROMPT, prompt))
+    return record(folder, longer=False) | {"sample": sample}
+
+
+def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
+    cells = [_cells(row) for row in rows]
+    figure = curves([read_run(out / row["name"]) for row in rows])
+    figure.savefig(out / "report.png", dpi=130)
+    about = (
+        f"Equal effective compute ({rows[0]['effective_compute']:,.0f} token forwards, one without gradient counted a "
+        f"third); tokens seen differ. Each arm had one CPU core or the GPU; evaluation in float32 on the same rows; "
+        f"decoding eager, one row; {seconds:.0f} s in all."
+    )
+    samples = {f"sample: {row['name']}": row["sample"] for row in rows}
+    blocks = [("bits per byte", Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
+    html = page("lrt demo", about, blocks)
+    (out / "report.html").write_text(html, encoding="utf-8")
+    write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about})
+    texts = [f"--- {name}\n{text}" for name, text in samples.items()]
+    return "\n\n".join(
+        [Table(HEADER, cells).markdown(), about, *texts, f"{out / 'report.html'}, report.png, report.json"]
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    bpb = row["bpb"]
+    return [
+        row["name"], f"{row['parameters']:,}", f"{row['tokens']:,}", f"{row['token_forwards']:,.0f}",
+        f"{row['wall_seconds']:.0f}", f"{bpb['zero_memory']:.4f}", f"{bpb['merged']:.4f}", f"{bpb['decoded']:.4f}",
+        f"{row['live_gap']:+.4f}", f"{row['decode_tokens_per_second']:,.0f}",
+    ]  # fmt: skip

@@ -1,0 +1,85 @@
+"""Text in, text out: prompts and conversations over `decode.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lrt.data import Tokenizer
+from lrt.inference.generate import generate
+from lrt.inference.prefill import DEFAULT_MODE
+from lrt.inference.sampling import SamplingParams
+from lrt.model.kv_cache import KVCache
+from lrt.model.transformer import LRT
+
+
+@torch.no_grad()
+def complete(
+    model: LRT, tokenizer: Tokenizer, prompt: str, sampling: SamplingParams, *, mode: str = DEFAULT_MODE
+) -> Iterator[str]:
+    """Continue `prompt` as the beginning of a document; yields text as it becomes certain.
+
+    ValueError if the prompt does not fit the model's context.
+    """
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    require_room(model, len(ids))
+    for step in generate(model, [ids], sampling, decode_bytes=tokenizer.decode_bytes, mode=mode):
+        yield step.emissions[0].text
+
+
+def require_room(model: LRT, tokens: int) -> None:
+    """Raise ValueError if a prompt of `tokens` leaves no room for an answer in the model's context."""
+    context = model.config.context
+    if tokens >= context:
+        raise ValueError(f"the prompt has {tokens} tokens, the model's context is {context}; shorten the prompt")
+
+
+@dataclass
+class Conversation:
+    """A kept state that turns are added to: nothing is prefilled twice."""
+
+    model: LRT
+    tokenizer: Tokenizer
+    mode: str = DEFAULT_MODE
+    cache: KVCache | None = None
+    pending: list[int] = field(default_factory=list)
+    """Tokens emitted or fixed that the state has not taken in yet."""
+    ended: Sequence[str] = ()
+    """The stop texts, one of which ended the last answer; empty if none did."""
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context that are taken."""
+        return len(self.pending) + (int(self.cache.length[0]) if self.cache else 0)
+
+    def say(self, text: str, sampling: SamplingParams) -> Iterator[str]:
+        """Add `text` and stream the model's continuation.
+
+        A stop text that ends the answer does not enter the state: the answer as shown is taken in with the next turn,
+        and after it as much of the stop text as the turn's own text does not begin with.
+        """
+        opening = [] if self.cache or self.pending else [self.tokenizer.bos]
+        prompt = [*self.pending, *opening, *self.tokenizer.encode(_lead(self.ended, text) + text)]
+        require_room(self.model, self.used + len(prompt) - len(self.pending))
+        cache = self.cache or KVCache.empty(self.model, 1, self.model.config.context)
+        self.ended, before, said, decode = (), None, [], self.tokenizer.decode_bytes
+        shown = ""
+        for step in generate(self.model, [prompt], sampling, decode_bytes=decode, cache=cache, mode=self.mode):
+            if before is None and sampling.stop:
+                before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
+            emission = step.emissions[0]
+            self.cache, self.pending = step.cache, [emission.token]
+            said.append(emission.token)
+            shown += emission.text
+            yield emission.text
+        raw = decode(said).decode("utf-8", errors="replace")
+        if before is not None and any(stop in raw for stop in sampling.stop):
+            self.cache, self.pending, self.ended = before, self.tokenizer.encode(shown), sampling.stop
+
+
+def _lead(ended: Sequence[str], text: str) -> str:
+    """What comes before `text` where one of these stop texts ended an answer and `text` begins with its end."""
+    leads = [stop[:-n] for stop in ended for n in range(len(stop), 0, -1) if text.startswith(stop[-n:])]
+    return min(leads, key=len, default="")

@@ -1,0 +1,287 @@
+"""Decoding: prefill, one exact step, generation, and the score of the decoded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrt.inference.batch import Emission, Request, RunningBatch
+from lrt.inference.prefill import (
+    DEFAULT_CHUNK,
+    DEFAULT_MODE,
+    DEFAULT_SWEEPS,
+    DEFAULT_TOLERANCE,
+    Effort,
+    OneToken,
+    PrefillOptions,
+    advance,
+    next_logits,
+    no_grad_pass,
+    solve,
+    total,
+)
+from lrt.inference.sampling import SamplingParams
+from lrt.inference.streaming import DecodeBytes, TextStream
+from lrt.model.kv_cache import KVCache
+from lrt.model.loss import token_nats
+from lrt.model.run_passes import run_passes
+from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.transformer import LRT
+
+LOGITS_AT_ONCE = 2**25
+"""Logits that scoring computes at a time, which bounds its memory."""
+
+
+class Prefill(NamedTuple):
+    """A prompt taken in."""
+
+    logits: Tensor
+    """Next-token logits after each row's last token, [B, V]."""
+    cache: KVCache
+    mode: str
+    """`exact`, or such as `sweeps(interleaved-8, 0.0007)`."""
+    effort: Effort
+
+
+class Scored(NamedTuple):
+    """Per-token scores."""
+
+    nats: Tensor
+    """Negative log-likelihood of each target, [B, T], float32 at least; 0 where the target is IGNORE."""
+    mode: str
+    """`exact`, `zero_memory`, or such as `sweeps(interleaved-8, 0.0007)`."""
+    effort: Effort
+
+
+@torch.no_grad()
+def prefill(
+    model: LRT,
+    tokens: TokensBN,
+    *,
+    mode: str = DEFAULT_MODE,
+    tolerance: float = DEFAULT_TOLERANCE,
+    lengths: Tensor | None = None,
+    cache: KVCache | None = None,
+    capacity: int | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    max_sweeps: int = DEFAULT_SWEEPS,
+) -> Prefill:
+    """Take prompts in, so that `step` can go on from them.
+
+    Args:
+        tokens: int64 [B, T]; shorter rows are padded on the right with any valid token.
+        mode: `exact` (token by token), `jacobi` or `interleaved-G` sweeps; see `PrefillOptions`.
+        tolerance: relative change of the memory, per row and position, at which sweeps stop.
+        lengths: tokens of each row that count, int64 [B], 1..T; by default all.
+        cache: a state to continue; its keys and values are filled in place. By default an empty one of `capacity`
+            tokens (the model's context if that is not given).
+        chunk: positions solved at a time, which bounds the memory that sweeps take.
+        max_sweeps: sweeps per chunk before the rest of it is finished exactly.
+
+    Raises:
+        ValueError: a token out of range, an empty prompt, or one that does not fit the capacity.
+    """
+    plan = PrefillOptions.parse(mode, tolerance, max_sweeps, chunk)
+    _check_tokens(model, tokens)
+    lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens.device)
+    cache = KVCache.empty(model, len(tokens), capacity or model.config.context) if cache is None else cache
+    _check_fit(cache, lengths, tokens.shape[1])
+    last, parts = torch.empty_like(cache.memory), []
+    for first, solved in solve(model, tokens, lengths, cache, plan):
+        cache = solved.cache
+        at = lengths - 1 - first
+        here = ((at >= 0) & (at < solved.hidden.shape[1])).nonzero()[:, 0]
+        last[here] = solved.hidden[here, at[here]].to(last.dtype)
+        parts.append((solved.hidden.shape[1], solved.effort))
+    return Prefill(model.logits(last), cache, str(plan), total(parts))
+
+
+@torch.no_grad()
+def decode_step(model: LRT, tokens: Tensor, cache: KVCache, active: Tensor | None = None) -> tuple[Tensor, KVCache]:
+    """Decode one token per row: the exact recurrence.
+
+    Args:
+        tokens: the rows' newest tokens, int64 [B]; a BOS resets the memory.
+        cache: the state so far; its keys and values are filled in place.
+        active: boolean [B]; rows where it is False wait: their state stays, their logits mean nothing.
+
+    Returns:
+        Next-token logits [B, V], and the state after.
+    """
+    return advance(model, tokens, cache, active, next_logits)
+
+
+@torch.no_grad()
+def states(
+    model: LRT,
+    tokens: TokensBN,
+    *,
+    mode: str = DEFAULT_MODE,
+    tolerance: float = DEFAULT_TOLERANCE,
+    chunk: int = DEFAULT_CHUNK,
+    max_sweeps: int = DEFAULT_SWEEPS,
+) -> Iterator[tuple[int, StreamBND, Effort]]:
+    """The head's input at every position of `tokens` [B, T] as the model decodes them: first column, [B, n, D], effort.
+
+    Chunk by chunk, so that a caller may do something else in between. `mode` is one of `prefill`'s, or `zero_memory`:
+    one parallel pass that reads no memory.
+    """
+    _check_tokens(model, tokens)
+    if mode == "zero_memory":
+        (_, written, _) = next(run_passes(model, tokens, [no_grad_pass(range(tokens.shape[1]))], model.starts(tokens)))
+        assert written.hidden is not None
+        yield 0, written.hidden, Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
+        return
+    plan = PrefillOptions.parse(mode, tolerance, max_sweeps, chunk)
+    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
+    for first, solved in solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), plan):
+        yield first, solved.hidden, solved.effort
+
+
+@torch.no_grad()
+def score(
+    model: LRT,
+    tokens: TokensBN,
+    targets: TokensBN,
+    *,
+    mode: str = DEFAULT_MODE,
+    tolerance: float = DEFAULT_TOLERANCE,
+    chunk: int = DEFAULT_CHUNK,
+    max_sweeps: int = DEFAULT_SWEEPS,
+) -> Scored:
+    """Negative log-likelihood of every target under the decoded model, in nats.
+
+    `tokens` and `targets` are int64 [B, T]; targets may be IGNORE. The mode is one of `prefill`'s, or `zero_memory`:
+    one parallel pass without memory. There is no limit to T but memory.
+    """
+    nats, parts = [], []
+    found = states(model, tokens, mode=mode, tolerance=tolerance, chunk=chunk, max_sweeps=max_sweeps)
+    for first, hidden, effort in found:
+        n = hidden.shape[1]
+        nats.append(_nats(model, hidden, targets[:, first : first + n]))
+        parts.append((n, effort))
+    name = mode if mode == "zero_memory" else str(PrefillOptions.parse(mode, tolerance, max_sweeps, chunk))
+    return Scored(torch.cat(nats, dim=1), name, total(parts))
+
+
+class Generated(NamedTuple):
+    """One step of a batch."""
+
+    emissions: list[Emission]
+    """One per row that was still running."""
+    cache: KVCache
+    """The state, which has taken in everything but this step's tokens."""
+
+
+@torch.no_grad()
+def generate(
+    model: LRT,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    samples: int = 1,
+    decode_bytes: DecodeBytes | None = None,
+    cache: KVCache | None = None,
+    capacity: int | None = None,
+    mode: str = DEFAULT_MODE,
+    tolerance: float = DEFAULT_TOLERANCE,
+    run: OneToken = next_logits,
+) -> Iterator[Generated]:
+    """Continue prompts together, a token per step, until every row has stopped.
+
+    Args:
+        prompts: token ids, one list per row, of any lengths.
+        sampling: for all rows, or one per prompt.
+        samples: answers per prompt; the prompt is taken in once, row `i * samples + j` is answer j to prompt i.
+        decode_bytes: a tokenizer's, to stream text and to find stop texts.
+        cache: a state to continue, one row per prompt. It has not taken in the last token it emitted: begin the
+            prompt with that. Otherwise an empty one of `capacity` tokens; by default what prompts and answers need,
+            at most the model's context, and answers end where it is full.
+        mode, tolerance: how the prompts are taken in, see `prefill`.
+        run: `next_logits`, or what `compiled` returns.
+
+    Raises:
+        ValueError: as `prefill`; stop texts without `decode_bytes`; not one sampling per prompt.
+    """
+    laws = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    tokens, lengths = _padded(prompts, model.device)
+    _check_requests(laws, len(prompts), samples, decode_bytes)
+    if cache is None and capacity is None:
+        needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, laws, strict=True))
+        capacity = min(model.config.context, needed)
+    start = prefill(model, tokens, mode=mode, tolerance=tolerance, lengths=lengths, cache=cache, capacity=capacity)
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
+    cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
+    shapes = [2**i for i in range(1, len(rows).bit_length())]  # rows that have all stopped leave the step
+    batch = RunningBatch(model, cache, logits=logits, run=run, shapes=shapes)
+    for request in _requests(model, laws, samples, cache, decode_bytes):
+        batch.join(request, prompts[request.row // samples])
+    while True:
+        yield Generated(batch.draw(), batch.cache)
+        if not batch.running:
+            return
+        batch.advance()
+
+
+def _requests(
+    model: LRT, laws: list[SamplingParams], samples: int, cache: KVCache, decode_bytes: DecodeBytes | None
+) -> list[Request]:
+    bos = () if model.config.bos is None else (model.config.bos,)
+    requests = []
+    for row, length in enumerate(cache.length.tolist()):
+        law = laws[row // samples]
+        stop = bos if law.stop_tokens is None else law.stop_tokens
+        stream = None if decode_bytes is None else TextStream(decode_bytes, law.stop)
+        left = min(law.max_new_tokens, cache.capacity - length + 1)
+        requests.append(Request(row, law, stop, left, stream, row % samples, length))
+    return requests
+
+
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[TokensBN, Tensor]:
+    """Prompts as a right-padded tensor [B, T], and their lengths [B]."""
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if not prompts or empty:
+        raise ValueError(f"prompt {empty[0] if empty else 0} is empty: give at least 1 token (BOS opens a text)")
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [[*prompt, *[prompt[0]] * (max(lengths) - len(prompt))] for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+
+
+def _check_requests(laws: list[SamplingParams], prompts: int, samples: int, decode_bytes: DecodeBytes | None) -> None:
+    if len(laws) != prompts or samples < 1:
+        raise ValueError(f"{len(laws)} samplings, {samples} samples for {prompts} prompts: give one sampling a prompt")
+    if decode_bytes is None and any(law.stop for law in laws):
+        raise ValueError("stop texts need decode_bytes: pass the tokenizer's, or stop at stop_tokens")
+
+
+def _nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
+    at_once = max(1, LOGITS_AT_ONCE // (len(hidden) * model.config.vocab_size))
+    parts = zip(hidden.split(at_once, dim=1), targets.split(at_once, dim=1), strict=True)
+    return torch.cat([token_nats(model, h, t) for h, t in parts], dim=1)
+
+
+def _check_tokens(model: LRT, tokens: TokensBN) -> None:
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: a prompt needs at least 1 token (BOS opens a text)")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.config.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"token {wrong} is outside the vocabulary of {model.config.vocab_size}: encode with the model's tokenizer"
+        )
+
+
+def _check_fit(cache: KVCache, lengths: Tensor, columns: int) -> None:
+    if int(lengths.min()) < 1 or int(lengths.max()) > columns:
+        raise ValueError(f"lengths {lengths.tolist()} must lie between 1 and the {columns} columns of tokens")
+    if len(lengths) != cache.rows:
+        raise ValueError(f"{len(lengths)} prompts for a state of {cache.rows} rows: give as many prompts as rows")
+    needed = int((cache.length + lengths).max())
+    if needed > cache.capacity:
+        raise ValueError(
+            f"a prompt would bring its row to {needed} tokens but the capacity is {cache.capacity}: "
+            "shorten it or give a larger capacity"
+        )

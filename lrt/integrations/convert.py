@@ -1,0 +1,206 @@
+"""`lrt convert`: a folder of another family, an exported one, or a run, to the folder of a run that training can go on
+from; memory is added on the way in such a way that the function is unchanged, or nearly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lrt.cli.main import parse
+from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
+from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
+from lrt.data import Tokenizer, load_tokenizer
+from lrt.integrations import families
+from lrt.model.transformer import LRT
+from lrt.training import checkpoint
+
+Memory = Literal["keep", "none", "residual", "shared", "layerwise"]
+Start = Literal["zero", "small", "copy"]
+TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Import a checkpoint of another family, an exported folder or a run as a run, adding memory on the way."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder with config.json, safetensors and tokenizer (Llama, Mistral, Qwen2, Qwen3, an exported LRT), or a run."""
+    out: Path
+    """Folder of the new run."""
+    memory: Memory = "keep"
+    """Memory to add to a model without: residual injection alone, or with shared or layerwise projections too. `keep`:
+    what the source has, which for another family is none."""
+    memory_source: int | None = None
+    """Block (1..L) after which the memory is taken; none means the last one."""
+    start: Start = "zero"
+    """Projections and gamma at 0: the function is unchanged, exactly; `small`: random, `copy`: those of the layer's own
+    keys and values, both at `start-scale`, and gamma at it: the function is nearly unchanged."""
+    start_scale: float = 0.02
+    """Size of the projections under `small` (times 1/sqrt(width)) and `copy` (times the layer's own), and of gamma."""
+    tokenizer: Path | None = None
+    """Tokenizer folder or tokenizer.json, where the source has none."""
+    context: int | None = None
+    """Longest sequence of the new run; by default the source's."""
+    seed: int = 0
+    """Of `small`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is converted."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+    template: str | None
+    train: TrainConfig
+
+
+def main(args: list[str]) -> int:
+    """The command."""
+    given = parse(Convert, args, "convert")
+    config = convert(given)
+    on = "with" if config.memory.on else "without"
+    print(f"{given.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")
+    print(f"continue it with: lrt train --init-from {given.out} --data.source YOUR_TEXT --out NEW_RUN")
+    return 0
+
+
+def convert(given: Convert) -> ModelConfig:
+    """Write the run folder `given.out`; returns its model's configuration. ValueError: what cannot be converted."""
+    require(not given.out.exists(), f"{given.out} exists; remove it or choose another --out")
+    source = read(given.source, given.tokenizer)
+    config = replace(source.config, context=source.config.context if given.context is None else given.context)
+    if given.memory != "keep":
+        require(not config.memory.on, f"{given.source} already has memory; leave --memory out, or keep")
+        config = replace(config, memory=_memory(given))
+    model = LRT.build(config, seed=given.seed)
+    add_memory(model, source.weights, given.start, given.start_scale, given.seed)
+    length = min(config.context, source.train.length)
+    run = RunConfig(
+        name=given.out.name,
+        model=config,
+        data=DataConfig(tokenizer=str(given.out / "tokenizer")),
+        train=replace(source.train, length=length, device="auto", dtype="auto", init_from=None),
+    )
+    source.tokenizer.save(given.out / "tokenizer")
+    if source.template is not None:
+        (given.out / "tokenizer" / TEMPLATE).write_text(source.template, encoding="utf-8")
+    checkpoint.write_json(given.out / "config.json", to_dict(run))
+    origin = {"converted_from": given.source.name, "start": given.start if given.memory != "keep" else None}
+    checkpoint.save(given.out, 0, run, model, {}, origin, keep=1)
+    return config
+
+
+def _memory(given: Convert) -> MemoryConfig:
+    if given.memory == "none":
+        return MEMORY_OFF
+    projection = "none" if given.memory == "residual" else given.memory
+    assert projection != "keep"
+    return MemoryConfig(projection=projection, source=given.memory_source)
+
+
+@torch.no_grad()
+def add_memory(model: LRT, weights: dict[str, Tensor], start: Start, scale: float, seed: int) -> None:
+    """Give `model` the `weights`; memory parameters that they lack begin as `start` says, with neutral gates.
+
+    ValueError: a weight that is not the memory's is missing, or one does not fit.
+    """
+    random, config = torch.Generator().manual_seed(seed), model.config
+    scale, complete = 0.0 if start == "zero" else scale, dict(weights)
+    for name, p in model.state_dict().items():
+        if name in weights or not ("projection." in name or name.endswith(("gamma", "gate.weight"))):
+            continue
+        complete[name] = torch.zeros_like(p)
+        if name.endswith("gamma"):
+            complete[name] += scale
+        elif "projection." in name and start == "copy":
+            complete[name] = scale * _local(name, weights, config)
+        elif "projection." in name:
+            complete[name].normal_(0, scale / config.d**0.5, generator=random)
+    checkpoint.load_weights(model, complete)
+
+
+def _local(name: str, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
+    """The layer's own matrix that a memory projection starts from; for shared ones, the mean over layers."""
+    if name.startswith("blocks."):
+        return weights[name.replace("projection.", "")]
+    kind = name.removeprefix("projection.")
+    return torch.stack([weights[f"blocks.{i}.attention.{kind}"] for i in range(config.depth)]).mean(0)
+
+
+def read(folder: Path, tokenizer: Path | None = None) -> Source:
+    """A checkpoint of another family, an exported LRT, or a run."""
+    require(folder.is_dir(), f"{folder} is not a folder; give one with config.json and safetensors, or a run's")
+    if (folder / "checkpoints").is_dir() or (folder / checkpoint.META).exists():
+        loaded = checkpoint.load_model(folder)
+        words = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
+        weights = dict(loaded.model.state_dict())
+        return Source(loaded.model.config, weights, words, template_of(loaded.run / "tokenizer"), loaded.config.train)
+    facts = checkpoint.read_json(folder / "config.json", "model description")
+    words = load_tokenizer(tokenizer or folder)
+    bos = words.bos if words.bos < facts.get("vocab_size", 0) else None
+    weights = _weights(folder)
+    if facts.get("model_type") == "lrt":
+        config = from_dict(ModelConfig, facts.get("lrt"), f"{folder / 'config.json'}: lrt")
+        prefix = "model.core."
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        train = from_dict(TrainConfig, facts.get("training") or {}, f"{folder / 'config.json'}: training")
+        return Source(config, weights, words, template_of(folder), train)
+    config = families.model_config(facts, bos)
+    require(words.vocab_size <= config.vocab_size, _sizes(words, config))
+    return Source(config, families.imported(weights, config), words, template_of(folder), TrainConfig())
+
+
+def _sizes(words: Tokenizer, config: ModelConfig) -> str:
+    return f"the tokenizer has {words.vocab_size} tokens, the model only {config.vocab_size}; give its own --tokenizer"
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder in float32, from one safetensors file or several."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names: dict[str, Any] = checkpoint.read_json(index, "index").get("weight_map", {})
+        files = [folder / Path(name).name for name in sorted(set(names.values()))]
+    require(bool(files), f"{folder} holds no .safetensors; save the model with save_pretrained, pickle is not read")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= {name: value.float() for name, value in _load(file).items()}
+    return found
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # the library raises bare SafetensorError, OSError and others
+        raise ValueError(f"{file} cannot be read as safetensors ({error}); download it again") from None
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template of a tokenizer folder, from its own file or from tokenizer_config.json."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    return found if isinstance(found, str) else None
+
+
+def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
+    """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
+    weights = dict(loaded.model.state_dict())
+    silent = ("gamma", "projection.key.weight", "projection.value.weight", "gate.weight")
+    active = [name for name, value in weights.items() if name.endswith(silent) and value.any()]
+    require(not active, f"{loaded.run} uses its memory ({active[:1]}), which a {kind} model has not; use --to hf")
+    config = replace(loaded.model.config, memory=MEMORY_OFF)
+    facts = families.family_config(kind, config)
+    folder.mkdir(parents=True)
+    save_file(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
+    checkpoint.write_json(folder / "config.json", facts)

@@ -1,0 +1,212 @@
+"""Other families' checkpoints: which of their settings are which options of ours, and which weight is which.
+
+Rotary embeddings turn the other way there; exchanging the halves of each head's channels in queries and keys (rows of
+their matrices, biases, weights of their norms) makes the two conventions equal, so the model needs no option for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lrt.config.model import MEMORY_OFF, BackboneConfig, Biases, ModelConfig, RopeScaling, require
+from lrt.config.run import to_dict
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What checkpoints of one `model_type` are like."""
+
+    architecture: str
+    learned_qk: bool = False
+    """RMSNorm with weights of queries and keys, before RoPE."""
+    biases: Literal["flags", "flag", "qkv"] = "flag"
+    """Biases by `attention_bias` and `mlp_bias`, by `attention_bias` alone, or of query, key and value always."""
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", biases="flags"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", biases="qkv"),
+    "qwen3": Family("Qwen3ForCausalLM", learned_qk=True),
+}
+
+_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "mlp.glu": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_TURNED = ("attention.query", "attention.key", "attention.query_norm", "attention.key_norm")
+
+
+def model_config(facts: Facts, bos: int | None = None) -> ModelConfig:
+    """The `ModelConfig`, without memory, of a checkpoint whose config.json holds `facts`.
+
+    ValueError: an unknown family, or a setting that this backbone does not have; the message names it.
+    """
+    kind = facts.get("model_type")
+    known = isinstance(kind, str) and kind in FAMILIES
+    require(known, f"model_type {kind!r} is not among the families that can be imported: {', '.join(FAMILIES)}")
+    _refuse(facts)
+    family, heads = FAMILIES[str(kind)], facts["num_attention_heads"]
+    theta, rope = _rope(facts)
+    qwen = 128 if family.learned_qk else None  # the width that family's configuration implies where it names none
+    backbone = BackboneConfig(
+        head_width=facts.get("head_dim") or qwen,
+        mlp="swiglu",
+        mlp_width=facts["intermediate_size"],
+        tied=bool(facts.get("tie_word_embeddings", False)),
+        biases=_biases(family, facts),
+        norm_weights=True,
+        norm_eps=facts.get("rms_norm_eps", 1e-6),
+        embedding_norm=False,
+        qk_norm="before" if family.learned_qk else "none",
+        rope=rope,
+    )
+    return ModelConfig(
+        depth=facts["num_hidden_layers"], width=facts["hidden_size"], heads=heads,
+        kv_heads=facts.get("num_key_value_heads") or heads, context=facts.get("max_position_embeddings", 2048),
+        vocab_size=facts["vocab_size"], bos=bos, residual_scalars=False, softcap=None, rope_theta=theta,
+        memory=MEMORY_OFF, backbone=backbone,
+    )  # fmt: skip
+
+
+def family_config(kind: str, config: ModelConfig) -> dict[str, Any]:
+    """The config.json of `config` as a checkpoint of the family `kind`.
+
+    ValueError: the model has something that the family has not; the message names the fields.
+    """
+    require(kind in FAMILIES, f"family {kind!r} is unknown; choose one of {', '.join(FAMILIES)}")
+    back, family, rope = config.backbone, FAMILIES[kind], config.backbone.rope
+    scaling: dict[str, Any] = {"rope_type": "default" if rope.kind == "none" else rope.kind}
+    if rope.kind != "none":
+        scaling["factor"] = rope.factor
+    if rope.kind == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low,
+            "high_freq_factor": rope.high,
+            "original_max_position_embeddings": rope.original,
+        }
+    facts = {
+        "architectures": [family.architecture], "model_type": kind, "hidden_act": "silu", "dtype": "float32",
+        "num_hidden_layers": config.depth, "hidden_size": config.d, "num_attention_heads": config.h,
+        "num_key_value_heads": config.k, "head_dim": config.e, "max_position_embeddings": config.context,
+        "vocab_size": config.vocab_size, "intermediate_size": config.mlp_width, "rms_norm_eps": back.norm_eps,
+        "tie_word_embeddings": back.tied, "rope_parameters": scaling | {"rope_theta": config.rope_theta},
+        "bos_token_id": config.bos, "eos_token_id": config.bos, "sliding_window": None,
+    }  # fmt: skip
+    if family.biases != "qkv":
+        facts["attention_bias"] = back.biases in ("attention", "all")
+    if family.biases == "flags":
+        facts["mlp_bias"] = back.biases == "all"
+    differing = _differing(_spelt_out(config), _spelt_out(model_config(facts, config.bos)))
+    require(not differing, f"a {kind} checkpoint cannot hold this model's {', '.join(differing)}; use --to hf")
+    return facts
+
+
+def imported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our weights from a family's, by name. ValueError: one is missing or has no place here."""
+    names = _names(config)
+    wanted, ignored = set(names.values()), {"lm_head.weight"} if config.backbone.tied else set()
+    for name in sorted((wanted ^ weights.keys()) - ignored):
+        verb = "lacks" if name in wanted else "also holds"
+        require(name.endswith("inv_freq"), f"the checkpoint {verb} the weight {name}, unlike its config.json says")
+    return {ours: _turned(ours, weights[theirs], config) for ours, theirs in names.items()}
+
+
+def exported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A family's weights from ours, by name; memory parameters have no counterpart and must not be there."""
+    return {theirs: _turned(ours, weights[ours], config) for ours, theirs in _names(config).items()}
+
+
+def _names(config: ModelConfig) -> dict[str, str]:
+    """Our weight names to the family's."""
+    back = config.backbone
+    parts = [name for name in _BLOCK if back.qk_norm == "before" or name not in _TURNED[2:]]
+    biased = {
+        "none": (),
+        "qkv": ("attention.query", "attention.key", "attention.value"),
+        "attention": [name for name in parts if name.startswith("attention.") and not name.endswith("norm")],
+        "all": [name for name in parts if not name.endswith("norm")],
+    }[back.biases]
+    names = {f"{k}.weight": f"{v}.weight" for k, v in _OUTER.items() if k != "head" or not back.tied}
+    for i in range(config.depth):
+        for part in parts:
+            for kind in ("weight", "bias") if part in biased else ("weight",):
+                names[f"blocks.{i}.{part}.{kind}"] = f"model.layers.{i}.{_BLOCK[part]}.{kind}"
+    return names
+
+
+def _turned(name: str, x: Tensor, config: ModelConfig) -> Tensor:
+    """Exchange the halves of each head's channels where the weight meets RoPE; twice is the identity."""
+    if not name.rpartition(".")[0].endswith(_TURNED):
+        return x
+    return x.unflatten(0, (-1, 2, config.e // 2)).flip(1).flatten(0, 2).contiguous()
+
+
+def _biases(family: Family, facts: Facts) -> Biases:
+    if family.biases == "qkv":
+        return "qkv"
+    attention, mlp = bool(facts.get("attention_bias")), bool(facts.get("mlp_bias")) and family.biases == "flags"
+    require(attention or not mlp, "mlp_bias without attention_bias has no counterpart here")
+    return "all" if mlp else "attention" if attention else "none"
+
+
+def _rope(facts: Facts) -> tuple[float, RopeScaling]:
+    """Base and scaling of RoPE, from either form in which config.json holds them."""
+    found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    theta = found.get("rope_theta") or facts.get("rope_theta") or 10_000.0
+    kind = found.get("rope_type") or found.get("type") or "default"
+    require(kind in ("default", "linear", "llama3"), f"rope_type {kind!r} is not supported: only linear and llama3")
+    if kind == "default":
+        return theta, RopeScaling()
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=found["factor"])
+    low, high, original = (found[f"{name}"] for name in _LLAMA3)
+    return theta, RopeScaling(kind="llama3", factor=found["factor"], low=low, high=high, original=original)
+
+
+_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _refuse(facts: Facts) -> None:
+    """Raise ValueError for settings whose function this backbone does not compute."""
+    windows = facts.get("use_sliding_window", facts.get("model_type") == "mistral")
+    context = facts.get("max_position_embeddings", 0)
+    for name, fine in (
+        ("hidden_act", facts.get("hidden_act", "silu") in ("silu", "swish")),
+        ("quantization_config", facts.get("quantization_config") is None),
+        ("sliding_window", not windows or (facts.get("sliding_window") or context) >= context),
+        ("partial_rotary_factor", facts.get("partial_rotary_factor", 1) == 1),
+    ):
+        require(fine, f"{name} {facts.get(name)!r} of this checkpoint is not supported; its function would change")
+
+
+def _spelt_out(config: ModelConfig) -> ModelConfig:
+    """The same model with the numbers that other fields imply written out."""
+    back = replace(config.backbone, head_width=config.e, mlp_width=config.mlp_width)
+    windowless = all(window is None for window in config.windows())
+    pattern = "L" if windowless else config.window_pattern
+    return replace(
+        config, width=config.d, heads=config.h, kv_heads=config.k, window_pattern=pattern,
+        window=None if windowless else config.window, backbone=back,
+    )  # fmt: skip
+
+
+def _differing(a: ModelConfig, b: ModelConfig) -> list[str]:
+    left, right = to_dict(a), to_dict(b)
+    return [name for name in left if left[name] != right[name]]

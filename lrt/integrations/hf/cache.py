@@ -1,0 +1,153 @@
+"""The memory in transformers' cache: the last layer holds it beside its keys and values, so that the library builds,
+reorders, repeats and resets it with them; and the ways between such a cache and the core's state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from lrt.config.model import ModelConfig
+from lrt.integrations.hf.config import MEMORY_LAYER
+from lrt.model.kv_cache import FUTURE, KVCache
+from lrt.model.shapes import HeadsBKNE, PositionsN
+
+
+class _Memory:
+    """m of each row's last token, [B, D], beside what the other base keeps; None before the first."""
+
+    m: Tensor | None = None
+    is_croppable = False
+
+    def keep(self, m: Tensor) -> None:
+        """Take in the newest memory, in place where one is held: a compiled step knows its address."""
+        if self.m is None:
+            self.m = m.detach().clone()
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.m)
+        else:
+            self.m.copy_(m)
+
+    def reset(self) -> None:
+        super().reset()  # pyright: ignore[reportAttributeAccessIssue]
+        if self.m is not None:
+            self.m.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportAttributeAccessIssue]
+        self._pick(beam_idx)
+
+    def _pick(self, rows: Tensor) -> None:
+        self.m = None if self.m is None else self.m[rows.to(self.m.device)]
+
+
+class MemoryDynamicLayer(_Memory, DynamicLayer):
+    """A layer that grows."""
+
+    _layer_type = MEMORY_LAYER
+    is_croppable = False
+
+    def keep(self, m: Tensor) -> None:
+        self.m = m.detach().clone()
+
+    def reset(self) -> None:
+        super().reset()
+        self.m = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: an earlier position's memory is not kept."""
+        if tokens_to_remove:
+            raise ValueError("a cache with memory cannot be cropped: build a new one from the tokens to keep")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.m = None if self.m is None else self.m.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._pick(indices)
+
+
+class MemoryStaticLayer(_Memory, StaticLayer):
+    """A preallocated layer."""
+
+    _layer_type = MEMORY_LAYER
+
+
+def memory_layer(cache: Any, depth: int) -> MemoryDynamicLayer | MemoryStaticLayer:
+    """The layer with the memory. ValueError: a cache that was built without this model's configuration."""
+    last: Any = cache.layers[-1] if isinstance(cache, Cache) and len(cache.layers) == depth else None
+    if last is None or last._layer_type != MEMORY_LAYER:  # not isinstance: remote code brings classes of its own
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__} without a layer for the memory: build it from the model's "
+            "own config, DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=..)"
+        )
+    return last
+
+
+class Layer(NamedTuple):
+    """One layer of a transformers cache as the core's attention sees it."""
+
+    layer: Any
+    positions: PositionsN
+    """Of the keys that `extend` returns, [M] or [B, M]."""
+
+    def extend(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[HeadsBKNE, HeadsBKNE]:
+        """All keys and values, once the pass's own have been added."""
+        return self.layer.update(k, v)
+
+    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[tuple[HeadsBKNE], tuple[HeadsBKNE]]:
+        """The same as one segment."""
+        keys, values = self.extend(k, v)
+        return (keys,), (values,)
+
+
+def places(mask: Tensor) -> PositionsN:
+    """Positions of tokens by a padding mask [B, M]; FUTURE, which nobody sees, where there is padding."""
+    mask = mask.bool()
+    return torch.where(mask, mask.long().cumsum(1) - 1, FUTURE)
+
+
+def order(mask: Tensor) -> Tensor:
+    """Indices [B, N] that bring each row's tokens to the left, in order, and its padding to the right."""
+    return (~mask).long().argsort(dim=1, stable=True)
+
+
+def pick(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """`x` with its rows' entries along `axis` taken by `index` [B, N]; other axes are kept."""
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = index.shape
+    wide = [n if i not in (0, axis) else index.shape[0 if i == 0 else 1] for i, n in enumerate(x.shape)]
+    return x.gather(axis, index.view(shape).expand(wide))
+
+
+def state_of(cache: Cache | None, model: ModelConfig, seen: Tensor, room: int, like: Tensor) -> KVCache:
+    """The core's state of what a transformers cache holds, with `room` more slots; every layer in full.
+
+    `seen` is the mask of the slots in use, boolean [B, M]; `like` gives type and device.
+    """
+    (rows, used), length = seen.shape, seen.sum(1)
+    shape = (rows, model.k, used + room + 1, model.e)
+    keys, values = ([like.new_zeros(shape) for _ in range(model.layers)] for _ in range(2))
+    memory = like.new_zeros(rows, model.d)
+    if cache is not None and used:
+        index = order(seen)
+        layers: list[Any] = cache.layers
+        for i, layer in enumerate(layers):
+            for mine, theirs in ((keys[i], layer.keys), (values[i], layer.values)):
+                mine[:, :, :used] = pick(theirs[:, :, :used], index, 2)
+        memory = memory_layer(cache, model.layers).m.clone()  # pyright: ignore[reportOptionalMemberAccess]
+    return KVCache(tuple(keys), tuple(values), memory, length, int(length.max()))
+
+
+def take_back(cache: Cache, state: KVCache, before: Tensor, new: Tensor) -> None:
+    """Add to a transformers cache what the state gained: for each row the tokens of the mask `new` [B, N], in columns
+    of their own; `before` [B] is each row's length without them."""
+    back = order(new).argsort(dim=1)  # column -> place among the row's tokens, padding last
+    slot = (before[:, None] + back).clamp(max=state.keys[0].shape[2] - 1)
+    layers: list[Any] = cache.layers
+    for layer, k, v in zip(layers, state.keys, state.values, strict=True):
+        layer.update(pick(k, slot, 2), pick(v, slot, 2))
+    memory_layer(cache, len(cache.layers)).keep(state.memory)

@@ -1,0 +1,75 @@
+"""The configuration that transformers sees: our `ModelConfig` in full, the usual names beside it, and the modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from lrt.config.model import ModelConfig, require
+from lrt.config.run import from_dict, to_dict
+from lrt.inference.prefill import DEFAULT_MODE, DEFAULT_TOLERANCE
+from lrt.schedule import Curriculum
+
+MEMORY_LAYER = "lrt_full_attention"
+"""Type of the cache layer that holds the memory beside keys and values: the last one."""
+PREFILLS = ("sweeps", "exact", "zero_memory")
+
+
+@strict
+class LRTConfig(PreTrainedConfig):
+    """Configuration of `LRTForCausalLM`. `lrt` holds the model; everything else says how it is run."""
+
+    model_type = "lrt"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    lrt: dict | None = None
+    """`ModelConfig` as plain data; none means its defaults."""
+    prefill: str = "sweeps"
+    """How a forward over several tokens computes the recurrence: `sweeps`, `exact`, or `zero_memory`, which reads no
+    memory anywhere, in later steps neither."""
+    prefill_mode: str = DEFAULT_MODE
+    """Which sweeps: jacobi or interleaved-G."""
+    prefill_tolerance: float = DEFAULT_TOLERANCE
+    """Relative change of the memory at which sweeps stop."""
+    schedule: str = "settled-1..3"
+    """Schedule of the loss in train mode; of several stages, the last."""
+    seed: int = 0
+    """Of the schedule's draws and of fresh weights."""
+    training: dict | None = None
+    """The run's training configuration, for the way back."""
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 0
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        model = self.model_config()
+        self.lrt = to_dict(model)
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.layers
+        self.num_attention_heads, self.num_key_value_heads, self.head_dim = model.h, model.k, model.e
+        self.max_position_embeddings = model.context
+        require(self.prefill in PREFILLS, f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILLS)}")
+        Curriculum.parse(self.schedule)
+        super().__post_init__(**kwargs)
+
+    def model_config(self) -> ModelConfig:
+        """The model."""
+        return from_dict(ModelConfig, self.lrt or {}, "lrt")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which cache layers to build. Not kept in config.json: readers without our code would refuse the last one."""
+        return ["full_attention"] * (self.num_hidden_layers - 1) + [MEMORY_LAYER]
+
+    def validate_layer_type(self) -> None:
+        """Ours is not among the library's own types."""

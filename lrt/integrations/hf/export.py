@@ -1,0 +1,163 @@
+"""`lrt export RUN --to hf DIR`: a folder that transformers loads, with this package or with nothing but torch.
+
+The code that travels with it is made from this package's own sources, flattened: the one forward, not a copy of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from lrt.cli.main import parse
+from lrt.config.model import require
+from lrt.config.run import to_dict
+from lrt.integrations.convert import save_family, template_of
+from lrt.integrations.families import FAMILIES
+from lrt.training.checkpoint import Loaded, load_model, read_json
+
+ENTRY = "lrt.integrations.hf.model"
+NAMES = {
+    ENTRY: "modeling_lrt",
+    "lrt.integrations.hf.config": "configuration_lrt",
+    "lrt.integrations.hf.cache": "cache_lrt",
+}
+IMPORT = re.compile(r"^(\s*from )(lrt(?:\.\w+)+)(?= import)", re.M)
+AUTO = {
+    "AutoConfig": "configuration_lrt.LRTConfig",
+    "AutoModel": "modeling_lrt.LRTModel",
+    "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run as a folder for transformers, or, while its memory is off, as a checkpoint of another family."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    folder: tyro.conf.Positional[Path]
+    """Folder to make."""
+    to: Literal["hf", "llama", "mistral", "qwen2", "qwen3"] = "hf"
+    """`hf`: an LRT with its own code; or a family whose backbone this model has."""
+    prefill: Literal["sweeps", "exact", "zero_memory"] = "sweeps"
+    """How the exported model's forward computes a whole sequence; kept in its config.json."""
+
+
+def main(args: list[str]) -> int:
+    """The command."""
+    given = parse(Export, args, "export")
+    require(not given.folder.exists(), f"{given.folder} exists; remove it or choose another folder")
+    loaded = load_model(given.run)
+    tokenizer = fast_tokenizer(loaded)
+    if given.to in FAMILIES:
+        save_family(loaded, given.folder, given.to)
+    else:
+        wrapped(loaded, given.prefill).save_pretrained(given.folder)
+        for name, text in sources().items():
+            (given.folder / f"{name}.py").write_text(text, encoding="utf-8")
+        (given.folder / "README.md").write_text(card(loaded, given.prefill), encoding="utf-8")
+    save_tokenizer(tokenizer, given.folder)
+    print(f"{given.folder}: step {loaded.step} of {given.run} as {given.to}")
+    return 0
+
+
+def wrapped(loaded: Loaded, prefill: str = "sweeps") -> Any:
+    """The model of a run as `LRTForCausalLM`, in evaluation mode, on the same weights."""
+    from transformers import GenerationConfig
+
+    from lrt.integrations.hf import LRTConfig, LRTForCausalLM
+
+    bos, t = loaded.tokenizer.bos, loaded.config.train
+    config = LRTConfig(
+        lrt=to_dict(loaded.model.config), prefill=prefill, schedule=t.schedule, seed=t.seed, training=to_dict(t),
+        bos_token_id=bos, eos_token_id=bos, pad_token_id=bos, dtype="float32",
+    )  # fmt: skip
+    config.auto_map = AUTO
+    model = LRTForCausalLM(config).eval()
+    model.to(device=loaded.model.device)  # pyright: ignore[reportCallIssue]
+    model.model.core.load_state_dict(loaded.model.state_dict())
+    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
+    return model
+
+
+def fast_tokenizer(loaded: Loaded) -> Any:
+    """The run's tokenizer for transformers; it opens texts with BOS, as `lrt sample` does."""
+    from transformers import PreTrainedTokenizerFast
+
+    core = loaded.tokenizer.fast()
+    bos = core.id_to_token(loaded.tokenizer.bos)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=bos, eos_token=bos, pad_token=bos,
+        chat_template=template_of(loaded.run / "tokenizer"), model_max_length=loaded.model.config.context,
+    )  # fmt: skip
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write `fast_tokenizer`'s in the usual files; the class is called by the name that older readers know too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    about = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def sources() -> dict[str, str]:
+    """The flat modules that travel: those the entry needs, with relative imports, by name."""
+    found: dict[str, str] = {}
+    waiting = [ENTRY]
+    while waiting:
+        module = waiting.pop()
+        if flat(module) in found:
+            continue
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None
+        text = Path(spec.origin).read_text(encoding="utf-8")
+        waiting += [m[2] for m in IMPORT.finditer(text)]
+        found[flat(module)] = IMPORT.sub(lambda m: f"{m[1]}.{flat(m[2])}", text)
+    return found
+
+
+def flat(module: str) -> str:
+    """The name under which a module travels."""
+    return NAMES.get(module) or module.replace(".", "_")
+
+
+def card(loaded: Loaded, prefill: str) -> str:
+    """The model card: what it is, how it is run, and the figures that the run recorded, each with its mode."""
+    model, train = loaded.model.config, loaded.config.train
+    source = f"block {model.source}, {model.memory.projection} projections" if model.memory.on else "none"
+    heads = f"{model.h} heads ({model.k} key/value)"
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [lrt, recurrent-memory]", "---",
+        f"# {loaded.config.name}", "",
+        "A Latent Recurrent Transformer: a high block's state at the previous token is the memory of the next.", "",
+        f"- model: {model.depth} blocks of width {model.d}, {heads}, vocabulary {model.vocab_size}",
+        f"- memory: {source}",
+        f"- context: {model.context} tokens",
+        f"- trained on `{loaded.config.data.source}` by the schedule `{train.schedule}`, step {loaded.step}",
+        f"- a forward over several tokens computes the recurrence by `prefill={prefill!r}` (config.json), and so every",
+        "  score of whole sequences, lm-eval's too, is of that mode; decoding steps are exact", "",
+        "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        'folder = "."  # this folder',
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+        'ids = tokenizer("Once", return_tensors="pt").input_ids',
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))", "```", "",
+        *_figures(loaded.run / "result.json"),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _figures(file: Path) -> list[str]:
+    if not file.is_file():
+        return ["No evaluation was recorded."]
+    bpb = read_json(file, "result")["bpb"]
+    rows = [("decoded, token by token", "decoded"), (f"merged, {bpb['schedule']}", "merged")]
+    rows += [("one pass, zero memory", "zero_memory"), ("live gap (decoded - merged)", "live_gap")]
+    table = [f"| {label} | {bpb[key]:.4f} |" for label, key in rows]
+    return [f"Bits per byte of {bpb['rows']} held-out rows, float32:", "", "| mode | BPB |", "| --- | --- |", *table]

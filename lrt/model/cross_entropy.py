@@ -1,0 +1,87 @@
+"""Head and loss in one: the soft-capped cross-entropy of many passes, whose logits never exist all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt.model.shapes import StreamBND, TokensBN
+
+CHUNK = {"cpu": 2**20, "cuda": 2**27}
+"""Logits that exist at a time, by device: what fits the processor's cache, or fills a GPU."""
+
+
+class _HeadLoss(torch.autograd.Function):
+    """sum_p c_p sum_t nats. The loss is linear in its parts, so forward makes the gradients while the logits are there.
+
+    No logit is computed twice: dh = c dz W and dW = sum c dz^T h, with dz = (softmax(z') - onehot) (1 - (z'/cap)^2) for
+    z' = cap tanh(z / cap); backward only scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, cap: float | None, scales: Tensor, differentiate: bool, *rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden, targets = rows[: len(scales)], rows[len(scales) :]
+        w, dw = weight.to(hidden[0].dtype), torch.zeros_like(weight) if differentiate else None
+        dhidden = [torch.empty_like(h) if differentiate else None for h in hidden]
+        found = zip(hidden, targets, scales, dhidden, strict=True)
+        sums = torch.stack([_summed(w, cap, *one, dw) for one in found])
+        if differentiate:
+            ctx.save_for_backward(dw, *dhidden)
+        ctx.mark_non_differentiable(sums)
+        return (sums * scales.to(sums.dtype)).sum(), sums  # no matrix product: autocast would round it
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dw, *dhidden = ctx.saved_tensors
+        return dw * grads[0], None, None, None, *(dh * grads[0] for dh in dhidden), *(None for _ in dhidden)
+
+
+def _summed(
+    w: Tensor, cap: float | None, h: Tensor, targets: Tensor, scale: Tensor, dh: Tensor | None, dw: Tensor | None
+) -> Tensor:
+    """Summed nats of one pass whose rows are `h` [n, D]; its gradients fill `dh` and are added to `dw`."""
+    size, sums = max(1, CHUNK[h.device.type] // len(w)), []
+    for i in range(0, len(h), size):
+        here, target = h[i : i + size], targets[i : i + size, None]
+        nats, dz = _chunk(here @ w.T, cap, target, differentiate=dh is not None)
+        counted = target >= 0
+        sums.append((nats * counted).sum())
+        if dh is not None and dw is not None:
+            dz = dz.mul_(scale * counted).to(w.dtype)
+            torch.mm(dz, w, out=dh[i : i + size])
+            dw.add_(dz.T @ here) if dw.dtype != dz.dtype else dw.addmm_(dz.T, here)
+    return torch.stack(sums).sum()
+
+
+def _chunk(z: Tensor, cap: float | None, target: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """Nats [n, 1] of the logits `z` [n, V] before their soft cap, and their gradient by `z`, made in its place."""
+    z, target = z if z.dtype == torch.float64 else z.float(), target.clamp(min=0)
+    slope = None
+    if cap is not None:
+        z.div_(cap).tanh_()
+        slope = torch.addcmul(z.new_ones(()), z, z, value=-1) if differentiate else None
+        z.mul_(cap)
+    total = z.logsumexp(dim=1, keepdim=True)
+    nats = total - z.gather(1, target)
+    if differentiate:
+        z.sub_(total).exp_().scatter_add_(1, target, -torch.ones_like(total))
+    return nats, z if slope is None else z.mul_(slope)
+
+
+def head_loss(
+    weight: Tensor, cap: float | None, hidden: Sequence[StreamBND], targets: Sequence[TokensBN], scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum over passes of scale x summed nats, and the summed nats of each pass, detached.
+
+    Args:
+        weight: the head's, [V, D]; `cap` is its soft cap.
+        hidden: a pass's hidden states each, [B, N, D]; `targets` likewise int64 [B, N], negative where none counts.
+        scales: one number a pass, [P]; not differentiated.
+    """
+    rows = (*(h.flatten(0, 1) for h in hidden), *(t.flatten() for t in targets))
+    return _HeadLoss.apply(weight, cap, scales, torch.is_grad_enabled(), *rows)  # pyright: ignore[reportReturnType]

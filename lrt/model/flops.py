@@ -1,0 +1,132 @@
+"""What a model costs: parameters by group, FLOPs of every pass, cache bytes. Exact sums, no estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+
+from lrt.config.model import ModelConfig
+from lrt.model.transformer import LRT
+from lrt.schedule import NO_GRAD_COST, Curriculum, Passes, Schedule, memory_only
+
+BACKWARD = 1 / NO_GRAD_COST
+"""Forward and backward together, in forwards."""
+
+
+GROUPS = ("embedding", "value embeddings", "head", "matrices", "scalars", "memory")
+"""Every parameter is in exactly one."""
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, by its name: embedding, value embeddings, head, matrices, scalars or memory."""
+    if "projection." in name or name.endswith(("gate.weight", "gamma")):
+        return "memory"
+    if "value_embedding" in name:
+        return "value embeddings"
+    if name.startswith(("embedding.", "head.")):
+        return name.partition(".")[0]
+    return "scalars" if name.endswith(("alpha", "beta", "norm.weight", "bias")) else "matrices"
+
+
+def parameters_by_group(config: ModelConfig) -> dict[str, int]:
+    """Parameter counts of a model that is never allocated. `memory` holds W_K, W_V, all gate rows and gamma."""
+    return dict(_counted(config))
+
+
+@cache
+def _counted(config: ModelConfig) -> tuple[tuple[str, int], ...]:
+    with torch.device("meta"):
+        model = LRT(config)
+    groups: dict[str, int] = dict.fromkeys(GROUPS, 0)
+    for name, p in model.named_parameters():
+        groups[group_of(name)] += p.numel()
+    return tuple(groups.items())
+
+
+def scaling_parameters(config: ModelConfig) -> int:
+    """Matrices and head, without embeddings and memory: what R, tokens per scaling parameter, divides by.
+
+    A tied embedding counts, as the head that it is.
+    """
+    groups = parameters_by_group(config)
+    return groups["matrices"] + groups["embedding" if config.backbone.tied else "head"]
+
+
+def memory_overhead(config: ModelConfig) -> float:
+    """The memory's parameters over those of the same model without it."""
+    groups = parameters_by_group(config)
+    return groups["memory"] / (sum(groups.values()) - groups["memory"])
+
+
+def _seen(positions: range, window: int | None) -> int:
+    """Key positions that the queries at `positions` see, summed: t + 1 each, or the window."""
+    if window is None:
+        return (positions[0] + positions[-1] + 2) * len(positions) // 2
+    return sum(min(t + 1, window) for t in positions)
+
+
+def forward_flops(config: ModelConfig, positions: range, *, memory: bool, top: bool = True, head: bool = True) -> int:
+    """FLOPs of one forward over `positions` of one row: 2 per weight and token, 4 E per query head and visible key.
+
+    Elementwise work (norms, rotary, softmax) is left out, as is customary. `memory`: whether the pass reads any;
+    `top`: whether it runs the blocks above the source; `head`: whether it makes logits.
+    """
+    d, kv, n = config.d, config.k * config.e, len(positions)
+    blocks = config.layers if top else config.source
+    inner, hidden = config.h * config.e, config.mlp_width * (3 if config.backbone.mlp == "swiglu" else 2)
+    weights = blocks * d * (2 * inner + 2 * kv + hidden)
+    projection = config.memory.projection
+    if projection != "none":
+        rows = sum(3 if config.has_value_embedding(i % config.depth) else 2 for i in range(blocks))
+        weights += rows * config.k * config.gate_width
+        weights += 2 * d * kv * (1 if projection == "shared" else blocks) if memory else 0
+    weights += d * config.vocab_size if head else 0
+    keys = sum(_seen(positions, window) for window in config.windows()[:blocks])
+    return 2 * weights * n + 4 * inner * keys
+
+
+def passes_flops(config: ModelConfig, passes: Passes) -> int:
+    """FLOPs of a list of passes over one row, every pass counted, backward as twice the forward."""
+    total = 0
+    for i, (p, early) in enumerate(zip(passes, memory_only(passes), strict=True)):
+        reads = config.memory.on and i > 0
+        once = forward_flops(config, p.positions, memory=reads, top=not early, head=p.weight > 0)
+        total += once * round(BACKWARD) if p.grad else once
+    return total
+
+
+def train_flops_per_token(config: ModelConfig, schedule: Schedule | Curriculum, length: int) -> float:
+    """Training FLOPs per token over rows of `length` positions: the mean over the schedule's draws."""
+    return sum(share * passes_flops(config, s.passes(length)) for s, share in schedule.shares()) / length
+
+
+def decode_flops_per_token(config: ModelConfig, position: int) -> int:
+    """FLOPs of decoding the token at `position` (0-based) with memory."""
+    return forward_flops(config, range(position, position + 1), memory=config.memory.on)
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
+    """Bytes of keys and values that one decoded token adds, all layers, windows not subtracted."""
+    return 2 * config.layers * config.k * config.e * bytes_per_number
+
+
+def memory_bytes(config: ModelConfig, bytes_per_number: int = 2) -> int:
+    """Bytes of the memory per sequence: one vector of width D."""
+    return config.d * bytes_per_number if config.memory.on else 0
+
+
+def describe(config: ModelConfig, length: int, schedules: Iterable[str]) -> dict[str, object]:
+    """Everything `lrt info` shows, as plain data."""
+    groups = parameters_by_group(config)
+    return {
+        "parameters": {**groups, "total": sum(groups.values())},
+        "scaling_parameters": scaling_parameters(config),
+        "memory_overhead": memory_overhead(config),
+        "length": length,
+        "train_flops_per_token": {s: train_flops_per_token(config, Curriculum.parse(s), length) for s in schedules},
+        "decode_flops_per_token": {str(t): decode_flops_per_token(config, t) for t in (0, length - 1)},
+        "cache_bytes_per_token": cache_bytes_per_token(config),
+        "memory_bytes_per_sequence": memory_bytes(config),
+    }

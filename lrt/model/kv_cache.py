@@ -1,0 +1,236 @@
+"""The decoder's state: preallocated keys and values, one memory vector per row; a value that goes in and comes out.
+
+Rows stand at lengths of their own, so they can join (`put`), leave, wait (`step(active=..)`) and be forked (`take`)
+between steps. The tensors of keys and values are filled in place; everything else is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrt.model.shapes import HeadsBKNE, PositionsN
+from lrt.model.state import Buffer, History, Past
+from lrt.model.transformer import LRT
+
+X = TypeVar("X")
+FORMAT = "lrt-cache-1"
+FUTURE = 2**40
+"""A position later than any."""
+SMALLEST_VIEW = 128
+"""Slots of the smallest view: below it, looking at fewer slots saves nothing."""
+
+
+class Slots(NamedTuple):
+    """One layer's slots [B, K, M, E] and where in them a pass of one position per row puts its own key and value."""
+
+    keys: HeadsBKNE
+    values: HeadsBKNE
+    rows: Tensor
+    """[B, 1]"""
+    slot: Tensor
+    """Slot that each row fills, [B, 1]."""
+    positions: PositionsN
+    """Positions that the slots hold once that is done, [B, M]."""
+
+    def extend(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[HeadsBKNE, HeadsBKNE]:
+        """All slots, after the pass's own have been filled in place."""
+        self.keys[self.rows, :, self.slot] = k.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.slot] = v.transpose(1, 2).to(self.values.dtype)
+        return self.keys, self.values
+
+    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
+        """The same as one segment."""
+        keys, values = self.extend(k, v)
+        return (keys,), (values,)
+
+
+class KVCache(NamedTuple):
+    """The state of B rows. Position t lies in slot t, or in slot t mod R of the R slots of a sliding-window layer."""
+
+    keys: tuple[Tensor, ...]
+    """Per layer [B, K, R, E], filled in place; R is the window, or capacity + 1: one slot serves rows that wait."""
+    values: tuple[Tensor, ...]
+    """Per layer [B, K, R, E], filled in place."""
+    memory: Tensor
+    """m of each row's last token, [B, D]; zero before the first."""
+    length: Tensor
+    """Tokens each row has seen, int64 [B]; the next token's position."""
+    longest: int = 0
+    """Upper bound of `length` that the host knows without asking the device."""
+
+    @staticmethod
+    def empty(model: LRT, rows: int, capacity: int) -> KVCache:
+        """An empty state of `rows` rows of `capacity` tokens each, of which sliding-window layers keep their window."""
+        c, like = model.config, model.embedding.weight
+        sizes = [min(capacity + 1, window or capacity + 1) for window in c.windows()]
+        keys, values = (
+            tuple(like.new_zeros((rows, c.k, r, c.e), dtype=model.stream_dtype) for r in sizes) for _ in range(2)
+        )
+        memory = like.new_zeros((rows, c.d), dtype=model.stream_dtype)
+        return KVCache(keys, values, memory, torch.zeros(rows, dtype=torch.int64, device=like.device))
+
+    @property
+    def rows(self) -> int:
+        """Rows, B."""
+        return len(self.length)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row can hold; the last layer always sees them all."""
+        return self.keys[-1].shape[2] - 1
+
+    def view(self) -> KVCache:
+        """The same state with only those slots that rows of at most `longest` tokens, and their next one, can use.
+
+        The number of slots grows in steps (see `visible_slots`), so that it takes few different values.
+        """
+        slots = visible_slots(self.longest + 1)
+        keys, values = (tuple(x[:, :, :slots] for x in xs) for xs in (self.keys, self.values))
+        return self._replace(keys=keys, values=values, longest=slots - 1)
+
+    def past(self) -> Past:
+        """What the next token of every row sees: a pass of one position per row."""
+        rows = torch.arange(self.rows, device=self.length.device)[:, None]
+        queries = self.length[:, None]
+        held = per_size(self.keys, lambda r: (queries % r, positions_held(self.length + 1, r)))
+        layers = [Slots(k, v, rows, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
+        return Past(queries, False, layers)
+
+    def buffer(self) -> Buffer:
+        """A buffer for passes over the positions that come next, counted from 0 in every row; nothing is copied."""
+        if self.longest == 0:
+            return Buffer()
+        seen = self.view()
+        held = per_size(seen.keys, lambda r: positions_held(self.length, r))
+        return Buffer(history=History(self.length, self.memory, list(zip(seen.keys, seen.values, held, strict=True))))
+
+    def commit(self, buffer: Buffer, rows: Tensor, count: Tensor) -> KVCache:
+        """Take in what passes wrote: the first `count[i]` positions of the buffer's row i go to row `rows[i]`.
+
+        Both are int64 [b]. Keys and values are filled in place.
+        """
+        memory, length = self.memory.clone(), self.length.clone()
+        for at, w in buffer.segments:
+            offset = torch.arange(at.start, at.stop, at.step, device=count.device)
+            last = offset == count[:, None] - 1
+            here, there = last.nonzero(as_tuple=True)
+            memory[rows[here]] = w.source[here, there].to(memory.dtype)
+            kept = per_size(self.keys, lambda r, offset=offset: self._places(offset, rows, count, r))
+            for mine, new, places in zip((*self.keys, *self.values), (*w.keys, *w.values), kept * 2, strict=True):
+                here, there, slot = places
+                mine[rows[here], :, slot] = new[here, :, there].to(mine.dtype)
+        length[rows] += count
+        return self._replace(memory=memory, length=length, longest=int(length.max()))
+
+    def _places(self, offset: Tensor, rows: Tensor, count: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of the positions `offset` [n] a layer of `slots` slots keeps: row, index into `offset`, slot."""
+        kept = (offset < count[:, None]) & (offset >= count[:, None] - slots)
+        here, there = kept.nonzero(as_tuple=True)
+        return here, there, (self.length[rows[here]] + offset[there]) % slots
+
+    def first(self, n: int) -> KVCache:
+        """The first n rows: the same tensors of keys and values, which a step fills in place."""
+        if n == self.rows:
+            return self
+        keys, values = (tuple(x[:n] for x in xs) for xs in (self.keys, self.values))
+        return self._replace(keys=keys, values=values, memory=self.memory[:n], length=self.length[:n])
+
+    def with_first(self, part: KVCache) -> KVCache:
+        """This state after a step of `first(n)` has made `part`."""
+        n = part.rows
+        if n == self.rows:
+            return part
+        memory, length = torch.cat((part.memory, self.memory[n:])), torch.cat((part.length, self.length[n:]))
+        return self._replace(memory=memory, length=length, longest=part.longest)
+
+    def clear(self, row: int) -> KVCache:
+        """This state with one row empty; its slots are not touched: nobody sees what they hold."""
+        memory, length = self.memory.clone(), self.length.clone()
+        memory[row], length[row] = 0, 0
+        return self._replace(memory=memory, length=length)
+
+    def take(self, rows: Tensor) -> KVCache:
+        """An independent copy whose row i is this state's row `rows[i]`: n samples from one prompt, or a kept state."""
+        keys, values = (tuple(x[rows] for x in xs) for xs in (self.keys, self.values))
+        return self._replace(keys=keys, values=values, memory=self.memory[rows], length=self.length[rows])
+
+    def put(self, rows: Tensor, other: KVCache) -> KVCache:
+        """This state with row `rows[i]` replaced, in place, by row i of `other`, a state of the same capacity."""
+        for mine, new in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            if mine.shape[1:] != new.shape[1:]:
+                raise ValueError(
+                    f"a state of capacity {other.capacity} cannot join one of {self.capacity}: make both alike"
+                )
+            mine[rows] = new
+        memory, length = self.memory.clone(), self.length.clone()
+        memory[rows], length[rows] = other.memory, other.length
+        return self._replace(memory=memory, length=length, longest=max(self.longest, other.longest))
+
+    def save(self, path: Path | str) -> None:
+        """Write the state, only the slots in use, as safetensors."""
+        used = self.longest
+        tensors = {"memory": self.memory, "length": self.length}
+        for name, xs in (("keys", self.keys), ("values", self.values)):
+            tensors |= {f"{name}.{i}": x[:, :, :used].contiguous() for i, x in enumerate(xs)}
+        slots = json.dumps([x.shape[2] for x in self.keys])
+        save_file(tensors, path, {"format": FORMAT, "slots": slots, "longest": str(used)})
+
+    @staticmethod
+    def load(path: Path | str, device: str | torch.device = "cpu") -> KVCache:
+        """Read a state written by `save`, bit for bit. ValueError: no such file, or not a state of this version."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read as a saved state ({error}): save it again") from None
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a state saved as {FORMAT}: write it with KVCache.save")
+        slots = json.loads(about["slots"])
+        keys, values = (
+            tuple(_refill(found[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
+        )
+        return KVCache(keys, values, found["memory"], found["length"], int(about["longest"]))
+
+
+def _refill(used: Tensor, slots: int) -> Tensor:
+    rows, heads, n, width = used.shape
+    full = used.new_zeros(rows, heads, slots, width)
+    full[:, :, :n] = used
+    return full
+
+
+def per_size(keys: Sequence[Tensor], compute: Callable[[int], X]) -> list[X]:
+    """`compute(slots)` for every layer, once for all layers of as many slots."""
+    known: list[tuple[int, X]] = []  # compared one by one: a size that a compiler keeps symbolic has no hash
+    for k in keys:
+        if not any(size == k.shape[2] for size, _ in known):
+            known.append((k.shape[2], compute(k.shape[2])))
+    return [next(result for size, result in known if size == k.shape[2]) for k in keys]
+
+
+def positions_held(length: Tensor, slots: int) -> PositionsN:
+    """Positions that a ring of `slots` slots holds after `length` [B] tokens, [B, slots].
+
+    Slot j holds the last position congruent to j; one not yet written is said to hold FUTURE, which nobody sees.
+    """
+    slot = torch.arange(slots, device=length.device)
+    newest = length[:, None] - 1
+    held = newest - (newest - slot) % slots
+    return torch.where(held < 0, FUTURE, held)
+
+
+def visible_slots(needed: int) -> int:
+    """The least of 128, 192, 256, 384, 512, 768, .. that is at least `needed`: at most half too many."""
+    size = SMALLEST_VIEW
+    while size < needed:
+        size *= 2
+    return size * 3 // 4 if size > SMALLEST_VIEW and size * 3 // 4 >= needed else size

@@ -1,0 +1,310 @@
+"""Checkpoints: safetensors and JSON in a folder that is written aside, synced, renamed and verified on load. No pickle.
+
+A run folder holds
+
+    config.json                       the resolved configuration
+    tokenizer/                        what decodes its tokens
+    metrics.jsonl                     one JSON object a line
+    checkpoints/step_00001000/        model.safetensors, optimizer.safetensors, meta.json with their SHA-256
+                                      (a folder ending in .tmp was being written; the next save removes it)
+    result.json                       the final evaluation
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lrt.config.model import require
+from lrt.config.run import RunConfig, from_dict, to_dict
+from lrt.data import Tokenizer, load_tokenizer
+from lrt.model.transformer import LRT
+from lrt.utils.dtensor import fill
+
+FORMAT = 1
+MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+"""In the run's folder; checkpoints know its SHA-256."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder."""
+
+    folder: Path
+    step: int
+    config: RunConfig
+    extra: dict[str, Any]
+    """What the training stored beside it: the BPB at this step, data hash, what was spent so far."""
+    tokenizer: str | None = None
+    """SHA-256 of the run's tokenizer file; None if there was none, or before this was kept."""
+
+    def model(self, device: str | torch.device = "cpu") -> LRT:
+        """The model with its weights, in evaluation mode; a weight that does not fit raises ValueError naming it."""
+        model = LRT.build(self.config.model, device)
+        load_weights(model, _tensors(self.folder / MODEL))
+        return model.eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, on the CPU."""
+        return _tensors(self.folder / MODEL)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by name."""
+        return _tensors(self.folder / OPTIMIZER)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON aside, sync it, and put it in place at once."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2, allow_nan=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file; anything else raises ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"{what} {path} does not exist; give the folder of a run or of one of its checkpoints")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{what} {path} is not valid JSON ({error}); restore it or use another checkpoint") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{what} {path} is not a JSON object; restore it or use another checkpoint")
+    return data
+
+
+def save(
+    run: Path,
+    step: int,
+    config: RunConfig,
+    weights: LRT | dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    extra: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step`; keep it, the `keep` - 1 before it, and the best of all by decoded BPB.
+
+    OSError: it cannot be written; then nothing of it stays, and the earlier ones are as they were.
+    """
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    aside = folder.with_name(folder.name + ".tmp")
+    for left in folder.parent.glob("*.tmp"):  # of writes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        weights = weights.state_dict() if isinstance(weights, LRT) else weights
+        for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / name)
+        checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
+        meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
+        tokenizer = _hash(run / TOKENIZER) if (run / TOKENIZER).exists() else None
+        write_json(aside / META, meta | {"tokenizer": tokenizer})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"{folder} could not be written ({error}); free space or choose another disk, then continue with "
+            f"--resume {run}; the checkpoints before it are whole"
+        ) from None
+    replaced = folder.with_name(folder.name + ".old.tmp")
+    if folder.exists():  # resumed past a checkpoint that did not verify
+        os.replace(folder, replaced)
+    os.replace(aside, folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    older = [p for p in checkpoints(run) if p.name <= folder.name]  # a newer one did not verify: it was resumed past
+    best = min(older, key=_score)
+    for old in older[:-keep]:
+        if old != best or _score(old) == math.inf:
+            shutil.rmtree(old)
+    return folder
+
+
+def _score(folder: Path) -> float:
+    """The decoded BPB that a checkpoint was evaluated with; infinite where it was not, or cannot be read."""
+    try:
+        return float(read_json(folder / META, "checkpoint description")["extra"]["bpb"]["decoded"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return math.inf
+
+
+class Writer:
+    """Writes one thing after the other; with `background`, in a thread of its own while training goes on."""
+
+    def __init__(self, background: bool):
+        self.background = background
+        self._pool = ThreadPoolExecutor(1, "lrt-checkpoint") if background else None
+        self._running: Future[None] | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do `work`, or begin it once what was begun before is done; an error of that is raised here."""
+        self.wait()
+        if self._pool is None:
+            work()
+        else:
+            self._running = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong meanwhile."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoint folders of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".tmp" and p.is_dir())
+
+
+def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
+    """Verify and open a checkpoint folder, or the newest checkpoint of a run folder.
+
+    verify: whether checksums are compared; another process may have done so.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is not a folder; give the folder of a run or of one of its checkpoints")
+    if not (folder / META).exists():
+        found = checkpoints(folder)
+        if not found:
+            raise ValueError(f"{folder} holds no checkpoint; train first, or give the folder of a run")
+        folder = found[-1]
+    meta = read_json(folder / META, "checkpoint description")
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{folder / META} has format {meta.get('format')!r}, this version reads {FORMAT}; upgrade lrt")
+    step, sums, extra = meta.get("step"), meta.get("sha256"), meta.get("extra")
+    if (
+        not isinstance(step, int)
+        or not isinstance(sums, dict)
+        or not isinstance(extra, dict)
+        or set(sums) != {MODEL, OPTIMIZER}
+    ):
+        raise ValueError(f"{folder / META} lacks step, sha256 or extra; use another checkpoint")
+    for name, expected in sums.items():
+        if not (folder / name).is_file() or (verify and _hash(folder / name) != expected):
+            raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
+    config = from_dict(RunConfig, meta.get("config"), str(folder / META))
+    return Checkpoint(folder, step, config, extra, meta.get("tokenizer"))
+
+
+def newest_valid(run: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies (see `open_checkpoint`); a line for each newer one that did not."""
+    problems: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            return open_checkpoint(folder, verify), problems
+        except ValueError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def require_same(config: RunConfig, started: Checkpoint) -> None:
+    """ValueError naming a field, unless the checkpoint was trained as `config` says in all that decides the outcome."""
+    for part, names in {
+        "model": None, "optim": None, "data": None,
+        "train": ("schedule", "batch", "length", "horizon", "seed", "dtype"),
+    }.items():  # fmt: skip
+        asked, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
+        for name in names or asked:
+            same = asked[name] == had[name]
+            require(
+                same,
+                f"--{part}.{name} is {asked[name]}, but {started.folder} was trained with {had[name]}; give that, or "
+                "choose another --out",
+            )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what belongs to it."""
+
+    model: LRT
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+    folder: Path
+    """The checkpoint's folder."""
+    run: Path
+    """The run's folder."""
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """The model and tokenizer of a run folder (its newest checkpoint) or of one checkpoint folder."""
+    checkpoint = open_checkpoint(Path(folder))
+    run = checkpoint.folder.parent.parent
+    tokenizer = load_tokenizer(run / "tokenizer")
+    if checkpoint.tokenizer is not None and checkpoint.tokenizer != _hash(run / TOKENIZER):
+        raise ValueError(
+            f"{run / TOKENIZER} is not the one that {checkpoint.folder} was saved with (checksum): "
+            "restore the run's own tokenizer"
+        )
+    if tokenizer.vocab_size > checkpoint.config.model.vocab_size:  # a smaller one: other families pad theirs
+        raise ValueError(
+            f"{run / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}; "
+            "they do not belong together: restore the run's own tokenizer"
+        )
+    tokenizer.widen(checkpoint.config.model.vocab_size)
+    return Loaded(checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run)
+
+
+def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
+    """Copy weights into the model; a missing, extra or misshapen one raises ValueError naming it."""
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ weights.keys()):
+        where = "the model, not the checkpoint," if name in own else "the checkpoint, not the model,"
+        raise ValueError(f"{where} has the weight {name}; the checkpoint is of another model: use its own config")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
+            raise ValueError(f"weight {name} is {shapes}; the checkpoint is of another model: use its own config")
+    for name, value in weights.items():
+        fill(own[name], value)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); use another checkpoint") from None
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _hash(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where folders can be synced."""
+    with contextlib.suppress(OSError):
+        at = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(at)
+        finally:
+            os.close(at)

@@ -1,0 +1,120 @@
+"""The process group: who takes part in a run, and the few collectives that training and evaluation need.
+
+Processes are started by torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT); without one,
+a process is alone and nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lrt.config.model import require
+from lrt.utils.hardware import resolve_device
+
+T = TypeVar("T")
+FAILED = -(2**62)
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others in a collective before it gives up."""
+
+
+@final
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and this one's place among them."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    grouped: bool = False
+    """Whether there is a process group, of however many processes."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prepares data, writes and reports."""
+        return self.rank == 0
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over processes of a tensor on the device, in its place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; the host waits for the device."""
+        return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every process's `x`, all of one shape, one after the other along the first dimension."""
+        if self.size == 1:
+            return x
+        here = x.to(self.device)
+        parts = [torch.empty_like(here) for _ in range(self.size)]
+        dist.all_gather(parts, here)
+        return torch.cat(parts).to(x.device)
+
+    def agree(self, work: Callable[[], int]) -> int:
+        """What `work` gives on the first process, told to all.
+
+        Where it fails there, the others leave without a word: one message is enough.
+        """
+        if self.size == 1:
+            return work()
+        told = torch.tensor(FAILED, device=self.device)
+        try:
+            if self.first:
+                told.fill_(work())
+        finally:
+            dist.broadcast(told, 0)
+        if int(told) == FAILED:
+            raise SystemExit(2)
+        return int(told)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """`work` on the first process, then on the others, which find what it has made."""
+        made: list[T] = []
+
+        def first() -> int:
+            made.append(work())
+            return 0
+
+        self.agree(first)
+        return made[0] if made else work()
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """The world of this process, on `auto`, `cpu` or `cuda`; within it the process group exists, if there is any.
+
+    ValueError: no such device, fewer devices than processes, or the others cannot be reached.
+    """
+    found = resolve_device(device)
+    if dist.is_initialized():  # by the caller, who also ends it
+        yield World(found, dist.get_rank(), dist.get_world_size(), grouped=True)
+        return
+    if not os.environ.keys() >= LAUNCHED:
+        yield World(found)
+        return
+    if found.type == "cuda":
+        place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        require(
+            place < there, f"process {place} of this machine has no GPU: there are {there}; start no more processes"
+        )
+        found = torch.device("cuda", place)
+        torch.cuda.set_device(found)
+    try:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"cannot join the other processes at {address} ({error}); start all with torchrun") from None
+    yield World(found, dist.get_rank(), dist.get_world_size(), grouped=True)
+    dist.destroy_process_group()  # not after an error: the process ends, and waiting for the others might not

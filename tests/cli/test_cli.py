@@ -1,0 +1,207 @@
+"""The command line: help reads, good input runs, bad input is one line, exit code 2, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrt.cli.main import COMMANDS, main
+
+SMALL = (
+    "--model.depth 2 --model.width 32 --model.heads 2 --model.context 64 --train.length 32 --train.batch 4 "
+    "--train.eval-rows 2 --train.horizon steps=3 --train.log-every 1"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A trained run of three steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 300, encoding="utf-8")
+    data = f"--data.source {folder / 'text.txt'} --data.folder {folder / 'data'}"
+    assert main(shlex.split(f"train {SMALL} {data} --out {folder / 'run'}")) == 0
+    return folder / "run"
+
+
+def fails(capsys, command: str, *parts: str) -> str:
+    """Run a command that must end with one line on standard error and exit code 2; return the line."""
+    assert main(shlex.split(command)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert captured.out == ""
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("lrt")
+    for part in parts:
+        assert part in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "bench"])
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_overview_names_every_command(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+    assert main(["--version"]) == 0
+
+
+BAD = [
+    ("tarin", "unknown command 'tarin'", "train"),
+    ("train --recipe d99", "unknown recipe 'd99'", "d12"),
+    ("train --model.dept 3", "--model.dept", "--model.depth"),
+    ("train --model.depth three", "--model.depth", "three"),
+    ("train --model.depth 0", "at least 1 block"),
+    ("train --model.width 100 --model.heads 3", "100", "3"),
+    ("train --model.memory.projection both", "both", "layerwise"),
+    ("train --model.memory.source 9", "block 9", "1..3"),
+    ("train --train.schedule interleaved", "takes a size", "interleaved-2"),
+    ("train --train.schedule settled-3..1", "3..1"),
+    ("train --train.horizon soon", "soon", "ratio=20"),
+    ("train --train.length 4096", "4096", "256"),
+    ("train --train.device tpu", "tpu", "cpu"),
+    ("train --data.source /no/such/file", "/no/such/file"),
+    ("train --resume /no/such/run", "/no/such/run"),
+    ("train --train.parallel both", "both", "ddp"),
+    ("train --train.max-skipped 0", "train.max_skipped is 0"),
+    ("train --train.micro-batch 3", "micro_batch 3", "batch 8"),
+    ("train --data.tokenizer /no/such/tokenizer", "/no/such/tokenizer"),
+    ("train --init-from /no/such/run", "/no/such/run"),
+    ("train --resume . --or-resume --train.batch", "--train.batch"),
+    ("tokenize --validation 2", "validation is 2"),
+    ("eval /no/such/run --rows 0", "--rows is 0"),
+    ("plan --cluster.devices 3", "batch 8", "3 devices"),
+    ("schedule sideways-3", "sideways-3", "interleaved"),
+    ("schedule interleaved-2 --length 0", "--length is 0"),
+    ("info --recipe nothing", "nothing"),
+    ("eval /no/such/run", "/no/such/run"),
+    ("sample /no/such/run", "/no/such/run"),
+    ("chat /no/such/run", "/no/such/run"),
+    ("bench everything", "choose one of"),
+    ("demo --compute -1 --out nowhere", "--compute"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case[0])
+def test_bad_input_is_one_line_and_writes_nothing(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, *case)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("binary.txt", b"\x00\x01\x02\xff" * 100, "binary"),
+        ("latin.txt", b"caf\xe9 " * 99, "UTF-8"),
+    ],
+)
+def test_bad_text_files(name, content, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    fails(capsys, f"train {SMALL} --data.source {name}", name, said)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [name]
+
+
+def test_a_gigantic_line_is_text_like_any_other(capsys, tmp_path, monkeypatch):
+    """Three hundred kilobytes without a space or a line break, for bytes and for a BPE."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "line.txt").write_text("".join(chr(97 + i * i % 23) for i in range(300_000)), encoding="utf-8")
+    for tokenizer in ("bytes", "bpe --vocab-size 300"):
+        assert main(shlex.split(f"tokenize --source line.txt --tokenizer {tokenizer} --folder data")) == 0
+    assert "vocabulary" in capsys.readouterr().out
+
+
+def test_info_shows_the_published_sizes(capsys):
+    for recipe, projection, overhead, size in [
+        ("d20_paper", "shared", 0.00307, 1.316), ("d20_paper", "layerwise", 0.0504, 1.316),
+        ("d24_paper", "shared", 0.00304, 1.988), ("d24_paper", "layerwise", 0.0576, 1.988),
+    ]:  # fmt: skip
+        main(shlex.split(f"info --recipe {recipe} --model.memory.projection {projection} --json"))
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["memory_overhead"] == pytest.approx(overhead, rel=2e-3)
+        without = facts["parameters"]["total"] - facts["parameters"]["memory"]
+        assert without / 1e9 == pytest.approx(size, abs=5e-4)
+    main(["info", "--recipe", "d20_paper"])
+    out = capsys.readouterr().out
+    assert "0.307%" in out and "1.316 B" in out
+
+
+def test_schedule_is_drawn_as_text_and_svg(capsys, tmp_path):
+    assert main(shlex.split(f"schedule interleaved-4 --length 16 --out {tmp_path / 's.svg'}")) == 0
+    out = capsys.readouterr().out
+    assert "█···█···█···█···" in out and "exact prefix 4" in out
+    svg = (tmp_path / "s.svg").read_text(encoding="utf-8")
+    assert svg.startswith("<svg") and svg.count("#2f6fde") >= 16 + 16
+    main(["schedule", "settled-1..3", "--length", "8"])
+    assert "no gradient" in capsys.readouterr().out
+
+
+def test_eval_reports_every_mode(run, capsys):
+    assert main(["eval", str(run), "--rows", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["live_gap"] == pytest.approx(found["decoded"] - found["merged"])
+    assert {"zero_memory", "passes", "by_position", "residuals", "schedule", "dtype", "step"} <= set(found)
+    assert main(["eval", str(run), "--rows", "2", "--source", str(run.parent / "text.txt"), "--length", "16"]) == 0
+    assert "decoded (exact)" in capsys.readouterr().out
+
+
+def test_sample_is_a_function_of_the_seed(run, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        assert main(shlex.split(f"sample {run} --prompt 'the quick' --max-new-tokens 20 --seed {seed}")) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("the quick")
+
+
+def test_sample_refuses_what_does_not_fit(run, capsys):
+    fails(capsys, f"sample {run} --prompt {'x' * 70}", "71 tokens", "64")
+    fails(capsys, f"sample {run} --temperature -1", "temperature")
+    fails(capsys, f"sample {run} --prefill sideways", "sideways", "jacobi")
+    fails(capsys, f"eval {run} --length 65", "65", "64")
+
+
+def test_train_refuses_to_overwrite_and_resumes_to_nothing_left(run, capsys):
+    line = fails(capsys, f"train {SMALL} --data.source {run.parent / 'text.txt'} --out {run}", "already holds a run")
+    assert "--resume" in line
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "decoded BPB" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    weights = next(copy.rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    fails(capsys, f"sample {copy}", "model.safetensors", "checksum")
+    fails(capsys, f"train --resume {copy}", "checksum")
+
+
+def test_chat_keeps_its_state_between_turns(run):
+    talk = subprocess.run(
+        [sys.executable, "-m", "lrt", "chat", str(run), "--max-new-tokens", "5", "--template", "{}"],
+        input="the\nquick\n", text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    assert len(talk.stdout.splitlines()) >= 2
+    assert "Traceback" not in talk.stderr
+
+
+def test_tokenize_prints_the_folder(run, capsys):
+    text, folder = run.parent / "text.txt", run.parent / "data2"
+    assert main(shlex.split(f"tokenize --source {text} --folder {folder}")) == 0
+    assert "training and" in capsys.readouterr().out
+    assert list(folder.rglob("manifest.json"))

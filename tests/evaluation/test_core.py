@@ -1,0 +1,101 @@
+"""CORE: prompts, candidates and centred accuracy on a bundle made here, with a model that knows some answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from lrt.cli.main import main
+from lrt.config.model import ModelConfig
+from lrt.data.tokenizer import ByteTokenizer
+from lrt.evaluation.core import candidates, core, examples, read_bundle, texts
+from lrt.model.loss import ScheduledLoss
+from lrt.model.transformer import LRT
+from lrt.schedule import Schedule
+
+ENTRIES = [
+    {"label": "colours", "dataset_uri": "a/colours.jsonl", "num_fewshot": [1], "icl_task_type": "multiple_choice"},
+    {"label": "pronouns", "dataset_uri": "pronouns.jsonl", "num_fewshot": [0], "icl_task_type": "schema"},
+    {"label": "count", "dataset_uri": "count.jsonl", "num_fewshot": [2], "icl_task_type": "language_modeling",
+     "continuation_delimiter": ": "},
+]  # fmt: skip
+ITEMS = {
+    "a/colours.jsonl": [
+        {"query": f"{thing} is", "choices": ["red", "green"], "gold": gold}
+        for thing, gold in (("blood", 0), ("grass", 1), ("rust", 0), ("moss", 1))
+    ],
+    "pronouns.jsonl": [{"context_options": ["cat sat", "dog ran"], "continuation": "home", "gold": 1}],
+    "count.jsonl": [{"context": f"after {i} ", "continuation": str(i + 1)} for i in range(3)],
+}
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    (tmp_path / "eval_data" / "a").mkdir(parents=True)
+    (tmp_path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": ENTRIES}), encoding="utf-8")
+    (tmp_path / "eval_meta_data.csv").write_text(
+        "Eval Task,Task Category,Random baseline\ncolours,x,50.0\npronouns,x,50.0\ncount,x,0.0\n",
+        encoding="utf-8",
+    )
+    for name, items in ITEMS.items():
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        (tmp_path / "eval_data" / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_prompts_of_the_three_kinds(bundle):
+    colours, pronouns, count = read_bundle(bundle)
+    assert (colours.shots, colours.delimiter, colours.chance, count.delimiter) == (1, " ", 0.5, ": ")
+    (shot,) = examples(colours, 0)
+    assert shot in colours.items[1:] and examples(colours, 0) == [shot]
+    front = f"{shot['query']} {shot['choices'][shot['gold']]}\n\n"
+    assert texts(colours, colours.items[0], [shot]) == [(front + "blood is", " red"), (front + "blood is", " green")]
+    assert texts(pronouns, pronouns.items[0], []) == [("cat sat", " home"), ("dog ran", " home")]
+    assert texts(count, count.items[1], [count.items[0]]) == [("after 0: 1\n\nafter 1", ": 2")]
+
+
+def test_candidates_score_the_answer_and_keep_the_end_of_what_is_too_long(bundle):
+    colours = read_bundle(bundle)[0]
+    tokenizer = ByteTokenizer()
+    red, green = candidates(colours, colours.items[0], [], tokenizer, context=64)
+    assert tokenizer.decode(red.ids[-red.scored :]) == " red" and tokenizer.decode(red.ids) == "blood is red"
+    assert (red.ids[0], green.scored) == (tokenizer.bos, 6)
+    short = candidates(colours, colours.items[0], [], tokenizer, context=8)[0]
+    assert tokenizer.decode(short.ids) == "d is red" and short.scored == 4
+    with pytest.raises(ValueError, match="context is 4"):
+        candidates(colours, colours.items[0], [], tokenizer, context=4)
+
+
+def test_a_model_that_knows_the_answers_gets_them_and_accuracy_is_centred(bundle):
+    tasks, tokenizer = read_bundle(bundle), ByteTokenizer()
+    told = [text for task in tasks for i, item in enumerate(task.items) for text in _solved(task, i, item)]
+    model = LRT.build(ModelConfig(depth=2, width=64, heads=2, context=64, vocab_size=257, bos=256), seed=1)
+    loss, optimizer = ScheduledLoss(model, Schedule.parse("settled-1..2")), torch.optim.AdamW(model.parameters(), 3e-3)
+    rows = torch.tensor([[256, *tokenizer.encode(text.ljust(48))][:49] for text in told])
+    for step in range(150):
+        loss(rows[:, :-1], rows[:, 1:], step=step).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    model.eval()
+    found = core(model, tokenizer, tasks, mode="exact")
+    assert {label: t["accuracy"] for label, t in found["tasks"].items()} == {"colours": 1, "pronouns": 1, "count": 1}
+    assert found["core"] == pytest.approx(1) and found["tasks"]["colours"]["items"] == 4
+    tasks[0].items[0]["gold"] = 1  # what it knows is now wrong
+    found = core(model, tokenizer, tasks[:1], mode="exact")
+    assert found["tasks"]["colours"]["centred"] == pytest.approx((0.75 - 0.5) / 0.5)
+    assert core(model, tokenizer, tasks[2:], limit=2)["tasks"]["count"]["items"] == 2
+
+
+def _solved(task, number: int, item) -> list[str]:
+    question, answer = texts(task, item, examples(task, number))[item.get("gold", 0)]
+    return [question + answer]
+
+
+def test_what_is_missing_from_a_bundle_is_named(bundle, capsys):
+    (bundle / "eval_data" / "count.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"count.jsonl, the items of count, does not exist"):
+        read_bundle(bundle)
+    assert main(["core", "nowhere", "--bundle", str(bundle / "eval_data")]) == 2
+    assert "core.yaml does not exist" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""lm-eval through the decoding engine and through HFLM on the exported folder: the same numbers on local tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import config, randomised
+
+from lrt.cli.main import main
+from lrt.config.run import RunConfig, TrainConfig
+from lrt.data import train_bpe
+from lrt.training import checkpoint
+from lrt.training.checkpoint import load_model
+
+lm_eval = pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+TASKS = {
+    "local_mc": """
+task: local_mc
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "local_gen": """
+task: local_gen
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["x", "\\n\\n"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+    "local_ppl": """
+task: local_ppl
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""",
+}
+
+
+def write_tasks(folder: Path) -> Path:
+    """Task files on local data; the longest text takes three windows of the model's context."""
+    rows = [
+        {"question": " ".join(WORDS[: i + 2]), "choices": [" dog", " fox jumps", " the"], "answer": i % 3,
+         "text": " ".join(WORDS[i:] * (12 if i == 2 else 1))}
+        for i in range(5)
+    ]  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"dataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(text + data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    words = train_bpe([" ".join(WORDS)] * 40, 270)
+    model = config(vocab_size=words.vocab_size, bos=words.bos, context=48)
+    words.save(folder / "tokenizer")
+    settings = RunConfig(model=model, train=TrainConfig(length=32))
+    checkpoint.save(folder, 1, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)
+    return folder
+
+
+def samples(lm, names: list[str], tasks: Path) -> dict:
+    """What the harness keeps of every example, by task."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = simple_evaluate(lm, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    return {name: [s["resps"] for s in sorted(found["samples"][name], key=lambda s: s["doc_id"])] for name in names}
+
+
+@pytest.mark.parametrize("prefill", ["exact", "sweeps", "zero_memory"])
+def test_both_routes_give_the_same_numbers(run: Path, prefill: str, tmp_path: Path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    from lrt.evaluation.lm_eval import Harness
+    from lrt.integrations.hf.export import fast_tokenizer, wrapped
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    tasks, loaded = write_tasks(tmp_path / "tasks"), load_model(run)
+    mode = {"exact": "exact", "sweeps": "interleaved-8", "zero_memory": "zero_memory"}[prefill]
+    ours = samples(Harness(loaded, mode, rows=3), ["local_mc", "local_ppl"], tasks)
+    settings = {"tokenizer": fast_tokenizer(loaded), "batch_size": 3, "max_length": 48, "device": "cpu"}
+    model = wrapped(loaded, prefill)
+    theirs = samples(HFLM(pretrained=model, **settings), ["local_mc"], tasks)
+    theirs |= samples(HFLM(pretrained=model, add_bos_token=False, **settings), ["local_ppl"], tasks)
+    for mine, other in zip(ours["local_mc"], theirs["local_mc"], strict=True):
+        for (a, greedy), (b, also) in zip((x[0] for x in mine), (x[0] for x in other), strict=True):
+            assert abs(float(a) - float(b)) < 1e-4
+            assert str(greedy) == str(also)
+    nats = [[float(torch.tensor(x[0][0])) for x in found["local_ppl"]] for found in (ours, theirs)]
+    assert max(abs(a - b) for a, b in zip(*nats, strict=True)) < 1e-4
+    assert len(set(nats[0])) == len(nats[0])
+    if prefill != "zero_memory":  # decode.generate has memory, always
+        routes = (Harness(loaded, mode, rows=2), HFLM(pretrained=model, **settings))
+        answers = [samples(lm, ["local_gen"], tasks) for lm in routes]
+        assert answers[0] == answers[1]
+        assert len({str(x) for x in answers[0]["local_gen"]}) > 1
+
+
+def test_the_command_names_its_mode(run: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    tasks = write_tasks(tmp_path / "tasks")
+    flags = ["--include-path", str(tasks), "--limit", "2", "--device", "cpu"]
+    assert main(["eval", str(run), "--tasks", "local_mc,local_ppl", *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["mode"] == "sweeps(interleaved-8, 0.0007)"
+    assert 0 <= found["results"]["local_mc"]["acc,none"] <= 1
+    assert main(["eval", str(run), "--tasks", "local_mc", *flags, "--mode", "exact"]) == 0
+    assert "scored by exact" in capsys.readouterr().out
+    assert main(["eval", str(run), "--tasks", "no_such_task", *flags]) == 2
+    assert "no task no_such_task" in capsys.readouterr().err

@@ -1,0 +1,391 @@
+"""Decoding equals the reference loop, however the work is split over prefill, steps and rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from helpers import PLAIN_OPTIONS, VARIANTS, config, randomised, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrt.benchmarks import convergence
+from lrt.benchmarks import decode as bench
+from lrt.config.model import MEMORY_OFF
+from lrt.inference.generate import decode_step, generate, prefill, score
+from lrt.inference.prefill import advance, compiled, next_logits
+from lrt.inference.sampling import SamplingParams
+from lrt.model.kv_cache import KVCache, positions_held, visible_slots
+from lrt.model.loss import IGNORE
+from lrt.model.reference import reference
+from lrt.model.transformer import LRT
+
+TIGHT = 1e-10
+MODES = ["exact", "jacobi", "interleaved-3"]
+CFG = config()
+IDS = [
+    f"{c.memory.projection}-{'residual' if c.memory.residual else 'kv'}-{c.source}-{c.window_pattern}" for c in VARIANTS
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> LRT:
+    return randomised(CFG)
+
+
+def truth(model: LRT, rows: torch.Tensor) -> torch.Tensor:
+    """The reference loop's logits, [B, T, V]."""
+    weights = dict(model.state_dict())
+    return torch.stack([reference(weights, model.config, row.tolist()).logits for row in rows])
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=TIGHT, rtol=TIGHT)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cfg", VARIANTS, ids=IDS)
+def test_any_split_equals_the_reference(cfg, mode):
+    """Ragged prompts in chunks, then another prompt on the kept state, then steps; documents start inside rows."""
+    model, rows = randomised(cfg), tokens(cfg, 3, 21)
+    assert (rows[:, 1:] == cfg.bos).any()
+    expected, lengths, every = truth(model, rows), torch.tensor([11, 4, 15]), torch.arange(3)
+    options = {"mode": mode, "tolerance": 1e-13, "chunk": 6, "max_sweeps": 50}
+    first = prefill(model, rows, lengths=lengths, capacity=25, **options)
+    close(first.logits, expected[every, lengths - 1])
+    more = torch.stack([rows[i, n : n + 3] for i, n in enumerate(lengths)])
+    second = prefill(model, more, cache=first.cache, **options)
+    close(second.logits, expected[every, lengths + 2])
+    cache = second.cache
+    for at in (lengths + 3, lengths + 4, lengths + 5):
+        logits, cache = decode_step(model, rows[every, at], cache)
+        close(logits, expected[every, at])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([config(source=s, window=w) for s in (2, 3) for w in (1, 4, 9)]),
+    st.lists(st.integers(1, 18), min_size=1, max_size=4),
+    st.integers(1, 20),
+    st.integers(1, 7),
+    st.integers(0, 99),
+)
+def test_sweeps_equal_the_reference_for_any_lengths_chunk_and_stride(cfg, lengths, chunk, stride, seed):
+    model, rows = randomised(cfg, seed), tokens(cfg, len(lengths), max(lengths), seed)
+    found = prefill(
+        model, rows, mode=f"interleaved-{stride}", tolerance=1e-13, lengths=torch.tensor(lengths), chunk=chunk
+    )
+    close(found.logits, truth(model, rows)[torch.arange(len(lengths)), torch.tensor(lengths) - 1])
+
+
+@pytest.mark.parametrize("source", [2, 3])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_what_does_not_settle_is_finished_exactly(mode, source):
+    model, rows = randomised(config(source=source)), tokens(CFG, 3, 16)
+    lengths = torch.tensor([16, 9, 1])
+    found = prefill(model, rows, mode=mode, tolerance=1e-13, max_sweeps=2, lengths=lengths)
+    close(found.logits, truth(model, rows)[torch.arange(3), lengths - 1])
+    assert found.effort.residual == 0
+    assert found.effort.stepped[0] > 0
+    assert found.effort.stepped[2] == 0
+
+
+def test_as_many_sweeps_as_positions_always_suffice(model):
+    rows = tokens(CFG, 2, 12)
+    found = prefill(model, rows, mode="jacobi", tolerance=0.0, max_sweeps=12)
+    assert found.effort.stepped.sum() == 0
+    close(found.logits, truth(model, rows)[:, -1])
+
+
+def test_a_looser_tolerance_takes_fewer_sweeps_and_says_so():
+    model, rows = randomised(CFG, scale=0.2), tokens(CFG, 2, 40)  # weak injections, so that the memory settles
+    loose, tight = (prefill(model, rows, mode="interleaved-8", tolerance=t) for t in (1e-2, 1e-9))
+    assert loose.mode == "sweeps(interleaved-8, 0.01)"
+    assert loose.effort.sweeps < tight.effort.sweeps
+    assert tight.effort.residual <= 1e-9 < loose.effort.residual <= 1e-2
+
+
+def test_a_row_does_not_depend_on_how_fast_the_others_settle():
+    model, rows = randomised(CFG, scale=0.2), tokens(CFG, 4, 30)
+    together = prefill(model, rows, mode="interleaved-4", tolerance=1e-2)
+    for i, row in enumerate(rows):
+        close(together.logits[i : i + 1], prefill(model, row[None], mode="interleaved-4", tolerance=1e-2).logits)
+
+
+def test_without_memory_one_sweep_is_exact():
+    cfg = config(projection="none", residual=False)
+    model, rows = randomised(cfg), tokens(cfg, 2, 20)
+    found = prefill(model, rows)
+    assert (found.effort.sweeps, found.effort.residual) == (1, 0.0)
+    close(found.logits, truth(model, rows)[:, -1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_score_is_the_likelihood_of_the_decoded_model(model, mode):
+    rows = tokens(CFG, 2, 20)
+    targets = torch.roll(rows, -1, 1)
+    targets[:, 5] = IGNORE
+    scored = score(model, rows, targets, mode=mode, tolerance=1e-13, chunk=7)
+    expected = -truth(model, rows).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    close(scored.nats, torch.where(targets == IGNORE, 0.0, expected))
+
+
+def test_score_with_zero_memory_reads_none(model):
+    rows = tokens(CFG, 2, 20)
+    targets = torch.roll(rows, -1, 1)
+    plain = randomised(CFG)
+    with torch.no_grad():
+        for p in plain.memory_parameters():
+            p.zero_()
+    scored = score(model, rows, targets, mode="zero_memory")
+    assert scored.mode == "zero_memory"
+    close(scored.nats, score(plain, rows, targets, mode="exact").nats)
+
+
+def test_waiting_rows_keep_their_state_even_when_full(model):
+    rows = tokens(CFG, 2, 12)
+    cache = prefill(model, rows[:, :6], lengths=torch.tensor([6, 3]), capacity=6, mode="exact").cache
+    active = torch.tensor([False, True])
+    for t in (3, 4, 5):
+        logits, cache = decode_step(model, rows[:, t], cache, active)
+    expected = truth(model, rows)
+    close(logits[1], expected[1, 5])
+    assert cache.length.tolist() == [6, 6]
+    wider = KVCache.empty(model, 2, 6).put(torch.tensor([1, 0]), cache)
+    assert wider.length.tolist() == [6, 6]
+    with pytest.raises(ValueError, match="capacity is 6 tokens"):
+        decode_step(model, rows[:, 6], cache)
+
+
+def test_fork_join_save_and_restore(model, tmp_path):
+    rows = tokens(CFG, 2, 20)
+    expected = truth(model, rows)
+    cache = prefill(model, rows[:, :9], capacity=20, mode="exact").cache
+    forked = cache.take(torch.tensor([1, 0, 1]))
+    cache.save(tmp_path / "state.safetensors")
+    for t in range(9, 12):
+        _, cache = decode_step(model, rows[:, t], cache)
+    joined = cache.put(torch.tensor([0]), forked.take(torch.tensor([1])))  # row 0 goes back to position 9
+    logits, _ = decode_step(model, torch.stack((rows[0, 9], rows[1, 12])), joined)
+    close(logits, torch.stack((expected[0, 9], expected[1, 12])))
+    restored = KVCache.load(tmp_path / "state.safetensors")
+    assert restored.capacity == 20
+    for kept in (restored, forked.take(torch.tensor([1, 0]))):
+        close(prefill(model, rows[:, 9:], cache=kept, mode="exact").logits, expected[:, -1])
+
+
+def test_a_restored_state_continues_bit_for_bit(model, tmp_path):
+    rows = tokens(CFG, 2, 20)
+    cache = prefill(model, rows[:, :9]).cache
+    cache.save(tmp_path / "state")
+    restored = KVCache.load(tmp_path / "state")
+    assert torch.equal(decode_step(model, rows[:, 9], cache)[0], decode_step(model, rows[:, 9], restored)[0])
+
+
+def test_sliding_windows_keep_only_their_window(model):
+    cache = KVCache.empty(model, 1, 50)
+    assert [k.shape[2] for k in cache.keys] == [CFG.windows()[0], 51, 51]
+    assert positions_held(torch.tensor([6]), 4).tolist() == [[4, 5, 2, 3]]
+    assert [visible_slots(n) for n in (1, 128, 129, 193, 400)] == [128, 128, 192, 256, 512]
+
+
+def run_text(model: LRT, prompts, sampling, **options) -> list[list[tuple[int, float]]]:
+    """Tokens and log-probabilities of every row."""
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(len(prompts) * options.get("samples", 1))]
+    for made in generate(model, prompts, sampling, **options):
+        for e in made.emissions:
+            rows[e.row].append((e.token, e.logprob))
+    return rows
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, CFG.vocab_size - 1), min_size=1, max_size=12),
+        st.builds(
+            SamplingParams,
+            max_new_tokens=st.integers(1, 8),
+            temperature=st.sampled_from([0.0, 0.7, 1.0]),
+            top_k=st.sampled_from([None, 1, 4]),
+            top_p=st.sampled_from([0.5, 1.0]),
+            min_p=st.sampled_from([0.0, 0.2]),
+            repetition_penalty=st.sampled_from([1.0, 1.3]),
+            seed=st.integers(0, 9),
+            stop_tokens=st.sampled_from([None, (), (1, 2, 3)]),
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(REQUESTS)
+def test_a_request_gives_the_same_text_alone_and_in_any_batch(requests):
+    """Log-probabilities agree to 1e-10 in float64; the tokens are the same."""
+    model = randomised(CFG)
+    prompts, sampling = [p for p, _ in requests], [s for _, s in requests]
+    for i, row in enumerate(run_text(model, prompts, sampling)):
+        (alone,) = run_text(model, [prompts[i]], [sampling[i]])
+        assert [t for t, _ in row] == [t for t, _ in alone]
+        close(torch.tensor([x for _, x in row]), torch.tensor([x for _, x in alone]))
+
+
+def test_at_a_fixed_batch_shape_a_row_is_bitwise_the_same_whatever_the_others(model):
+    prompts = tokens(CFG, 5, 9).tolist()
+    law = SamplingParams(max_new_tokens=9, stop_tokens=(), seed=4)
+    a = run_text(model, [prompts[0], prompts[1], prompts[2]], law, mode="exact")
+    b = run_text(model, [prompts[0], prompts[3], prompts[4]], law, mode="exact")
+    assert a[0] == b[0]
+    assert a[1] != b[1]
+
+
+def test_rows_that_have_all_stopped_leave_the_step(model):
+    """The step computes the first 2, 4, .. rows, as many as hold those that go on."""
+    prompts, rows = tokens(CFG, 5, 4).tolist(), []
+    laws = [SamplingParams(temperature=0, max_new_tokens=n, stop_tokens=()) for n in (6, 3, 2, 5, 2)]
+
+    def counting(model: LRT, tokens: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows.append(len(tokens))
+        return next_logits(model, tokens, *rest)
+
+    together = run_text(model, prompts, laws, mode="exact", run=counting)
+    assert rows == [5, 4, 4, 4, 2]
+    for i, prompt in enumerate(prompts):
+        assert [t for t, _ in together[i]] == [t for t, _ in run_text(model, [prompt], laws[i], mode="exact")[0]]
+
+
+def test_generation_follows_the_reference(model):
+    """Greedy text: every token is the reference's most probable one, its log-probability the reference's."""
+    prompt = tokens(CFG, 1, 8)[0].tolist()
+    (made,) = run_text(
+        model, [prompt], SamplingParams(temperature=0, max_new_tokens=12, stop_tokens=()), tolerance=1e-12
+    )
+    text = [t for t, _ in made]
+    expected = truth(model, torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert expected.argmax(-1).tolist() == text
+    close(expected.amax(-1), torch.tensor([x for _, x in made], dtype=torch.float64))
+
+
+def test_samples_share_a_prompt_and_differ_by_number_alone(model):
+    prompts, law = tokens(CFG, 2, 7).tolist(), SamplingParams(max_new_tokens=6, stop_tokens=(), seed=3)
+    four = run_text(model, prompts, law, samples=2)
+    assert four[0] != four[1]
+    assert [t for t, _ in four[2]] == [t for t, _ in run_text(model, prompts[1:], law)[0]]
+
+
+def test_a_kept_state_goes_on_as_if_nothing_had_happened(model):
+    prompt, law = tokens(CFG, 1, 7).tolist(), SamplingParams(temperature=0, max_new_tokens=5, stop_tokens=())
+    last, first = None, []
+    for last in generate(model, prompt, law, mode="exact", capacity=40):
+        first += [e.token for e in last.emissions]
+    assert last is not None
+    said = [first[-1], 3, 5]
+    go_on = run_text(model, [said], law, cache=last.cache, mode="exact")
+    afresh = run_text(model, [prompt[0] + first[:-1] + said], law, mode="exact", capacity=40)
+    assert [t for t, _ in go_on[0]] == [t for t, _ in afresh[0]]
+
+
+def test_answers_end_at_stop_tokens_stop_texts_length_and_capacity(model):
+    prompt = [tokens(CFG, 1, 7)[0].tolist()]
+    law = SamplingParams(temperature=0, max_new_tokens=30, stop_tokens=())
+    free = [t for t, _ in run_text(model, prompt, law)[0]]
+    stop = free[2]
+    stopped = dataclasses.replace(law, stop_tokens=(stop,))
+    assert [t for t, _ in run_text(model, prompt, stopped)[0]] == free[: free.index(stop) + 1]
+
+    def spell(ids):
+        return "".join(chr(ord("a") + i) for i in ids).encode()
+
+    text = spell(free).decode()
+    by_text = dataclasses.replace(law, stop=(text[3:5],))
+    pieces = [e for made in generate(model, prompt, by_text, decode_bytes=spell) for e in made.emissions]
+    assert "".join(e.text for e in pieces) == text[: text.index(text[3:5])]
+    assert [e.finish for e in pieces][-2:] == [None, "stop"]
+    full = list(generate(model, prompt, law, capacity=12))
+    assert len(full) == 6
+    assert full[-1].emissions[0].finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: prefill(m, torch.zeros(1, 0, dtype=torch.int64)), "at least 1 token"),
+        (lambda m: prefill(m, torch.tensor([[3, 19]])), "token 19 is outside the vocabulary of 19"),
+        (lambda m: prefill(m, torch.tensor([[3, -1]])), "token -1 is outside"),
+        (lambda m: prefill(m, torch.ones(1, 65, dtype=torch.int64)), "65 tokens but the capacity is 64"),
+        (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), capacity=8), "9 tokens but the capacity is 8"),
+        (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), lengths=torch.tensor([0])), "between 1 and the 9"),
+        (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), mode="newton"), "'newton' is unknown: use exact"),
+        (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), max_sweeps=0), "max_sweeps 0"),
+        (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), cache=KVCache.empty(m, 2, 20)), "1 prompts for a"),
+        (lambda m: next(generate(m, [[1], []])), "prompt 1 is empty"),
+        (lambda m: next(generate(m, [[1]], SamplingParams(stop=("x",)))), "stop texts need decode_bytes"),
+        (lambda m: next(generate(m, [[1]], [])), "0 samplings"),
+        (lambda m: next(generate(m, [[1] * 70])), "70 tokens but the capacity is 64"),
+        (lambda m: KVCache.empty(m, 1, 8).put(torch.tensor([0]), KVCache.empty(m, 1, 9)), "capacity 9 cannot join"),
+        (lambda m: KVCache.load("nowhere/state"), "nowhere/state: cannot be read"),
+    ],
+)
+def test_errors_name_the_culprit_and_the_remedy(model, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+
+
+def test_steps_need_no_gradient_and_leave_the_model_alone(model):
+    found = prefill(model, tokens(CFG, 1, 5))
+    assert not found.logits.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+def test_the_compiled_step_equals_the_plain_one_and_compiles_twice_at_most():
+    """Once for views of the slots, once for the whole of them; never per token."""
+    cfg = config(context=400)
+    model, rows, run = LRT.build(cfg, seed=1), tokens(cfg, 2, 200), compiled()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ours = theirs = KVCache.empty(model, 2, 200)
+    theirs = theirs.take(torch.arange(2))
+    active = torch.ones(2, dtype=torch.bool)
+    with torch.no_grad():
+        for t in range(200):
+            a, ours = advance(model, rows[:, t], ours, active, run)
+            b, theirs = decode_step(model, rows[:, t], theirs, active)
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
+    small = "--recipe cpu_demo --batches 1 2 --contexts 8 --steps 1 --no-compile --device cpu --json"
+    assert bench.main(small.split()) == 0
+    *told, last = capsys.readouterr().out.splitlines()
+    assert [(c["batch"], c["context"]) for c in json.loads(last)["decode"]] == [(1, 8), (2, 8)]
+    assert [line.split()[:4] for line in told] == [["batch", "1", "context", "8"], ["batch", "2", "context", "8"]]
+
+
+def test_the_bench_measures_every_part(tmp_path):
+    model = LRT.build(config(vocab_size=64), seed=2)
+    prompts = tokens(model.config, 2, 20)
+    cells = list(bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], 1, False, cache_gib=0.01))
+    prefills = bench.prefill_times(model, prompts, ["jacobi", "interleaved-4"], 1e-4)
+    assert [(c["batch"], c["context"]) for c in cells] == [(1, 8), (2, 8)]
+    assert bench.score_times(model, prompts, 1e-4)["max_nats_diff"] < 1e-2
+    assert all(c["max_logit_diff"] < 1e-2 and c["greedy_agree"] > 0.9 for c in prefills)
+    exact = convergence.exact_hidden(model, prompts)
+    points = convergence.curve(model, prompts, "jacobi", 20, exact)
+    assert points[-1].logit_diff < 1e-4
+    assert points[-1].greedy_agree == 1
+    convergence.draw({"random": {"jacobi": points}}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_bench_decodes_beside_transformers():
+    pytest.importorskip("transformers")
+    plain = dataclasses.replace(config(depth=2, width=32, context=32, **PLAIN_OPTIONS), memory=MEMORY_OFF)
+    found = bench.against_transformers(plain, torch.device("cpu"), False, tokens=4, repeats=1)
+    speeds = [found[f"{name}_tokens_per_second"] for name in ("transformers", "eager")]
+    assert all(s > 0 for s in speeds) and found["eager_ratio"] == pytest.approx(speeds[1] / speeds[0])

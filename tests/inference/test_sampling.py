@@ -1,0 +1,149 @@
+"""SamplingParams laws have the right supports and frequencies; text streams never split a character."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrt.inference.sampling import SamplingParams, SamplingTensors, choose, probabilities, uniforms
+from lrt.inference.streaming import TextStream
+
+P = torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15]], dtype=torch.float64)
+CPU = torch.device("cpu")
+
+
+def law(**options) -> SamplingTensors:
+    return SamplingTensors.of([SamplingParams(**options)], P.shape[1], CPU)
+
+
+def left(**options) -> list[float]:
+    """What P becomes under these laws."""
+    return [round(x, 6) for x in probabilities(P.log(), law(**options))[0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.05, 0.4, 0.1, 0.3, 0.15]),
+        ({"temperature": 0}, [0, 1, 0, 0, 0]),
+        ({"temperature": 0, "top_k": 3, "min_p": 0.5}, [0, 1, 0, 0, 0]),
+        ({"top_k": 2}, [0, 0.571429, 0, 0.428571, 0]),
+        ({"top_k": 99}, [0.05, 0.4, 0.1, 0.3, 0.15]),
+        ({"top_p": 0.39}, [0, 1, 0, 0, 0]),
+        ({"top_p": 0.41}, [0, 0.571429, 0, 0.428571, 0]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
+        ({"top_k": 2, "top_p": 0.55}, [0, 1, 0, 0, 0]),  # of the two left, the first has 0.571
+        ({"min_p": 0.3}, [0, 0.470588, 0, 0.352941, 0.176471]),
+        ({"temperature": 0.5, "min_p": 0.3}, [0, 0.64, 0, 0.36, 0]),  # 0.15 is 0.375 of 0.4, but 0.14 once squared
+    ],
+)
+def test_supports_and_masses(options, expected):
+    assert left(**options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_probabilities_keep_the_lower_id():
+    p = probabilities(torch.zeros(1, 5), law(top_k=2))
+    assert p[0].tolist() == [0.5, 0.5, 0, 0, 0]
+
+
+def test_the_repetition_penalty_makes_seen_tokens_less_probable():
+    logits, seen = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]])
+    laws = SamplingTensors.of([SamplingParams(repetition_penalty=2.0)], 3, CPU)
+    expected = torch.softmax(torch.tensor([[1.0, -4.0, 1.0]], dtype=torch.float64), -1)
+    torch.testing.assert_close(probabilities(logits, laws, seen), expected)
+
+
+def test_draws_follow_the_probabilities():
+    u = torch.from_numpy(uniforms(7, 0, 20_000))
+    drawn, logprob = choose(P.log().expand(len(u), -1), SamplingTensors.of([SamplingParams()] * len(u), 5, CPU), u)
+    share = torch.bincount(drawn, minlength=5) / len(u)
+    torch.testing.assert_close(share.double(), P[0], atol=0.01, rtol=0)
+    torch.testing.assert_close(logprob, P[0].log()[drawn])
+
+
+@given(
+    st.lists(st.floats(-30, 30), min_size=5, max_size=5),
+    st.builds(
+        SamplingParams,
+        temperature=st.floats(0.05, 3),
+        top_k=st.none() | st.integers(1, 6),
+        top_p=st.floats(0.01, 1),
+        min_p=st.floats(0, 1),
+    ),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_is_always_in_the_support(logits, sampling, uniform):
+    z, laws = torch.tensor([logits]), SamplingTensors.of([sampling], 5, CPU)
+    p = probabilities(z, laws)
+    assert p.sum().item() == pytest.approx(1)
+    token, _ = choose(z, laws, torch.tensor([uniform], dtype=torch.float64))
+    assert p[0, token] > 0
+
+
+def test_a_row_draws_the_same_beside_rows_of_other_laws():
+    others = [SamplingParams(top_k=2), SamplingParams(temperature=0), SamplingParams(repetition_penalty=3.0)]
+    logits, u = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.37).double()
+    seen = torch.zeros(4, 50, dtype=torch.bool)
+    mixed = choose(logits, SamplingTensors.of([SamplingParams(), *others], 50, CPU), u, seen)
+    for i, one in enumerate([SamplingParams(), *others]):
+        token, logprob = choose(logits[i : i + 1], SamplingTensors.of([one], 50, CPU), u[:1], seen[:1])
+        assert (token[0], logprob[0]) == (mixed[0][i], mixed[1][i])
+
+
+def test_uniforms_depend_on_seed_and_sample_and_only_grow():
+    assert uniforms(1, 0, 5).tolist() == uniforms(1, 0, 9)[:5].tolist()
+    assert len({uniforms(s, j, 1)[0] for s in range(3) for j in range(3)}) == 9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"stop": ("",)},
+    ],
+)
+def test_wrong_parameters_are_named(wrong):
+    with pytest.raises(ValueError, match=f"sampling.{next(iter(wrong))} is .*; it must be "):
+        SamplingParams(**wrong)
+
+
+def spell(ids) -> bytes:
+    return bytes(ids)
+
+
+@given(st.text(max_size=30) | st.binary(max_size=30))
+def test_streamed_pieces_are_the_text_and_never_split_a_character(text):
+    data = text.encode() if isinstance(text, str) else text
+    stream = TextStream(spell)
+    pieces = [stream.push(byte) for byte in data]
+    assert "".join(pieces) + stream.close() == data.decode(errors="replace")
+    if isinstance(text, str):
+        assert all("�" not in piece or "�" in text for piece in pieces)
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_streams_end_at_the_first_stop_text(text, stops):
+    stream, out, n = TextStream(spell, stops), "", 0
+    while n < len(text) and not stream.stopped:
+        out += stream.push(ord(text[n]))
+        assert text.startswith(out)
+        n += 1
+    out += stream.close()
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    assert stream.stopped == bool(ends)
+    if not ends:
+        assert out == text
+    else:
+        assert n == min(ends)
+        assert not any(stop in out for stop in stops)
+        assert any(text[:n] == out + stop for stop in stops)

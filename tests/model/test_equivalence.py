@@ -1,0 +1,369 @@
+"""The proof of the core: every schedule, over any slices, computes what the per-token oracle does.
+
+Reference = sequential schedule; T passes and T subsets end in sequential's states; a measured exact prefix is at least
+the promised one; passes that stop early change nothing; causality; rows are independent; no memory at a document's
+start; without memory the model is the plain transformer. In float64, every parameter drawn.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import (
+    CORNERS,
+    SCHEDULES,
+    VARIANTS,
+    Outcome,
+    config,
+    fixed,
+    label,
+    outcome,
+    packed,
+    pass_lists,
+    passes,
+    randomised,
+    slow_passes,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lrt.config.model import MEMORY_OFF, ModelConfig
+from lrt.model.reference import reference
+from lrt.model.run_passes import run_passes
+from lrt.model.state import Buffer
+from lrt.model.transformer import LRT
+from lrt.schedule import Pass, exact_prefix, memory_only
+
+TOLERANCE = 1e-10
+FULL, LAST = config(), config(source=3, projection="shared")
+models = pytest.mark.parametrize("cfg", VARIANTS + CORNERS, ids=label)
+with_memory = pytest.mark.parametrize("cfg", VARIANTS + CORNERS[:-1], ids=label)
+few = pytest.mark.parametrize("cfg", [FULL, LAST], ids=label)
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def same(a: Outcome, b: Outcome) -> bool:
+    return all(near(x, y) for x, y in zip(a, b, strict=True))
+
+
+def differ(a: Tensor, b: Tensor) -> Tensor:
+    """Per row and position, the largest difference of the last axis."""
+    return (a - b).abs().amax(-1)
+
+
+# The oracle.
+
+
+@models
+def test_reference_is_the_sequential_schedule(cfg: ModelConfig):
+    model, length = fixed(cfg), 8
+    ids = packed(cfg, 2, length)
+    got = outcome(model, ids, passes("sequential", length))
+    logits = model.logits(got.hidden).detach()
+    for row in range(2):
+        expected = reference(dict(model.state_dict()), cfg, ids[row].tolist())
+        assert near(logits[row], expected.logits)
+        assert near(got.source[row], expected.memory)
+    assert differ(got.source[:, 1:], got.source[:, :-1]).min() > 1e-3  # not constant: something was compared
+
+
+@settings(max_examples=60)
+@given(pass_lists(), st.sampled_from([*VARIANTS, *CORNERS]), st.integers(0, 99))
+def test_any_passes_compute_what_the_oracle_does(case, cfg: ModelConfig, seed: int):
+    length, run = case
+    model, ids = fixed(cfg), packed(cfg, 1, length, seed)
+    expected = slow_passes(model, ids[0].tolist(), run)
+    with torch.no_grad():
+        folded = list(run_passes(model, ids, run, model.starts(ids)))
+    for (logits, memory), (_, written, _), early in zip(expected, folded, memory_only(run), strict=True):
+        assert near(written.source[0], memory)
+        assert (written.hidden is None) == early
+        if written.hidden is not None:
+            assert near(model.logits(written.hidden[0]).detach(), logits)
+
+
+@few
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_every_schedule_computes_what_the_oracle_does(text: str, cfg: ModelConfig):
+    model, length = fixed(cfg), 6
+    ids, run = packed(cfg, 1, length), passes(text, length)
+    expected = slow_passes(model, ids[0].tolist(), run)
+    merged, memory = torch.zeros(length, cfg.vocab_size, dtype=torch.float64), torch.zeros(length, cfg.d).double()
+    for p, (logits, states) in zip(run, expected, strict=True):
+        merged[list(p.positions)], memory[list(p.positions)] = logits, states
+    got = outcome(model, ids, run)
+    assert near(got.source[0], memory)
+    assert near(model.logits(got.hidden[0]).detach(), merged)
+
+
+# Schedules against one another.
+
+
+@with_memory
+@pytest.mark.parametrize("exact", ["refinement-5", "interleaved-6"])
+def test_as_many_passes_or_subsets_as_positions_end_in_the_sequential_states(exact: str, cfg: ModelConfig):
+    model, length = fixed(cfg), 6
+    ids = packed(cfg, 3, length)
+    assert exact_prefix(passes(exact, length), length) == length
+    assert same(outcome(model, ids, passes(exact, length)), outcome(model, ids, passes("sequential", length)))
+
+
+@few
+@pytest.mark.parametrize("exact", ["interleaved-20", "chunked-1", "parallel:settle=6", "interleaved-4:settle=3"])
+def test_other_ways_to_be_exact(exact: str, cfg: ModelConfig):
+    model, ids = fixed(cfg), packed(cfg, 2, 7)
+    assert exact_prefix(passes(exact, 7), 7) == 7
+    assert same(outcome(model, ids, passes(exact, 7)), outcome(model, ids, passes("sequential", 7)))
+
+
+@few
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 9])
+def test_chunks_of_any_size_run_and_one_chunk_is_parallel(size: int, cfg: ModelConfig):
+    model, ids = fixed(cfg), packed(cfg, 2, 8)
+    got = outcome(model, ids, passes(f"chunked-{size}", 8))
+    assert got.hidden.isfinite().all()
+    parallel = outcome(model, ids, passes("parallel", 8))
+    assert same(got, parallel) == (size >= 8)
+
+
+@with_memory
+def test_settled_passes_have_the_values_of_refinement(cfg: ModelConfig):
+    model, ids = fixed(cfg), packed(cfg, 2, 8)
+    refined = outcome(model, ids, passes("refinement-2", 8))
+    for text in ("settled-2", "refinement-2:detach", "parallel:settle=2", "refinement-1:settle=1"):
+        assert same(outcome(model, ids, passes(text, 8)), refined)
+
+
+def test_without_memory_every_schedule_computes_the_plain_transformer():
+    cfg = CORNERS[-1]
+    model, ids = fixed(cfg), packed(cfg, 2, 8)
+    plain = outcome(model, ids, passes("parallel", 8))
+    for text in SCHEDULES:
+        assert near(outcome(model, ids, passes(text, 8)).hidden, plain.hidden)
+
+
+def test_a_row_may_begin_anywhere():
+    """`first`: the same passes over a row in two halves, the second against the first's buffer."""
+    model, ids = fixed(FULL), packed(FULL, 2, 8)
+    starts = model.starts(ids)
+    run = [Pass(range(4)), Pass(range(4, 8)), Pass(range(5, 8, 2))]
+    whole = list(run_passes(model, ids, run, starts))
+    buffer = next(run_passes(model, ids[:, :4], run[:1], starts[:, :4]))[2]
+    halves = list(run_passes(model, ids[:, 4:], run[1:], starts[:, 4:], buffer, first=4))
+    for (_, a, _), (_, b, _) in zip(whole[1:], halves, strict=True):
+        assert near(a.hidden, b.hidden)
+        assert near(a.source, b.source)
+
+
+# The exact prefix, measured.
+
+
+def measured_prefix(model: LRT, run: tuple[Pass, ...], length: int) -> int:
+    """Positions before the first whose last-written memory differs from the sequential one; one document a row."""
+    ids = torch.randint(1, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
+    wrong = differ(outcome(model, ids, run).source, outcome(model, ids, passes("sequential", length)).source).amax(0)
+    return next((t for t in range(length) if wrong[t] > TOLERANCE), length)
+
+
+@pytest.mark.parametrize("cfg", [FULL, LAST], ids=label)
+@pytest.mark.parametrize(
+    "text",
+    ["parallel", "interleaved-1", "interleaved-2", "interleaved-3", "interleaved-5:settle=1", "refinement-1",
+     "refinement-3", "chunked-1", "chunked-2", "chunked-4", "chunked-8", "sequential", "settled-2"],
+)  # fmt: skip
+def test_promised_exact_prefix_is_met_and_no_more_than_met(text: str, cfg: ModelConfig):
+    run = passes(text, 8)
+    assert measured_prefix(fixed(cfg), run, 8) == exact_prefix(run, 8)
+
+
+@settings(max_examples=40)
+@given(pass_lists(), st.sampled_from(VARIANTS))
+def test_promised_exact_prefix_is_met_by_any_passes(case, cfg: ModelConfig):
+    length, run = case
+    assert measured_prefix(fixed(cfg), run, length) >= exact_prefix(run, length)
+
+
+# Passes that stop at the source block.
+
+
+@settings(max_examples=40)
+@given(pass_lists(), st.sampled_from(VARIANTS))
+def test_stopping_early_changes_nothing(case, cfg: ModelConfig):
+    length, run = case
+    model, ids = fixed(cfg), packed(cfg, 2, length)
+    early = outcome(model, ids, run)
+    with patch("lrt.model.run_passes.memory_only", lambda run: [False] * len(run)):
+        full = outcome(model, ids, run)
+    assert all(near(a, b) for a, b in zip(early[1:], full[1:], strict=True))
+    assert near(early.hidden, full.hidden.where((early.hidden != 0).any(-1, keepdim=True), 0))
+    assert (early.hidden != 0).any(-1)[:, sorted({t for p in run if p.weight > 0 for t in p.positions})].all()
+
+
+def test_a_pass_that_stops_early_writes_only_the_blocks_below():
+    model, ids = fixed(FULL), packed(FULL, 2, 6)
+    (_, first, _), (_, last, _) = run_passes(model, ids, passes("settled-1", 6), model.starts(ids))
+    assert first.hidden is None
+    assert (len(first.keys), len(last.keys)) == (FULL.source, FULL.layers)
+
+
+# Causality and independence.
+
+
+@few
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_changing_a_token_changes_nothing_before_it(text: str, cfg: ModelConfig):
+    """Row 1 + t of the batch has another token at t; row 0 has none changed. Every pass is compared, and the merged."""
+    model, length = fixed(cfg), 7
+    ids = packed(cfg, 1, length).repeat(length + 1, 1)
+    changed = torch.arange(length)
+    ids[changed + 1, changed] = (ids[0] % (cfg.vocab_size - 1)) + 1  # never a BOS, always another token
+    run = passes(text, length)
+    folded = list(run_passes(model, ids, run, model.starts(ids)))
+    merged = outcome(model, ids, run).hidden
+    for at, hidden in [*((list(p.positions), w.hidden) for p, w, _ in folded), (list(range(length)), merged)]:
+        if hidden is not None:
+            moved = differ(model.logits(hidden[1:]), model.logits(hidden[:1]))
+            early = torch.tensor(at)[None] < changed[:, None]
+            assert (moved[early] < TOLERANCE).all()
+    assert differ(merged[1:], merged[:1]).diagonal().min() > 1e-6
+
+
+@few
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_rows_are_independent(text: str, cfg: ModelConfig):
+    model, ids = fixed(cfg), packed(cfg, 3, 6)
+    together = outcome(model, ids, passes(text, 6))
+    for row in range(3):
+        alone = outcome(model, ids[row : row + 1], passes(text, 6))
+        assert near(together.hidden[row], alone.hidden[0])
+        assert near(together.source[row], alone.source[0])
+
+
+# Documents.
+
+
+@with_memory
+@pytest.mark.parametrize("at", [range(8), range(1, 8, 2), range(4, 5)])
+def test_a_document_reads_no_memory_of_the_one_before(at: range, cfg: ModelConfig):
+    """Perturb the memory that stands in the buffer before a document's start: nothing changes. Elsewhere it does."""
+    model = fixed(cfg)
+    ids = torch.randint(1, cfg.vocab_size, (2, 8), generator=torch.Generator().manual_seed(1))
+    ids[0, 4] = 0  # row 0 begins a document there, row 1 does not
+    starts = ids == 0  # given explicitly: one of the models knows no BOS
+    _, _, buffer = next(run_passes(model, ids, [Pass(range(8))], starts))
+    segment = buffer.segments[0]
+    noise = torch.zeros_like(segment.written.source)
+    if 4 in at:
+        noise[:, 3] = 1.0
+    else:
+        noise[:, 1] = 1.0  # read by position 2, which the pass may not visit; position 4 is not visited
+    other = Buffer((segment._replace(written=segment.written._replace(source=segment.written.source + noise)),))
+    hidden = [next(run_passes(model, ids, [Pass(at)], starts, b))[1].hidden for b in (buffer, other)]
+    change = differ(*hidden).amax(1)
+    assert change[0] == 0
+    assert (change[1] > 1e-6) == (4 in at)
+
+
+@with_memory
+def test_no_gradient_reaches_the_memory_before_a_document(cfg: ModelConfig):
+    model, ids = fixed(cfg), packed(cfg, 1, 8)  # BOS at position 3
+    starts = ids == 0
+    (_, first, _), (_, second, _) = run_passes(model, ids, passes("refinement-1", 8), starts)
+    grad = torch.autograd.grad(second.hidden.pow(3).sum(), first.source)[0][0].abs().amax(-1)
+    assert grad[2] == 0
+    assert grad[7] == 0  # nobody stands after the last position
+    assert (grad[[0, 1, 3, 4, 5, 6]] > 1e-9).all()
+
+
+def test_starts_default_to_bos_in_the_model_and_can_be_given():
+    model, ids = fixed(FULL), packed(FULL, 2, 8)
+    run = passes("refinement-2", 8)
+    none = list(run_passes(model, ids, run))[-1][1].hidden
+    inside = list(run_passes(model, ids, run, ids == 0))[-1][1].hidden
+    assert differ(none, inside)[0].max() > 1e-6  # row 0 holds a BOS
+    assert differ(none, inside)[1].max() < TOLERANCE  # row 1 none
+    everywhere = list(run_passes(model, ids, run, torch.ones_like(ids, dtype=torch.bool)))[-1][1].hidden
+    assert near(everywhere, outcome(model, ids, passes("parallel", 8)).hidden)  # memory always reset: none at all
+
+
+def test_positions_and_attention_continue_across_documents():
+    """Without memory a BOS inside a row is a token like any other: another id in its place, with the same weights."""
+    model, ids = randomised(FULL), packed(FULL, 1, 8)
+    swapped = torch.where(ids == 0, 5, ids)
+    with torch.no_grad():
+        for table in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
+            table.weight[5] = table.weight[0]
+    assert near(
+        outcome(model, ids, passes("parallel", 8)).hidden, outcome(model, swapped, passes("parallel", 8)).hidden
+    )
+
+
+# Without memory.
+
+
+NEUTRAL = ("gate.weight", "gamma", "projection.key.weight", "projection.value.weight")
+
+
+@with_memory
+def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(cfg: ModelConfig):
+    model, plain = deepcopy(fixed(cfg)), LRT.build(replace(cfg, memory=MEMORY_OFF)).double()
+    weights = {name: p.zero_() if name.endswith(NEUTRAL) else p for name, p in model.state_dict().items()}
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    assert plain.memory_parameters() == []
+    assert set(weights) - set(plain.state_dict()) == {name for name in weights if name.endswith(NEUTRAL)}
+    ids = packed(cfg, 2, 8)
+    for text in ("refinement-2", "interleaved-3"):
+        assert near(outcome(model, ids, passes(text, 8)).hidden, outcome(plain, ids, passes("parallel", 8)).hidden)
+
+
+@with_memory
+def test_absent_memory_is_zero_memory(cfg: ModelConfig):
+    model, ids = fixed(cfg), packed(cfg, 2, 8)
+    past = Buffer().past(range(8), cfg.layers, ids.device)
+    zero = torch.zeros(2, 8, cfg.d, dtype=torch.float64)
+    absent, given_zero = model(ids, past), model(ids, past, zero)
+    some = model(ids, past, zero + 0.1)
+    assert near(absent.hidden, given_zero.hidden)
+    assert differ(absent.hidden, some.hidden).min() > 1e-6
+
+
+def test_a_model_without_memory_ignores_one_that_is_given():
+    model, ids = fixed(CORNERS[-1]), packed(CORNERS[-1], 2, 8)
+    past = Buffer().past(range(8), 3, ids.device)
+    memory = torch.ones(2, 8, 24, dtype=torch.float64)
+    assert torch.equal(model(ids, past).hidden, model(ids, past, memory).hidden)
+    assert not any("projection" in name or "gamma" in name or "gate" in name for name in model.state_dict())
+
+
+def test_gates_alone_are_the_lrt_whose_memory_is_always_zero():
+    cfg = config(projection="layerwise", residual=True)
+    model, ids = fixed(cfg), packed(cfg, 2, 9)
+    gates = replace(cfg, memory=replace(cfg.memory, projection="gates", residual=False))
+    control = LRT(gates).double()
+    control.load_state_dict({k: v for k, v in model.state_dict().items() if k in control.state_dict()})
+    alone = outcome(control, ids, passes("sequential", 9))
+    assert near(alone.hidden, outcome(model, ids, passes("parallel", 9)).hidden)
+    assert differ(alone.hidden, outcome(model, ids, passes("sequential", 9)).hidden).max() > 1e-3
+    plain = LRT(replace(cfg, memory=MEMORY_OFF)).double()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    assert differ(alone.hidden, outcome(plain, ids, passes("parallel", 9)).hidden).max() > 1e-3  # the gates count
+
+
+def test_two_loops_are_the_same_blocks_twice():
+    cfg = replace(config(depth=2, loops=2, value_embeddings="none"), memory=MEMORY_OFF)
+    looped, ids = fixed(cfg), packed(cfg, 2, 9)
+    deep = LRT(replace(cfg, depth=4, loops=1, window_pattern="SLSL")).double()
+    weights = dict(looped.state_dict())
+    weights |= {
+        k.replace(f"blocks.{i}", f"blocks.{i + 2}"): v for i in (0, 1) for k, v in weights.items() if f"blocks.{i}" in k
+    }
+    deep.load_state_dict(weights)
+    assert same(outcome(looped, ids, passes("sequential", 9)), outcome(deep, ids, passes("parallel", 9)))

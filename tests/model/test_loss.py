@@ -1,0 +1,171 @@
+"""ScheduledLoss: per-pass means, normalised weights, ignored targets, accumulation, gradients never missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import CORNERS, SCHEDULES, config, fixed, outcome, packed, passes
+from torch import Tensor
+
+from lrt.model import cross_entropy as head
+from lrt.model.loss import IGNORE, LossOutput, ScheduledLoss, targets_per_pass, token_nats
+from lrt.model.run_passes import run_passes
+from lrt.schedule import Schedule
+
+FULL = config()
+MODEL, IDS = fixed(FULL), packed(FULL, 4, 8)
+TARGETS = packed(FULL, 4, 8, seed=1)
+HOLES = TARGETS.clone()
+HOLES[0, 2:] = HOLES[2, ::2] = HOLES[:, 5] = IGNORE
+UNEVEN = [slice(0, 1), slice(1, 3), slice(3, 4)]
+
+
+def loss_of(text: str, targets: Tensor = TARGETS, **options) -> LossOutput:
+    with torch.no_grad():
+        return ScheduledLoss(MODEL, Schedule.parse(text))(IDS, targets, **options)
+
+
+def means_by_hand(text: str, targets: Tensor) -> list[float]:
+    """Each pass's mean over its counted targets, one position at a time."""
+    found = []
+    for p, written, _ in run_passes(MODEL, IDS, passes(text, 8), MODEL.starts(IDS)):
+        if p.weight > 0:
+            log_probabilities = MODEL.logits(written.hidden).log_softmax(-1)
+            nats = [
+                -log_probabilities[row, i, targets[row, t]].item()
+                for i, t in enumerate(p.positions)
+                for row in range(4)
+                if targets[row, t] != IGNORE
+            ]
+            found.append(sum(nats) / max(1, len(nats)))
+    return found
+
+
+@pytest.mark.parametrize("text", [*SCHEDULES, "interleaved-3:weights=0.2/0.5/1"])
+@pytest.mark.parametrize("targets", [TARGETS, HOLES], ids=["all", "some ignored"])
+def test_loss_is_the_normalised_weighted_mean_of_the_passes(text: str, targets: Tensor):
+    out = loss_of(text, targets)
+    means = means_by_hand(text, targets)
+    weights = [p.weight for p in passes(text, 8) if p.weight > 0]
+    expected = sum(w * x for w, x in zip(weights, means, strict=True)) / sum(weights)
+    torch.testing.assert_close(out.per_pass, torch.tensor(means, dtype=torch.float64))
+    torch.testing.assert_close(out.loss, torch.tensor(expected, dtype=torch.float64))
+    assert out.passes == passes(text, 8)
+
+
+def test_only_the_ratio_of_weights_counts():
+    once, tenfold = loss_of("refinement-2:weights=0.1/0.3/0.6"), loss_of("refinement-2:weights=1/3/6")
+    torch.testing.assert_close(once.loss, tenfold.loss)
+    assert abs(once.loss - loss_of("refinement-2").loss) > 1e-6
+
+
+def test_a_first_pass_of_weight_0_has_no_loss_but_serves_the_others():
+    both, later = loss_of("interleaved-2"), loss_of("interleaved-2:weights=0/1")
+    assert len(later.per_pass) == 2
+    torch.testing.assert_close(later.per_pass, both.per_pass[1:])
+    torch.testing.assert_close(later.loss, both.per_pass[1:].mean())
+
+
+def test_settled_loss_is_the_last_of_refinement():
+    torch.testing.assert_close(loss_of("settled-2").loss, loss_of("refinement-2").per_pass[-1])
+
+
+def test_ignored_targets_have_no_loss():
+    nats = token_nats(MODEL, outcome(MODEL, IDS, passes("parallel", 8)).hidden, HOLES)
+    assert (nats[HOLES == IGNORE] == 0).all()
+    assert (nats[HOLES != IGNORE] > 0).all()
+
+
+def test_a_pass_whose_targets_are_all_ignored_counts_0():
+    out = loss_of("sequential", HOLES)
+    assert out.per_pass[5] == 0
+    assert out.loss.isfinite()
+    assert loss_of("parallel", torch.full_like(TARGETS, IGNORE)).loss == 0
+
+
+def test_counts_of_targets():
+    counts = targets_per_pass(HOLES, passes("interleaved-2:settle=1", 8))
+    kept = HOLES != IGNORE
+    assert counts.tolist() == [kept.sum(), kept[:, ::2].sum(), kept[:, 1::2].sum()]
+    assert targets_per_pass(torch.full_like(TARGETS, IGNORE), passes("refinement-1", 8)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_micro_batches_add_up_to_the_batch(text: str):
+    """Given the step's counts, parts of unequal size with unequal shares of ignored targets sum to the whole."""
+    whole, loss = loss_of(text, HOLES), ScheduledLoss(MODEL, Schedule.parse(text))
+    counts = targets_per_pass(HOLES, whole.passes)
+    with torch.no_grad():
+        parts = [loss(IDS[rows], HOLES[rows], counts=counts) for rows in UNEVEN]
+    torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
+    torch.testing.assert_close(sum(p.per_pass for p in parts), whole.per_pass)
+
+
+def test_starts_are_the_models_bos_unless_given():
+    given = loss_of("refinement-1", starts=IDS == 0)
+    assert torch.equal(given.loss, loss_of("refinement-1").loss)
+    assert given.loss != loss_of("refinement-1", starts=torch.zeros_like(IDS, dtype=torch.bool)).loss
+
+
+def test_the_step_draws_the_schedule_whatever_the_rank():
+    loss = ScheduledLoss(MODEL, Schedule.parse("settled-1..3"), seed=7)
+    sweeps = [len(loss.passes(step, 8)) - 1 for step in range(30)]
+    assert sweeps == [Schedule.parse("settled-1..3").draw(7, step).size.low for step in range(30)]
+    assert set(sweeps) == {1, 2, 3}
+    with torch.no_grad():
+        assert len(loss(IDS, TARGETS, step=sweeps.index(3)).passes) == 4
+
+
+EVERY = [*SCHEDULES, "chunked-8", "refinement-1:weights=1/0"]
+
+
+@pytest.mark.parametrize("text", EVERY)
+@pytest.mark.parametrize(
+    "cfg", [FULL, config(projection="shared", source=3), CORNERS[-1]], ids=["full", "shared", "plain"]
+)
+def test_no_gradient_is_ever_missing(text: str, cfg):
+    """Steps without memory give its parameters zeros, as DDP needs; T need not be a multiple of S."""
+    check_gradients(text, cfg, 7)
+
+
+def test_no_gradient_is_missing_in_rows_of_one_position():
+    for text in EVERY:
+        check_gradients(text, FULL, 1)
+
+
+def check_gradients(text: str, cfg, length: int) -> None:
+    model, ids = fixed(cfg), packed(cfg, 2, length)
+    model.zero_grad(set_to_none=True)
+    ScheduledLoss(model, Schedule.parse(text))(ids, ids).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    reads = length > 1 and any(p.weight > 0 for p in passes(text, length)[1:])
+    for p in model.memory_parameters():
+        assert (p.grad.abs().max() > 0) == reads
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 100, 2**20])
+@pytest.mark.parametrize("softcap", [2.0, None])
+def test_the_chunked_head_is_its_slow_twin(chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch):
+    """Value and gradients, with targets ignored, for chunks of a row, of a few, and for all logits at once."""
+    monkeypatch.setitem(head.CHUNK, "cpu", chunk)
+    model = fixed(config(softcap=softcap))
+    with torch.no_grad():
+        states = [w.hidden for _, w, _ in run_passes(model, IDS, passes("interleaved-2", 8), model.starts(IDS))]
+    hidden = [h.clone().requires_grad_() for h in states]
+    aims = [HOLES, HOLES[:, ::2], HOLES[:, 1::2]]
+    scales = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    weight = model.head.weight
+    loss, sums = head.head_loss(weight, softcap, hidden, aims, scales)
+    twin = [token_nats(model, h, t).sum() for h, t in zip(hidden, aims, strict=True)]
+    torch.testing.assert_close(sums, torch.stack(twin).detach())
+    slow = (torch.stack(twin) * scales).sum()
+    torch.testing.assert_close(loss, slow)
+    ours, theirs = (torch.autograd.grad(3 * x, [weight, *hidden]) for x in (loss, slow))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_parameters_are_those_of_the_model():
+    loss = ScheduledLoss(MODEL, Schedule.parse("parallel"))
+    assert {id(p) for p in loss.parameters()} == {id(p) for p in MODEL.parameters()}

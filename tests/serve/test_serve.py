@@ -1,0 +1,396 @@
+"""The server: clients of the field against it, limits, errors, and what requests must not notice of each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+
+import httpx
+import openai
+import pytest
+import schemathesis
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from serving import Server, make_run
+
+from lrt.inference.generate import generate, score
+from lrt.inference.sampling import SamplingParams
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the clients' and the server's libraries
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("serve") / "run")
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    with Server(run) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def post(server: Server, path: str, body, **options) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=60, **options)
+
+
+def alone(server: Server, prompt: list[int], **law) -> tuple[list[int], str]:
+    """What `generate` makes of a prompt, by exact steps: tokens and text."""
+    tokenizer = server.loaded.tokenizer
+    law = {"max_new_tokens": law.pop("max_tokens", 16)} | law
+    made = [
+        e for step in generate(server.loaded.model, [prompt], SamplingParams(**law), mode="exact",
+                               decode_bytes=tokenizer.decode_bytes) for e in step.emissions
+    ]  # fmt: skip
+    return [e.token for e in made], "".join(e.text for e in made)
+
+
+def opened(server: Server, text: str) -> list[int]:
+    return [server.loaded.tokenizer.bos, *server.loaded.tokenizer.encode(text)]
+
+
+def test_completion_is_what_generate_makes(server, client):
+    for law in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 7, "top_p": 0.8}):
+        found = client.completions.create(model="tiny", prompt="def area(", max_tokens=20, **law)
+        tokens, text = alone(server, opened(server, "def area("), max_tokens=20, **law)
+        assert found.choices[0].text == text
+        assert found.usage.completion_tokens == len(tokens)
+        assert found.usage.prompt_tokens == len(opened(server, "def area("))
+
+
+def test_streams_spell_the_same_text_and_count(client):
+    law = {"model": "tiny", "prompt": "the quick", "max_tokens": 30, "seed": 3, "n": 2}
+    whole = client.completions.create(**law)
+    texts, finish, usage = ["", ""], [None, None], None
+    for chunk in client.completions.create(**law, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            finish[choice.index] = choice.finish_reason or finish[choice.index]
+        usage = chunk.usage or usage
+    assert texts == [c.text for c in whole.choices]
+    assert finish == [c.finish_reason for c in whole.choices]
+    assert usage == whole.usage
+    assert texts[0] != texts[1]
+
+
+def test_token_prompts_lists_and_stops(server, client):
+    ids = opened(server, "return width")
+    both = client.completions.create(model="tiny", prompt=[ids, ids[:3]], max_tokens=9, temperature=0)
+    one = client.completions.create(model="tiny", prompt=ids, max_tokens=9, temperature=0)
+    assert both.choices[0].text == one.choices[0].text == alone(server, ids, max_tokens=9, temperature=0.0)[1]
+    assert both.choices[1].text == alone(server, ids[:3], max_tokens=9, temperature=0.0)[1]
+    text = alone(server, ids, max_tokens=40, temperature=0.0)[1]
+    stopped = client.completions.create(model="tiny", prompt=ids, max_tokens=40, temperature=0, stop=text[5:8])
+    assert stopped.choices[0].text == text[: text.index(text[5:8])]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_are_the_models_own(server, client):
+    ids = opened(server, "def area(self)")
+    found = client.completions.create(model="tiny", prompt=ids, max_tokens=5, temperature=0, logprobs=3, echo=True)
+    listed, tokens = found.choices[0].logprobs, alone(server, ids, max_tokens=5, temperature=0.0)[0]
+    row = torch.tensor([ids + tokens])
+    exact = -score(server.loaded.model, row[:, :-1], row[:, 1:], mode="exact").nats[0]
+    assert listed.token_logprobs[0] is None
+    torch.testing.assert_close(torch.tensor(listed.token_logprobs[1:]), exact, atol=1e-4, rtol=0)
+    assert listed.tokens[0] == "<|bos|>"
+    for value, top in zip(listed.token_logprobs[1:], listed.top_logprobs[1:], strict=True):
+        assert value in top.values()
+        assert len(top) in (3, 4)
+    text = found.choices[0].text
+    for token, at in list(zip(listed.tokens, listed.text_offset, strict=True))[1:]:
+        assert token.startswith("bytes:") or text[at:].startswith(token)
+    only = client.completions.create(model="tiny", prompt="fox jumps", max_tokens=0, logprobs=1, echo=True)
+    assert only.choices[0].text == "fox jumps" and None not in only.choices[0].logprobs.token_logprobs
+    assert only.choices[0].finish_reason == "length"
+    pieces = list(client.completions.create(model="tiny", prompt=ids, max_tokens=5, temperature=0, logprobs=3,
+                                            echo=True, stream=True))  # fmt: skip
+    assert "".join(p.choices[0].text for p in pieces) == text
+    joined = [x for p in pieces for x in p.choices[0].logprobs.token_logprobs]
+    assert joined == listed.token_logprobs
+
+
+def test_chat_streams_and_lists_log_probabilities(server, client):
+    talk = [{"role": "system", "content": "# tests"}, {"role": "user", "content": "the lazy dog"}]
+    law = {"model": "tiny", "messages": talk, "max_tokens": 25, "seed": 5}
+    whole = client.chat.completions.create(**law, logprobs=True, top_logprobs=2)
+    prompt, stop = server.served.words.conversation(talk)
+    assert server.loaded.tokenizer.decode(prompt) == "# tests\nUSER: the lazy dog\nBOT:"
+    assert whole.choices[0].message.content == alone(server, prompt, max_tokens=25, seed=5, stop=stop)[1]
+    assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
+    assert all(len(t.top_logprobs) == 2 for t in whole.choices[0].logprobs.content)
+    chunks = list(client.chat.completions.create(**law, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+
+
+def test_models_and_health(server, client):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "lrt"
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    text = httpx.get(server.url + "/metrics").text
+    assert 'lrt_requests_total{path="/v1/models",status="200"}' in text
+    assert "lrt_steps_total" in text
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(server):
+    body = json.dumps({"prompt": "def", "max_tokens": 4, "temperature": 0, "stream": True})
+    command = ["curl", "-sSN", server.url + "/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+    lines = [x for x in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n") if x]
+    assert lines[-1] == "data: [DONE]"
+    text = "".join(json.loads(x.removeprefix("data: "))["choices"][0]["text"] for x in lines[:-1])
+    assert text == alone(server, opened(server, "def"), max_tokens=4, temperature=0.0)[1]
+
+
+def test_requests_do_not_notice_each_other(server):
+    """Answers of a crowd equal those given alone, to the last bit of every log-probability."""
+    bodies = [
+        {"prompt": f"def area{i}(self, " + "width, " * (i % 5), "max_tokens": 3 + i % 11, "seed": i, "logprobs": 1,
+         "temperature": (0.0, 0.8, 1.3)[i % 3], "repetition_penalty": (1.0, 1.2)[i % 2]}
+        for i in range(40)
+    ]  # fmt: skip
+    single = [post(server, "/v1/completions", body).json()["choices"] for body in bodies]
+    with ThreadPoolExecutor(40) as pool:
+        crowd = [r.json()["choices"] for r in pool.map(lambda body: post(server, "/v1/completions", body), bodies)]
+    assert [c[0]["text"] for c in crowd] == [c[0]["text"] for c in single]
+    for a, b in zip(crowd, single, strict=True):
+        assert a[0]["logprobs"]["token_logprobs"] == pytest.approx(b[0]["logprobs"]["token_logprobs"], abs=1e-5)
+
+
+def test_long_prompts_are_swept_and_agree_with_stepping(server, run):
+    text = "the quick brown fox jumps over the lazy dog, width * height " * 6
+    swept = post(server, "/v1/completions", {"prompt": text, "max_tokens": 6, "temperature": 0, "logprobs": 1}).json()
+    assert server.metric("lrt_swept_tokens_total") > 100
+    ids = opened(server, text)
+    row = torch.tensor([ids + alone(server, ids, max_tokens=6, temperature=0.0)[0]])
+    exact = -score(server.loaded.model, row[:, :-1], row[:, 1:], mode="exact").nats[0, len(ids) - 1 :]
+    listed = swept["choices"][0]["logprobs"]["token_logprobs"]
+    assert listed == pytest.approx(exact.tolist(), abs=1e-3)
+
+
+def test_a_conversation_goes_on_from_its_kept_state(server):
+    """The second turn takes in only what is new, and says what it says without a kept state."""
+    law = {"max_tokens": 12, "temperature": 0}
+    first = opened(server, "jumps over the lazy")
+    said = alone(server, first, max_tokens=12, temperature=0.0)[0]
+    post(server, "/v1/completions", {"prompt": first} | law)
+    second = [*first, *said, *server.loaded.tokenizer.encode(" dog")]
+    before = server.metric("lrt_reused_tokens_total")
+    found = post(server, "/v1/completions", {"prompt": second} | law).json()
+    assert server.metric("lrt_reused_tokens_total") - before == len(first) + len(said) - 1
+    assert found["choices"][0]["text"] == alone(server, second, max_tokens=12, temperature=0.0)[1]
+    other = [*first, *said[:2], 3, 4]  # leaves the answer: what is left is the mark at the prompt's end
+    before = server.metric("lrt_reused_tokens_total")
+    found = post(server, "/v1/completions", {"prompt": other} | law).json()
+    assert server.metric("lrt_reused_tokens_total") - before == len(first)
+    assert found["choices"][0]["text"] == alone(server, other, max_tokens=12, temperature=0.0)[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("completions", {"prompt": "x" * 5000}, 400, "at most 255 fit here"),
+        ("completions", {"prompt": [1, 9999]}, 400, "token 9999 is outside the vocabulary of"),
+        ("completions", {"prompt": []}, 400, "prompt must be a text, a list of texts"),
+        ("completions", {"prompt": [["a"]]}, 400, "prompt must be a text"),
+        ("completions", {}, 400, "prompt: Field required"),
+        ("completions", {"prompt": "a", "max_tokens": 99999}, 400, "max_tokens is 99999; at most 256"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "nothing would be generated"),
+        ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature: Input should be greater"),
+        ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
+        ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix: Extra inputs are not permitted"),
+        ("completions", {"prompt": "a", "presence_penalty": 1.0}, 400, "use repetition_penalty"),
+        ("completions", {"prompt": "a", "stop": ["", "b"]}, 400, "stop must be"),
+        ("completions", {"prompt": "a", "model": "gpt \ud800"}, 404, "is not served here; use 'tiny'"),
+        ("completions", {"prompt": "a\ud800"}, 400, "prompt must be a text"),
+        ("completions", {"prompt": ["a"] * 40, "n": 40}, 400, "more than 64 answers"),
+        ("completions", [], 400, "valid dictionary"),
+        ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),
+        ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "must be the user's"),
+        ("nowhere", {}, 405, "Method Not Allowed"),
+    ],
+)  # fmt: skip
+def test_errors_are_4xx_with_one_clear_sentence(server, path, body, status, says):
+    found = httpx.post(f"{server.url}/v1/{path}", content=json.dumps(body),
+                       headers={"content-type": "application/json"})  # fmt: skip
+    assert found.status_code == status, found.text
+    error = found.json()["error"]
+    assert says in error["message"]
+    assert "\n" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_bodies_that_are_no_json_or_too_large(server):
+    headers = {"content-type": "application/json"}
+    broken = httpx.post(server.url + "/v1/completions", content=b'{"prompt": ', headers=headers)
+    assert (broken.status_code, broken.json()["error"]["message"][:30]) == (400, "the body is not valid JSON: Ex")
+    large = httpx.post(server.url + "/v1/completions", content=b" " * 1_000_001, headers=headers)
+    assert large.status_code == 413
+    assert "larger than 1,000,000 bytes" in large.json()["error"]["message"]
+
+
+HOLD = {"prompt": "def", "max_tokens": 256, "temperature": 0, "stop": "\x00"}
+
+
+def test_deadline_queue_and_key(run):
+    """One row, one place to wait: the next is refused; who waits too long is told so."""
+    with Server(run, api_key="secret", rows=1, queue=1, deadline=3) as small:
+        assert post(small, "/v1/completions", HOLD).status_code == 401
+        assert httpx.get(small.url + "/health").status_code == 200
+        go = threading.Event()
+        small.hold(go)
+        key = {"authorization": "Bearer secret"}
+        with httpx.Client(headers=key, timeout=60) as one, ThreadPoolExecutor(3) as pool:
+            ask = partial(one.post, small.url + "/v1/completions", json=HOLD)
+            running = pool.submit(ask)
+            while small.metric("lrt_rows_running") < 1:
+                time.sleep(0.001)
+            others = [pool.submit(ask) for _ in range(2)]
+            refused = next(as_completed(others)).result()
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            time.sleep(3)  # the deadline of both
+            go.set()
+            late = [running.result(), *(f.result() for f in others if f.result() is not refused)]
+            assert [r.status_code for r in late] == [408, 408]
+            assert "longer than 3 s" in late[0].json()["error"]["message"]
+        small.wait_idle()
+        assert small.metric("lrt_expired_total") == 2
+
+
+def test_a_client_that_leaves_frees_its_row(run, monkeypatch):
+    with Server(run, rows=1) as small:
+        left, cancel = threading.Event(), small.served.engine.cancel
+        monkeypatch.setattr(small.served.engine, "cancel", lambda jobs: (cancel(jobs), left.set()))
+        small.hold(left, after=64)  # long before its 256 tokens are made
+        assert _leave_after(small, HOLD | {"stream": True}, 3) == 3
+        small.wait_idle()
+        assert small.metric("lrt_cancelled_total") == 1
+        assert small.metric("lrt_generated_tokens_total") < 70
+
+
+def _leave_after(server: Server, body, count: int) -> int:
+    seen = 0
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            seen += line.startswith("data:")
+            if seen == count:
+                break
+    return seen
+
+
+@pytest.mark.slow
+def test_the_command_prints_its_address_and_drains_on_sigterm(run):
+    """What runs when the signal comes is finished; then the process ends, cleanly."""
+    command = [sys.executable, "-m", "lrt", "serve", str(run), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        name, _, url = process.stdout.readline().strip().partition(" at ")
+        assert name == "tiny"
+        body = {"prompt": "def", "max_tokens": 200, "seed": 1, "stream": True, "stop": "\x00"}
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"' in rest[-2]
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/health")
+
+
+def test_a_long_prompt_does_not_stall_the_others(run, monkeypatch):
+    """While a long prompt is swept, a chunk at a time, the batch goes on between the chunks."""
+    with Server(run, chunk=8, prefill="jacobi", tolerance=0.0) as slow:
+        both, submit, order = threading.Event(), slow.served.engine.submit, []
+        slow.hold(both)
+
+        def count(jobs) -> None:
+            submit(jobs)
+            order.append("asked")
+            if len(order) == 2:
+                both.set()
+
+        def ask(name: str, body) -> None:
+            post(slow, "/v1/completions", body)
+            order.append(name)
+
+        monkeypatch.setattr(slow.served.engine, "submit", count)
+        long = threading.Thread(target=ask, args=("long", {"prompt": [1] * 250, "max_tokens": 1}))
+        long.start()
+        while not order:
+            time.sleep(0.001)
+        ask("short", {"prompt": "def", "max_tokens": 3})
+        long.join()
+        assert order == ["asked", "asked", "short", "long"]
+
+
+def test_inspect_scores_both_modes_and_measures_the_memory(server):
+    text = "def area(self): return width * height"
+    found = post(server, "/api/inspect", {"text": text, "top": 3}).json()
+    row = torch.tensor([opened(server, text)])
+    for name, mode in (("decoded", "exact"), ("zero", "zero_memory")):
+        expected = -score(server.loaded.model, row[:, :-1], row[:, 1:], mode=mode).nats[0]
+        listed = torch.tensor([t[name]["logprob"] for t in found["tokens"]])
+        torch.testing.assert_close(listed, expected, atol=1e-4, rtol=0)
+        total = float(-listed.sum()) / (0.6931471805599453 * len(text))
+        assert found["bpb"][name] == pytest.approx(total, abs=1e-4)
+    assert "".join(t["text"] for t in found["tokens"]) == text
+    for kind in ("residual", "key", "value"):
+        rows = torch.tensor(found["strength"][kind])
+        assert rows.shape == (2, row.shape[1] - 1)
+        assert (rows[:, 0] == 0).all()  # nothing to read at the first token
+        assert (rows[:, 1:] > 0).all()
+    assert found["model"]["trained_without_memory"] is False
+    assert server.loaded.model._forward_pre_hooks == {}
+
+
+def test_strengths_are_the_norms_of_the_injections(server):
+    """The residual part by hand: |gamma m| / |alpha x + beta x0| in block 1, where x is x0."""
+    model = server.loaded.model
+    ids = opened(server, "fox jumps over")
+    found = post(server, "/api/inspect", {"text": "fox jumps over"}).json()["strength"]["residual"][0]
+    from lrt.inference.generate import prefill
+    from lrt.model.ops import rms_norm
+
+    block = model.blocks[0].injection
+    with torch.no_grad():
+        for t in range(1, len(ids) - 1):
+            memory = prefill(model, torch.tensor([ids[:t]]), mode="exact").cache.memory[0]
+            x0 = rms_norm(model.embedding.weight[ids[t]])
+            expected = (block.gamma * memory).norm() / ((block.alpha + block.beta) * x0).norm()
+            assert found[t] == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "valid"),
+    [(path, valid) for path in ("/v1/completions", "/v1/chat/completions", "/api/inspect") for valid in (True, False)]
+    + [("/v1/models/{name}", True)],  # any name is valid
+)
+def test_schemathesis_finds_no_server_error(server, path, valid):
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    operation = schema[path]["get" if "name" in path else "post"]
+    mode = schemathesis.GenerationMode.POSITIVE if valid else schemathesis.GenerationMode.NEGATIVE
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=8, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    def check(case):
+        response = case.call(base_url=server.url, timeout=60)
+        assert response.status_code < 500, response.text
+
+    check()

@@ -1,0 +1,109 @@
+"""Kept states continue as if nothing had happened, from every mark; and conversations become the right tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import config, fixed, tokens
+from serving import WORDS
+
+from lrt.data import ByteTokenizer, train_bpe
+from lrt.inference.generate import decode_step, prefill
+from lrt.model.kv_cache import KVCache
+from lrt.serve.states import StateStore
+from lrt.serve.text import Listing, Vocabulary
+
+FULL = config(window_pattern="L")
+WINDOWED = config()
+
+
+def taken_in(model, ids: list[int], marks: list[int]) -> tuple[KVCache, dict[int, torch.Tensor]]:
+    """Row 1 of a state of two that has taken in `ids`, and the memory at the marks."""
+    cache, found = KVCache.empty(model, 2, 40), {}
+    for n, token in enumerate(ids, 1):
+        _, cache = decode_step(model, torch.tensor([0, token]), cache)
+        if n in marks:
+            found[n] = cache.memory[1].clone()
+    return cache, found
+
+
+@pytest.mark.parametrize("cfg", [FULL, WINDOWED], ids=["full", "windowed"])
+def test_a_state_goes_on_from_its_marks_in_a_used_row(cfg):
+    """With windows that have wrapped only the end is left; without, the earlier mark too."""
+    model, ids = fixed(cfg), tokens(cfg, 1, 20)[0].tolist()
+    cache, marks = taken_in(model, ids[:12], [5, 12])
+    store = StateStore(10**6)
+    store.add(ids[:12], cache, 1, marks)
+    if cfg is WINDOWED:
+        assert store.find(ids[:8]) == (None, 0)
+    for prompt in (ids[:9], ids[:14]):
+        kept, mark = store.find(prompt)
+        if kept is None:
+            continue
+        assert mark == (12 if len(prompt) == 14 else 5)
+        used, _ = taken_in(model, [3] * 17, [])  # a row that others have written into
+        state = kept.into(used, 0, mark)
+        found = prefill(model, torch.tensor([prompt[mark:]]), cache=state.take(torch.tensor([0])), mode="exact")
+        expected = prefill(model, torch.tensor([prompt]), mode="exact", capacity=40)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-10, rtol=1e-10)
+
+
+def test_other_tokens_and_whole_prompts_find_nothing():
+    model, ids = fixed(FULL), tokens(FULL, 1, 20)[0].tolist()
+    cache, marks = taken_in(model, ids[:12], [12])
+    store = StateStore(10**6)
+    store.add(ids[:12], cache, 1, marks)
+    assert store.find(ids[:12]) == (None, 0)  # its last token must still be taken in, for its logits
+    assert store.find([*ids[:11], (ids[11] + 1) % 19, 3]) == (None, 0)
+    assert store.find(ids[:13])[1] == 12
+
+
+def test_longer_states_replace_their_beginnings_and_the_oldest_leave():
+    model, ids = fixed(FULL), tokens(FULL, 1, 20)[0].tolist()
+    cache, marks = taken_in(model, ids[:6], [6])
+    store = StateStore(10**6)
+    store.add(ids[:6], cache, 1, marks)
+    cache, marks = taken_in(model, ids[:12], [12])
+    store.add(ids[:12], cache, 1, marks)
+    assert len(store) == 1
+    assert store.find(ids[:8])[1] == 6
+    size = store.size
+    small = StateStore(int(1.5 * size))
+    for first in (1, 2):
+        other = [first, *ids[1:12]]
+        cache, marks = taken_in(model, other, [12])
+        small.add(other, cache, 1, marks)
+    assert len(small) == 1
+    assert small.size <= small.limit
+    assert small.find([2, *ids[1:12], 4])[1] == 12
+    nothing = StateStore(0)
+    nothing.add(ids[:12], cache, 1, marks)
+    assert len(nothing) == 0
+
+
+def test_contents_never_spell_special_tokens_and_templates_do(tmp_path):
+    tokenizer = train_bpe([WORDS * 20], 300)
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[answer]"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    words = Vocabulary(tokenizer, tmp_path)
+    ids, stop = words.conversation([{"role": "user", "content": "the <|bos|> fox"}])
+    assert stop == ()
+    assert ids.count(tokenizer.bos) == 1 and ids[0] == tokenizer.bos
+    assert tokenizer.decode(ids) == "[user]the <|bos|> fox\n[answer]"
+    refusing = "{{ raise_exception('no system messages') }}"
+    (tmp_path / "chat_template.jinja").write_text(refusing, encoding="utf-8")
+    with pytest.raises(ValueError, match="no system messages"):
+        Vocabulary(tokenizer, tmp_path).conversation([{"role": "system", "content": "x"}])
+
+
+def test_bytes_that_are_no_text_are_spelled_and_offsets_count_characters():
+    words = Vocabulary(ByteTokenizer())
+    listed = Listing(words).completion([(i, -1.0, ((i, -1.0),)) for i in [97, *"é".encode(), 98]])
+    assert listed["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "b"]
+    assert listed["text_offset"] == [0, 1, 1, 2]
+    assert listed["top_logprobs"][1] == {"bytes:\\xc3": -1.0}
+    assert words.spell(256) == "<|bos|>"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert bytes(words.conversation(talk)[0][1:]) == b"USER: a\nBOT: b\nUSER: c\nBOT:"

@@ -1,0 +1,312 @@
+"""Checkpoints: bit-exact round trip; damage is refused in one line; the newest valid one is found; no pickle."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import config, packed
+from safetensors.torch import save_file
+
+import lrt
+from lrt.config.run import RunConfig, TrainConfig
+from lrt.data import ByteTokenizer, train_bpe
+from lrt.model.loss import ScheduledLoss
+from lrt.model.transformer import LRT
+from lrt.schedule import Schedule
+from lrt.training import checkpoint
+from lrt.training.checkpoint import (
+    META,
+    MODEL,
+    OPTIMIZER,
+    load_model,
+    load_weights,
+    newest_valid,
+    open_checkpoint,
+    save,
+    write_json,
+)
+from lrt.training.optimizer import Optimizer
+
+RUN = RunConfig(model=config(), train=TrainConfig(length=8, schedule="interleaved-2"))
+EXTRA = {"data": "abc", "progress": {"step": 3}, "bpb": None}
+
+
+def trained() -> tuple[LRT, Optimizer]:
+    """A model one step away from its initialisation, and its optimizer."""
+    model = LRT.build(RUN.model)
+    optimizer = Optimizer(model, RUN.optim)
+    ids = packed(RUN.model, 2, 8)
+    ScheduledLoss(model, Schedule.parse("interleaved-2"))(ids, ids.roll(-1, 1)).loss.backward()
+    optimizer.step(1.0)
+    return model, optimizer
+
+
+MODEL_NOW, OPTIMIZER_NOW = trained()
+
+
+def saved(run: Path, step: int = 3, keep: int = 2) -> Path:
+    return save(run, step, RUN, MODEL_NOW, OPTIMIZER_NOW.state(), EXTRA, keep)
+
+
+def names(run: Path) -> list[int]:
+    return [int(p.name.removeprefix("step_")) for p in checkpoint.checkpoints(run)]
+
+
+def test_round_trip_is_bit_exact(tmp_path: Path):
+    folder = saved(tmp_path)
+    for where in (folder, tmp_path, str(tmp_path)):
+        opened = open_checkpoint(where)
+        assert (opened.folder, opened.step, opened.config, opened.extra) == (folder, 3, RUN, EXTRA)
+    weights, state = opened.model().state_dict(), opened.optimizer_state()
+    assert weights.keys() == MODEL_NOW.state_dict().keys()
+    assert all(torch.equal(weights[name], p) for name, p in MODEL_NOW.state_dict().items())
+    assert state.keys() == OPTIMIZER_NOW.state().keys()
+    assert all(
+        torch.equal(state[name], x) and state[name].dtype == x.dtype for name, x in OPTIMIZER_NOW.state().items()
+    )
+    assert not opened.model().training
+    Optimizer(opened.model(), RUN.optim).load(state)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path):
+    """One of another text, of the same size or a smaller one, spells other words by the same ids."""
+    own, other, smaller = train_bpe(["to be or not to be " * 9], 262), train_bpe(["a rose is a rose " * 9], 262), 259
+    run = replace(RUN, model=replace(RUN.model, vocab_size=own.vocab_size))
+    own.save(tmp_path / "tokenizer")
+    save(tmp_path, 1, run, LRT.build(run.model), {}, EXTRA, keep=1)
+    assert load_model(tmp_path).tokenizer.hash == own.hash
+    for wrong in (other, train_bpe(["to be or not to be " * 9], smaller), ByteTokenizer()):
+        wrong.save(tmp_path / "tokenizer")
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not the one .* restore the run's own tokenizer"):
+            load_model(tmp_path)
+
+
+def test_a_folder_holds_what_it_says_and_nothing_is_left_aside(tmp_path: Path):
+    folder = saved(tmp_path)
+    assert {p.name for p in folder.iterdir()} == {MODEL, OPTIMIZER, META}
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path):
+    saved(tmp_path)
+    folder = save(tmp_path, 3, RUN, LRT.build(RUN.model, seed=9), {}, EXTRA, 2)
+    weights = open_checkpoint(folder).model().state_dict()
+    assert torch.equal(weights["head.weight"], LRT.build(RUN.model, seed=9).head.weight)
+    assert names(tmp_path) == [3]
+
+
+def test_the_newest_are_kept(tmp_path: Path):
+    for step in (1, 20, 300):
+        saved(tmp_path, step, keep=2)
+    assert names(tmp_path) == [20, 300]
+    saved(tmp_path, 4000, keep=1)
+    assert names(tmp_path) == [4000]
+
+
+def test_a_broken_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path):
+    """Resumed from 100 because 200 was damaged: 150 is written, and must stay."""
+    for step in (100, 200):
+        saved(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_00000200" / MODEL).write_bytes(b"")
+    folder = saved(tmp_path, 150, keep=1)
+    assert folder.is_dir()
+    assert newest_valid(tmp_path)[0].step == 150
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def edit(file: Path, **changes) -> None:
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
+def edit_model(file: Path, **changes) -> None:
+    meta = json.loads(file.read_text())
+    meta["config"]["model"] |= changes
+    write_json(file, meta)
+
+
+def hide_pickle(file: Path) -> None:
+    """A pickle in place of the weights, with a checksum that fits."""
+    file.write_bytes(pickle.dumps({"head.weight": [1.0]}))
+    meta = json.loads(file.with_name(META).read_text())
+    edit(file.with_name(META), sha256=meta["sha256"] | {file.name: checkpoint._hash(file)})
+
+
+def read(folder: Path) -> None:
+    """Open a checkpoint and read everything in it."""
+    opened = open_checkpoint(folder)
+    opened.model()
+    opened.optimizer_state()
+
+
+DAMAGE = {
+    "model truncated": (MODEL, lambda f: f.write_bytes(f.read_bytes()[:-100])),
+    "model empty": (MODEL, lambda f: f.write_bytes(b"")),
+    "model flipped": (MODEL, flip),
+    "model missing": (MODEL, Path.unlink),
+    "model pickled": (MODEL, hide_pickle),
+    "optimizer flipped": (OPTIMIZER, flip),
+    "optimizer missing": (OPTIMIZER, Path.unlink),
+    "optimizer pickled": (OPTIMIZER, hide_pickle),
+    "meta truncated": (META, lambda f: f.write_text(f.read_text()[:50])),
+    "meta not text": (META, lambda f: f.write_bytes(b"\xff\xfe\x00")),
+    "meta a list": (META, lambda f: f.write_text("[]")),
+    "meta nested": (META, lambda f: f.write_text("[" * 100000)),
+    "meta of another format": (META, lambda f: edit(f, format=99)),
+    "meta without format": (META, lambda f: f.write_text("{}")),
+    "meta without sums": (META, lambda f: edit(f, sha256={})),
+    "meta with other sums": (META, lambda f: edit(f, sha256={MODEL: "0", OPTIMIZER: 1})),
+    "meta step a text": (META, lambda f: edit(f, step="3")),
+    "meta without extra": (META, lambda f: edit(f, extra=None)),
+    "meta without config": (META, lambda f: edit(f, config=None)),
+    "meta with an unknown field": (META, lambda f: edit(f, config={"modle": {}})),
+    "meta of a wider model": (META, lambda f: edit_model(f, width=48)),
+    "meta of a deeper model": (META, lambda f: edit_model(f, depth=4)),
+    "meta of another memory": (META, lambda f: edit_model(f, memory={"projection": "shared"})),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_refused_in_one_line_that_names_the_file(how: str, tmp_path: Path):
+    folder = saved(tmp_path)
+    name, damage = DAMAGE[how]
+    damage(folder / name)
+    with pytest.raises(ValueError) as error:
+        read(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    named = MODEL if "other sums" in how else name
+    assert named in message or "weight" in message  # a weight that does not fit is named itself
+    assert ";" in message  # what to do about it
+
+
+@pytest.mark.parametrize(
+    "how", [h for h in DAMAGE if "wider" not in h and "deeper" not in h and "another memory" not in h]
+)
+def test_the_newest_valid_checkpoint_is_found(how: str, tmp_path: Path):
+    saved(tmp_path, 1)
+    folder = saved(tmp_path, 2)
+    name, damage = DAMAGE[how]
+    damage(folder / name)
+    found, problems = newest_valid(tmp_path)
+    if "pickled" in how:  # its checksum fits: only reading the tensors can tell
+        assert found.step == 2
+        return
+    assert found.step == 1
+    assert len(problems) == 1
+    assert str(folder) in problems[0]
+
+
+def test_nothing_valid(tmp_path: Path):
+    assert newest_valid(tmp_path) == (None, [])
+    for step in (1, 2):
+        flip(saved(tmp_path, step) / MODEL)
+    found, problems = newest_valid(tmp_path)
+    assert found is None
+    assert [("step_00000002" in problems[0]), ("step_00000001" in problems[1])] == [True, True]
+
+
+def test_a_half_written_folder_is_ignored(tmp_path: Path):
+    saved(tmp_path, 1)
+    aside = tmp_path / "checkpoints" / "step_00000002.tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000001", aside)
+    (aside / META).unlink()
+    assert names(tmp_path) == [1]
+    assert open_checkpoint(tmp_path).step == 1
+    saved(tmp_path, 2)
+    assert not aside.exists()
+    assert names(tmp_path) == [1, 2]
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved(tmp_path, 1)
+
+    def crash(*_: object) -> None:
+        raise OSError("disk full")
+
+    for part in ("save_file", "write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, part, crash)
+            with pytest.raises(OSError, match="disk full"):
+                saved(tmp_path, 2)
+        assert names(tmp_path) == [1]
+        assert newest_valid(tmp_path)[0].step == 1
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty", "file"])
+def test_what_is_no_checkpoint_says_so(where: str, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="checkpoint") as error:
+        open_checkpoint(tmp_path / where)
+    assert where in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if k != "head.weight"},
+            ["the model, not the checkpoint", "head.weight"],
+        ),
+        (lambda w: w | {"extra.weight": w["head.weight"]}, ["the checkpoint, not the model", "extra.weight"]),
+        (lambda w: w | {"head.weight": w["head.weight"][:5]}, ["head.weight", "(5, 24)", "(19, 24)"]),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, names: list[str]):
+    model = LRT.build(RUN.model)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_weights(model, change(dict(MODEL_NOW.state_dict())))
+    assert all(name in str(error.value) for name in names)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())  # nothing was half loaded
+
+
+def test_a_checkpoint_of_another_shape_with_a_valid_checksum(tmp_path: Path):
+    other = replace(RUN, model=replace(RUN.model, width=48))
+    folder = save(tmp_path, 1, other, LRT.build(RUN.model), {}, EXTRA, 1)
+    with pytest.raises(ValueError, match=r"in the checkpoint.*in the model"):
+        open_checkpoint(folder).model()
+
+
+def test_nothing_is_ever_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Opening reads tensors and JSON only; and no file of the package so much as names a pickle or torch.load."""
+    folder = saved(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    opened = open_checkpoint(folder)
+    opened.model()
+    opened.optimizer_state()
+    for file in Path(lrt.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "shelve", "marshal", "dill", "joblib"} & set(imported), file
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, file
+
+
+def test_tensors_on_views_are_saved_whole(tmp_path: Path):
+    """Optimizer state that is not contiguous must not be refused or scrambled."""
+    state = {"a/exp_avg": torch.arange(6.0).view(2, 3).T}
+    folder = save(tmp_path, 1, RUN, MODEL_NOW, state, EXTRA, 1)
+    assert torch.equal(open_checkpoint(folder).optimizer_state()["a/exp_avg"], state["a/exp_avg"])
+    save_file({"x": torch.zeros(1)}, folder / MODEL)
+    with pytest.raises(ValueError, match="checksum"):
+        open_checkpoint(folder)

@@ -1,0 +1,156 @@
+"""Training end to end on a small text: it learns, resumes bit for bit, refuses to overwrite, says what it did."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import events, tiny
+
+from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
+from lrt.model.flops import scaling_parameters
+from lrt.training import checkpoint
+from lrt.training.logging import Jsonl
+from lrt.training.trainer import horizon, train
+
+TEXT = "".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "text.py"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("base", [cpu_demo, cpu_demo_paper, cpu_demo_plain])
+def test_training_lowers_the_loss_and_records_everything(base, source, tmp_path):
+    run = tmp_path / "run"
+    result = train(tiny(base(), source, steps=40), run, sinks=[Jsonl(run / "metrics.jsonl")])
+    logged = events(run, "train")
+    assert logged[-1]["loss"] < 0.6 * math.log(257) < 0.8 * logged[0]["loss"] + 1
+    assert logged[-1]["step"] == result.progress.step == 40
+    assert result.progress.tokens == 40 * 8 * 32
+    assert (run / "result.json").exists() and len(checkpoint.checkpoints(run)) == 1
+    final = json.loads((run / "result.json").read_text())["bpb"]
+    assert final["decoded"] == pytest.approx(result.bpb.decoded) and final["decoded"] < 5
+    assert events(run, "eval")[-1]["bpb"]["live_gap"] == pytest.approx(final["decoded"] - final["merged"])
+
+
+def test_effective_compute_counts_every_pass(source, tmp_path):
+    run = tmp_path / "run"
+    result = train(tiny(cpu_demo(), source, schedule="settled-2"), run)
+    p = result.progress
+    assert p.token_forwards == 3 * p.tokens
+    assert p.effective_forwards == pytest.approx(p.tokens * (1 + 2 / 3))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "ratio", "compute"])
+def test_horizons_agree(kind, source):
+    config = tiny(cpu_demo_paper(), source)
+    tokens = 100 * config.train.batch * config.train.length
+    ratio = tokens / scaling_parameters(config.model)
+    text = {"tokens": f"tokens={tokens}", "ratio": f"ratio={ratio}", "compute": f"compute={2 * ratio}"}[kind]
+    assert horizon(replace(config, train=replace(config.train, horizon=text))) == 100
+
+
+@pytest.mark.parametrize("schedule", ["settled-1..3", "interleaved-2"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(schedule, source, tmp_path):
+    config = tiny(cpu_demo(), source, steps=12, schedule=schedule, save_every=5, log_every=1)
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    straight = train(config, whole, sinks=[Jsonl(whole / "metrics.jsonl")])
+
+    def stop(event: dict) -> None:
+        if event["kind"] == "train" and event["step"] == 7:
+            raise RuntimeError("the power went out")
+
+    with pytest.raises(RuntimeError):
+        train(config, parted, sinks=[stop])
+    assert [p.name for p in checkpoint.checkpoints(parted)] == ["step_00000005"]
+    resumed = train(config, parted, resume=True, sinks=[Jsonl(parted / "metrics.jsonl")])
+    losses = [[e["loss"] for e in events(run, "train") if e["step"] > 5] for run in (whole, parted)]
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+    ours, theirs = resumed.model.state_dict(), straight.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, ends, source, tmp_path):
+    said, before = [], signal.getsignal(number)
+
+    def stop(event: dict) -> None:
+        said.append(event)
+        if event["kind"] == "train":
+            signal.raise_signal(number)
+
+    with pytest.raises(ends) as end:
+        train(tiny(cpu_demo(), source), tmp_path / "run", sinks=[stop])
+    assert "--resume" in said[-1]["text"]
+    assert checkpoint.open_checkpoint(tmp_path / "run").step == 4
+    assert signal.getsignal(number) == before
+    assert ends is KeyboardInterrupt or end.value.code == 143
+
+
+def test_micro_batches_give_the_same_step(source, tmp_path):
+    base = tiny(cpu_demo(), source, steps=3, schedule="interleaved-2", log_every=1)
+    runs = []
+    for micro in (8, 2):
+        run = tmp_path / f"micro{micro}"
+        train(replace(base, train=replace(base.train, micro_batch=micro)), run, sinks=[Jsonl(run / "metrics.jsonl")])
+        runs.append(events(run, "train"))
+    for a, b in zip(*runs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["per_pass"] == pytest.approx(b["per_pass"], rel=1e-4)
+
+
+def test_an_existing_run_is_never_overwritten(source, tmp_path):
+    config = tiny(cpu_demo(), source, steps=2)
+    train(config, tmp_path / "run")
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match="already holds a run.*--resume"):
+        train(config, tmp_path / "run")
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+
+
+def test_resume_refuses_other_data(source, tmp_path):
+    config = tiny(cpu_demo(), source, steps=2)
+    train(config, tmp_path / "run")
+    other = tmp_path / "other.py"
+    other.write_text(TEXT.upper(), encoding="utf-8")
+    with pytest.raises(ValueError, match="other tokens"):
+        train(replace(config, data=replace(config.data, source=str(other))), tmp_path / "run", resume=True)
+
+
+def test_resume_refuses_a_checkpoint_that_does_not_say_what_was_spent(source, tmp_path):
+    config = tiny(cpu_demo(), source, steps=2)
+    train(config, tmp_path / "run")
+    meta = checkpoint.checkpoints(tmp_path / "run")[0] / checkpoint.META
+    for spent in (None, {}, {"step": "two"}):
+        data = json.loads(meta.read_text(encoding="utf-8"))
+        data["extra"]["progress"] = spent
+        meta.write_text(json.dumps(data), encoding="utf-8")
+        with pytest.raises(ValueError, match="does not say what was spent"):
+            train(config, tmp_path / "run", resume=True)
+
+
+def test_a_widening_live_gap_is_said_aloud(source, tmp_path, monkeypatch):
+    said = []
+    config = tiny(cpu_demo(), source, steps=2, gap_warning=-9.0)
+    train(config, tmp_path / "run", sinks=[said.append])
+    assert any(e["kind"] == "warning" and "live gap" in e["text"] for e in said)
+
+
+def test_golden_loss(source, tmp_path):
+    """The loss after 12 steps, written down once: a change of mathematics or of data order shows here."""
+    config = tiny(cpu_demo(), source, steps=12, log_every=12)
+    run = tmp_path / "run"
+    train(config, run, sinks=[Jsonl(run / "metrics.jsonl")])
+    assert events(run, "train")[-1]["loss"] == pytest.approx(GOLDEN, abs=2e-3)
+
+
+GOLDEN = 2.9653
