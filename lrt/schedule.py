@@ -1,7 +1,7 @@
 """Schedules: lists of passes over position slices. No torch here; schedules can be printed, compared and counted.
 
-Training, prefill and decoding all are such a list, run by one forward against one buffer (SPEC section 3). A `Schedule`
-is the recipe (`interleaved-2`, `settled-1..3`), `Schedule.passes(length)` the list for a row of that length.
+Training, prefill and decoding all are such a list, run by one forward against one buffer (docs/method.md#passes). A
+`Schedule` is the recipe (`interleaved-2`, `settled-1..3`), `Schedule.passes(length)` the list for a row of that length.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def token_forwards(passes: Iterable[Pass], length: int) -> float:
 
 
 def effective_forwards(schedule: Schedule | Curriculum, length: int) -> float:
-    """Forwards per token, those without gradient weighted 1/3: the mean over the schedule's draws (SPEC section 8)."""
+    """Forwards per token, those without gradient weighted 1/3: the mean over the draws (docs/method.md#conventions)."""
 
     def cost(passes: Passes) -> float:
         return sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes) / length

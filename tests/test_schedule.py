@@ -239,7 +239,7 @@ def test_every_schedule_is_valid_at_any_length(text: str, length: int):
     assert set().union(*(p.positions for p in run)) == set(range(length))
 
 
-# The exact prefix: SPEC section 8. Measured against a model in test_equivalence.py.
+# The exact prefix: docs/method.md#schedules. Measured against a model in test_equivalence.py.
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_memory_only_means_no_loss_and_keys_that_nobody_reads(case: tuple[int, t
         assert not alive
 
 
-# What it costs: the table of SPEC section 3.
+# What it costs: the table of docs/method.md#schedules.
 
 
 @pytest.mark.parametrize(

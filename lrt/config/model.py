@@ -28,7 +28,7 @@ def require_choice(name: str, value: str, choices: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """The recurrent memory: where it is taken from and how it is injected (SPEC section 2)."""
+    """The recurrent memory: where it is taken from and how it is injected (docs/method.md#memory)."""
 
     projection: Projection = "layerwise"
     """KVProjection: `shared` has one W_K, W_V for all layers (the paper's default), `layerwise` a pair a layer;

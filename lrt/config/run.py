@@ -57,7 +57,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Muon for the matrices, AdamW for the rest; warm-up, flat, linear decay (SPEC section 2)."""
+    """Muon for the matrices, AdamW for the rest; warm-up, flat, linear decay (docs/method.md#optimizer)."""
 
     matrix_lr: float = 0.02
     """Muon's rate for all matrices of the blocks and the memory projections."""

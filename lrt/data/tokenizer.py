@@ -194,7 +194,7 @@ class BPETokenizer(Tokenizer):
 class PausingTokenizer(Tokenizer):
     """Another tokenizer's ids, each but BOS followed by a pause, the last id: a latent position after every token.
 
-    Without memory these are pause tokens (Goyal et al. 2023, arXiv:2310.02226). With it a pause reads the hidden state
+    Without memory these are pause tokens (Goyal et al. 2023, arXiv 2310.02226). With it a pause reads the hidden state
     of the token before and hands on its own: one latent thought a token, as in PonderLM-2. To the model a pause is a
     token like any other, which it emits itself when it decodes; it spells no bytes, so bits per byte leave it out.
     """

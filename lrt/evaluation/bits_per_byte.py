@@ -1,4 +1,4 @@
-"""Bits per byte of one model on the same rows in every mode (SPEC sections 7 and 8).
+"""Bits per byte of one model on the same rows in every mode (docs/method.md#measures).
 
 BPB is total nats / (ln 2 x bytes of the target tokens); special tokens stand for no bytes and count neither way.
 """

@@ -1,8 +1,8 @@
 """Solving the recurrence over a prompt: chunk by chunk, by sweeps that run in parallel, or token by token.
 
-All of it is passes of the model's one forward (SPEC section 4): a sweep is one full pass (Jacobi) or a few strided ones
-(Gauss-Seidel), folded against the cache until the memory stops changing; a step is a pass of one position. What does
-not settle within the budget is finished exactly, token by token.
+All of it is passes of the model's one forward (docs/method.md#prefill): a sweep is one full pass (Jacobi) or a few
+strided ones (Gauss-Seidel), folded against the cache until the memory stops changing; a step is a pass of one position.
+What does not settle within the budget is finished exactly, token by token.
 """
 
 from __future__ import annotations

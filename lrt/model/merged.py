@@ -1,8 +1,8 @@
 """Attention over segments without a dense mask: one flash call per segment, merged by log-sum-exp.
 
 For slices of one stride, queries i, i+S, .. see of the keys j, j+S, .. a causal triangle (j <= i) or a strictly causal
-one (j > i): calls that every flash kernel serves (SPEC section 3). The backward of each call is exact when it is handed
-the merged output and log-sum-exp, as in ring attention (Liu et al. 2023).
+one (j > i): calls that every flash kernel serves (docs/method.md#attention-at-positions). The backward of each call is
+exact when it is handed the merged output and log-sum-exp, as in ring attention (Liu et al. 2023).
 """
 
 from __future__ import annotations

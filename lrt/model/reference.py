@@ -1,4 +1,4 @@
-"""The oracle: the same model as a plain loop over tokens, layers and heads, straight from SPEC section 2.
+"""The oracle: the same model as a plain loop over tokens, layers and heads, straight from docs/method.md#injection.
 
 It shares no code with the model, only its weights by name. Slow on purpose; tests compare everything with it.
 """

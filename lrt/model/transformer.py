@@ -1,8 +1,8 @@
 """The model and its one forward: any pass, over any positions, against any state.
 
 A decoder-only transformer, nanochat-style unless `ModelConfig.backbone` says otherwise; the memory enters by
-ResidualInjection (before every block) and KVProjection (inside attention), SPEC section 2. Turn both off and it is
-exactly the plain transformer.
+ResidualInjection (before every block) and KVProjection (inside attention), docs/method.md#injection. Turn both off and
+it is exactly the plain transformer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for everything else; every parameter in exactly one group (SPEC section 2)."""
+"""Muon for the matrices, AdamW for everything else; every parameter in exactly one group (docs/method.md#optimizer)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,106 @@
+"""The documentation: citations lead somewhere, functions it names exist, and it can be read at speed."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from prose import anchor, headings, paragraphs, sentences, words
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+SOURCES = sorted(
+    [*(ROOT / "lrt").rglob("*.py"), *(p for p in (ROOT / "tests").rglob("*.py") if p.name != "test_docs.py")]
+)
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+METHOD = (DOCS / "method.md").read_text(encoding="utf-8")
+PAPER = re.compile(r"(?:[A-Z]\w+ et al\. |(?<!\w)[A-Z][a-z]+ )(?:19|20)\d\d\b|arXiv[ :]\d{4}\.\d{5}")
+MONTHS = re.compile("January|February|March|April|May|June|July|August|September|October|November|December")
+
+
+def papers(text: str) -> set[str]:
+    """Papers cited as `Name et al. 2023`, `Name 2020` or `arXiv 2310.02226`."""
+    found = {re.sub(r"arXiv[ :]", "arXiv ", one) for one in PAPER.findall(" ".join(text.split()))}
+    return {one for one in found if not MONTHS.match(one)}
+
+
+def pages_cited(text: str) -> list[tuple[str, str]]:
+    """Every docs/PAGE.md or docs/PAGE.md#anchor in a source."""
+    return re.findall(r"docs/([\w/]+\.md)(?:#([\w-]+))?", text)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_citations_in_sources_resolve(source: Path):
+    text = source.read_text(encoding="utf-8")
+    assert "SPEC" not in text and "DESIGN.md" not in text, "cite a heading of docs/method.md instead"
+    for page, heading in pages_cited(text):
+        assert (DOCS / page).is_file(), f"docs/{page} does not exist"
+        assert not heading or heading in headings(DOCS / page), f"docs/{page} has no heading #{heading}"
+    known = papers(METHOD.partition("## References")[2])
+    assert papers(text) <= known, "list the paper under References in docs/method.md"
+
+
+def test_citations_are_found_where_they_are():
+    assert papers("as in Liu et al. 2023, Shazeer 2020 and arXiv:2310.02226; measured in November 2026") == {
+        "Liu et al. 2023", "Shazeer 2020", "arXiv 2310.02226",
+    }  # fmt: skip
+    assert pages_cited("see docs/method.md#memory, docs/log.md") == [("method.md", "memory"), ("log.md", "")]
+    assert anchor("4. What `a pass` is, here") == "4-what-a-pass-is-here"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_resolve(page: Path):
+    """To files, and to headings of pages."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        file, _, heading = target.partition("#")
+        to = page.parent / file if file else page
+        assert to.exists(), f"{page.name} links to {target}"
+        assert not heading or heading in headings(to), f"{page.name} links to {target}: no such heading"
+
+
+def names_of(module: Path) -> set[str]:
+    """`function`, `Class` and `Class.method` that a module defines."""
+    found = set()
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_the_equations_stand_where_the_method_says():
+    rows = re.findall(r"`(lrt/[\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", METHOD)
+    assert len(rows) >= 20
+    for module, functions in rows:
+        missing = set(re.findall(r"`([\w.]+)`", functions)) - names_of(ROOT / module)
+        assert not missing, f"{module} has no {missing}: correct the table in docs/method.md"
+
+
+# Prose.
+
+LONGEST_SENTENCE, LONGEST_PARAGRAPH = 25, 70
+PLAIN_PAGES = ["glossary.md", "method.md"]
+"""Pages held to short sentences and paragraphs."""
+
+
+@pytest.mark.parametrize("name", PLAIN_PAGES)
+def test_sentences_and_paragraphs_are_short(name: str):
+    long = []
+    for paragraph in paragraphs((DOCS / name).read_text(encoding="utf-8")):
+        long += [f"{words(s)} words: {s}" for s in sentences(paragraph) if words(s) > LONGEST_SENTENCE]
+        long += [f"{words(paragraph)} words: {paragraph}"] if words(paragraph) > LONGEST_PARAGRAPH else []
+    assert not long, f"{name}:\n" + "\n".join(long)
+
+
+def test_prose_is_told_from_code_and_tables():
+    page = "# A title\n\nOne `a b c` two. Three\n[four five](x.md) et al. say.\n\n    code code\n\n"
+    page += "- item one\n  goes on\n- item two\n\n| a | table |\n"
+    found = list(paragraphs(page))
+    assert found == ["One `a b c` two. Three [four five](x.md) et al. say.", "item one goes on", "item two"]
+    assert [words(s) for s in sentences(found[0])] == [3, 6]
+    assert words("a rise of +0.076, 0.4 and C = 10 bits") == 6
