@@ -1,0 +1,317 @@
+"""Files that somebody else may have written: read bounded and checked, with errors of one line; and written whole.
+
+Every reader takes regular files alone (a pipe or a device would never end), UTF-8 without a byte order mark, and a size
+and depth that fit. What comes out are plain values: objects with string keys that each occur once, lists, strings,
+numbers of at most 64 bits, true, false, null. Everything else raises ValueError naming the file, place and remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+MEBI = 2**20
+MOST_JSON = 64 * MEBI
+MOST_SETTINGS = 2**18
+"""Bytes of a YAML, TOML or CSV file, which people write by hand."""
+MOST_LINES = 1024 * MEBI
+MOST_LINE = 16 * MEBI
+"""Bytes of a JSON-lines file, and of one line in it."""
+DEPTH = 64
+"""Levels of objects and lists inside one another."""
+PLAIN = (str, int, float, bool, type(None))
+SURROGATE = re.compile("[\ud800-\udfff]")
+BOM = b"\xef\xbb\xbf"
+RESTORE = "restore the file, or give another"
+NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+def one_line(said: object, most: int = 300) -> str:
+    """`said` as one printable line of at most `most` characters; the middle of a longer one is left out."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(said).split()))
+    half = (most - 5) // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path | str, what: str, most: int = MOST_JSON) -> bytes:
+    """The content of a regular file of at most `most` bytes. ValueError: there is none, or it is something else."""
+    with _open(path, what) as file, _readable(path, what):
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{what} {path} is larger than {most:,} bytes; {RESTORE}")
+    return content
+
+
+def _open(path: Path | str, what: str) -> io.BufferedReader:
+    """A regular file, opened without waiting for a writer."""
+    with _readable(path, what):
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        mode = os.fstat(number).st_mode
+        if stat.S_ISREG(mode):
+            return os.fdopen(number, "rb")
+        os.close(number)
+        raise ValueError("is a folder, not a file" if stat.S_ISDIR(mode) else "is no regular file")
+
+
+@contextlib.contextmanager
+def _readable(path: Path | str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{what} {path} does not exist; {RESTORE}") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read ({error.strerror}); {RESTORE}") from None
+    except ValueError as error:  # also a name with a NUL in it
+        raise ValueError(f"{what} {path} {error}; {RESTORE}") from None
+
+
+def read_text(path: Path | str, what: str, most: int = MOST_JSON) -> str:
+    """The text of a file, see `read_bytes`. ValueError also: not UTF-8, or a byte order mark in front."""
+    return _decoded(read_bytes(path, what, most), f"{what} {path}")
+
+
+def _decoded(content: bytes, where: str) -> str:
+    if content.startswith(BOM):
+        raise ValueError(f"{where} begins with a byte order mark; save it as UTF-8 without one")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 (byte {error.start}); {RESTORE}") from None
+
+
+def read_json(path: Path | str, what: str, *, most: int = MOST_JSON, nan: bool = False) -> dict[str, Any]:
+    """The object of a JSON file. `nan`: whether NaN and infinities may stand in it. ValueError: see the module."""
+    return require_kind(parse_json(read_bytes(path, what, most), f"{what} {path}", nan=nan), dict, f"{what} {path}")
+
+
+def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
+    """The plain value that a JSON text stands for; `where` names it in errors. `nan`: see `read_json`."""
+    text = _decoded(text, where) if isinstance(text, bytes) else text
+    with _named(where, "JSON", RecursionError, ValueError):
+        return _plain(json.loads(text, object_pairs_hook=_once), nan)
+
+
+def read_jsonl(
+    path: Path | str, what: str, *, nan: bool = False, torn: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of a JSON-lines file; empty lines are passed over.
+
+    torn: whether a last line without its end is left out too, since its writer was killed.
+    """
+    with _open(path, what) as file:
+        done = 0
+        for number in itertools.count(1):
+            with _readable(path, what):
+                line = file.readline(MOST_LINE + 1)
+            where, done = f"{what} {path}:{number}", done + len(line)
+            if len(line) > MOST_LINE or done > MOST_LINES:
+                raise ValueError(f"{where} makes the file too large; {RESTORE}")
+            if not line or (torn and not line.endswith(b"\n")):
+                return
+            if line.strip():
+                yield number, require_kind(parse_json(line, where, nan=nan), dict, where)
+
+
+def read_csv(path: Path | str, what: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, which must name the `columns`; every row has a cell for each name."""
+    text = read_text(path, what, MOST_SETTINGS)
+    with _named(f"{what} {path}", "CSV", csv.Error, ValueError):
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = next(lines, [])
+        missing = [name for name in columns if name not in header]
+        if missing or len(set(header)) < len(header):
+            raise ValueError(f"its first line must name {', '.join(columns)}, each column once")
+        rows = [cells for cells in lines if cells]
+        for number, cells in enumerate(rows, 2):
+            if len(cells) != len(header):
+                raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
+        return [dict(zip(header, cells, strict=True)) for cells in rows]
+
+
+def read_toml(path: Path | str, what: str) -> dict[str, Any]:
+    """The table of a TOML file."""
+    text = read_text(path, what, MOST_SETTINGS)
+    with _named(f"{what} {path}", "TOML", RecursionError, ValueError):
+        parts = re.split(r"[=,\[\]{}#]", "".join(text.split(" ")).replace("\t", "").replace("\n", "#"))
+        if any(part.count(".") > DEPTH for part in parts):  # the parser takes quadratic time for such a key
+            raise ValueError(f"a key of more than {DEPTH} parts")
+        return _plain(tomllib.loads(text), nan=False)
+
+
+def read_yaml(path: Path | str, what: str) -> dict[str, Any]:
+    """The mapping of a YAML file that holds plain values alone: no aliases, no tags, one document."""
+    import yaml
+
+    text = read_text(path, what, MOST_SETTINGS)
+    with _named(f"{what} {path}", "YAML", yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError):
+        data = _plain(yaml.load(text, Loader=_yaml_loader()), nan=False)
+    return require_kind(data, dict, f"{what} {path}")
+
+
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader without what makes a small file large or slow."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+            _require_depth(self.flow_level)
+            super().fetch_flow_collection_start(TokenClass)
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("an alias (*name): write the value out")
+            self.depth += 1
+            _require_depth(self.depth)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            return _once([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
+
+    return Loader
+
+
+# --- what may be in them --------------------------------------------------------------------------------------------
+
+
+def require_kind(value: Any, kind: type, where: str) -> Any:
+    """`value`, if it is of the `kind`; a whole number is a number too, a truth value is none."""
+    kinds = (int, float) if kind is float else (kind,)
+    if type(value) not in kinds:
+        raise ValueError(f"{where} is {one_line(repr(value), 60)}; it must be {NAMES[kind]}")
+    return value
+
+
+def require_fields(data: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
+    """ValueError naming the field, unless every field of `kinds` is in `data` and of its kind."""
+    for name, kind in kinds.items():
+        if name not in data:
+            raise ValueError(f"{where} lacks {name!r}; {RESTORE}")
+        require_kind(data[name], kind, f"{where}: {name}")
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{one_line(repr(twice), 60)} stands twice in one object")
+    return made
+
+
+def _plain(data: Any, nan: bool) -> Any:
+    """`data`, once every level of it has been looked at; no recursion, so no depth is too much for it."""
+    level, depth = [data], 0
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += [*value, *value.values()]
+                if not all(isinstance(key, str) for key in value):
+                    raise ValueError("a key that is no text")
+            elif isinstance(value, list):
+                below += value
+            else:
+                _require_plain(value, nan)
+        level, depth = below, depth + 1
+        _require_depth(depth if below else 0)
+    return data
+
+
+def _require_plain(value: Any, nan: bool) -> None:
+    if not isinstance(value, PLAIN):
+        raise ValueError(f"a {type(value).__name__}: only texts, numbers, true, false and null are read")
+    if isinstance(value, float) and not nan and not math.isfinite(value):
+        raise ValueError(f"{value}, which is no number")
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError("a whole number of more than 64 bits")
+    if isinstance(value, str) and SURROGATE.search(value):
+        raise ValueError("half a character (a lone surrogate)")
+
+
+def _require_depth(depth: int) -> None:
+    if depth > DEPTH:
+        raise ValueError(f"more than {DEPTH} levels inside one another")
+
+
+@contextlib.contextmanager
+def _named(where: str, form: str, *errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 160)
+        raise ValueError(f"{where} is not the {form} that is read here ({said}); {RESTORE}") from None
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """`data` as JSON; what is no finite number is written as null, since JSON has no NaN."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON (see `to_json`) as `write_text` does."""
+    write_text(path, to_json(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text aside, sync it, and put it in place at once: a reader finds the old file or the new one."""
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file aside, sync it, and put it in place at once."""
+    aside = path.with_name(path.name + ".tmp")
+    write(aside)
+    sync(aside)
+    os.replace(aside, path)
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line, as `write_text` does."""
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
