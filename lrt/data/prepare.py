@@ -10,7 +10,7 @@ from typing import final
 
 from lrt.data.shards import FORMAT, TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
-from lrt.data.synthetic import PREFIX, TaskRows, task_rows
+from lrt.data.synthetic import PREFIX, TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 PAUSES = "+pauses"
@@ -84,7 +84,8 @@ def prepare(
     A synthetic task, `task:NAME`, needs no folder.
     """
     if source.startswith(PREFIX):
-        return Prepared(Path(folder), ByteTokenizer(), *task_rows(source, tokenizer))
+        train, val = task_rows(source, tokenizer)
+        return Prepared(Path(folder), task_tokenizer(train), train, val)
     text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
     base = tokenizer.removesuffix(PAUSES)
     given, pauses = _given_tokenizer(base), tokenizer[len(base) :]
