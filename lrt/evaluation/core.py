@@ -12,23 +12,17 @@ import json
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 
-from lrt.cli.main import parse
 from lrt.config.model import require
 from lrt.data import Tokenizer
 from lrt.inference.generate import states
 from lrt.inference.prefill import DEFAULT_MODE
 from lrt.model.loss import token_nats
 from lrt.model.transformer import LRT
-from lrt.training.checkpoint import load_model
-from lrt.utils.hardware import resolve_device
-from lrt.utils.tables import Table
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 Item = dict[str, Any]
@@ -149,33 +143,3 @@ def core(
         centred = (accuracy - task.chance) / (1 - task.chance)
         found[task.label] = {"accuracy": accuracy, "centred": centred, "items": len(chosen)}
     return {"core": sum(t["centred"] for t in found.values()) / len(found), "tasks": found, "mode": mode}
-
-
-@dataclass(frozen=True)
-class Core:
-    """CORE of a run, decoded with memory, from the published evaluation bundle on this disk."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one of its checkpoints."""
-    bundle: Path
-    """Folder with core.yaml, eval_meta_data.csv and eval_data/."""
-    limit: int | None = None
-    """Items of each task; by default all."""
-    mode: str = DEFAULT_MODE
-    """How texts are taken in: exact, jacobi, interleaved-G, or zero_memory."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    json: bool = False
-    """Print one JSON object."""
-
-
-def main(args: list[str]) -> int:
-    """`lrt core`."""
-    given = parse(Core, args, "core")
-    require(given.limit is None or given.limit >= 1, f"--limit is {given.limit}; take at least 1 item")
-    tasks, loaded = read_bundle(given.bundle), load_model(given.run, resolve_device(given.device))
-    found = core(loaded.model, loaded.tokenizer, tasks, limit=given.limit, mode=given.mode)
-    rows = [[k, f"{t['accuracy']:.4f}", f"{t['centred']:+.4f}", str(t["items"])] for k, t in found["tasks"].items()]
-    table = Table(["task", "accuracy", "centred", "items"], [*rows, ["CORE", "", f"{found['core']:+.4f}", ""]])
-    print(json.dumps({"run": str(given.run), "step": loaded.step} | found) if given.json else table.markdown())
-    return 0

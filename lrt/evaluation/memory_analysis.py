@@ -1,31 +1,25 @@
-"""`lrt analyze RUN`: where the memory acts, how far back it reaches, and how fast its sweeps contract.
+"""Where the memory acts, how far back it reaches, and how fast its sweeps contract.
 
 Nothing is computed by a second forward: what is switched off is switched off in the weights of a copy.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from lrt.cli.main import parse
 from lrt.config.model import require
-from lrt.evaluation.bits_per_byte import Rows, held_out_rows, sweep_residuals
+from lrt.evaluation.bits_per_byte import Rows, sweep_residuals
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
 from lrt.model.run_passes import run_passes
 from lrt.model.transformer import LRT, Block
 from lrt.schedule import Schedule
-from lrt.training.checkpoint import load_model
-from lrt.utils.hardware import resolve_device
 from lrt.utils.tables import Table
 
 REACH = 16
@@ -202,36 +196,3 @@ def heat_map(found: dict[str, Any]) -> Figure:
             dark = values[i][h] < (max(map(max, values)) + min(map(min, values))) / 2
             axes.text(h, i, f"{values[i][h]:.3f}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
     return figure
-
-
-@dataclass(frozen=True)
-class Analyze:
-    """Where the memory of a run acts: scalars, gates, what is lost without each part, reach, contraction."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one of its checkpoints."""
-    source: str | None = None
-    """Text to analyse on instead of the run's validation split."""
-    rows: int = 16
-    """Rows."""
-    out: Path | None = None
-    """PNG of the heat map by layer and head; by default RUN/analysis.png."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    json: bool = False
-    """Print one JSON object."""
-
-
-def main(args: list[str]) -> int:
-    """`lrt analyze`."""
-    given = parse(Analyze, args, "analyze")
-    require(given.rows >= 1, f"--rows is {given.rows}; take at least 1")
-    loaded = load_model(given.run, resolve_device(given.device))
-    rows = held_out_rows(loaded, given.source, rows=given.rows, length=loaded.config.train.length)
-    found = analyse(loaded.model, Rows(*(x.to(loaded.model.device) for x in rows)))
-    picture = given.out or loaded.run / "analysis.png"
-    if loaded.config.model.memory.projection != "none":
-        heat_map(found).savefig(picture, dpi=130)
-    text = "\n\n".join(f"{heading}\n\n{table.markdown()}" for heading, table in tables(found))
-    print(json.dumps({"run": str(given.run), "step": loaded.step} | found) if given.json else text)
-    return 0

@@ -1,20 +1,17 @@
-"""`lrt report FILES`: tables and pictures of recorded runs, made from the records alone."""
+"""Reports: tables and pictures of recorded runs, made from the records alone."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
-from lrt.cli.main import parse
 from lrt.config.model import require
 from lrt.experiments import plots
-from lrt.experiments.groups import RunGroup, read_groups, seeds_and_mean
-from lrt.experiments.pages import COLOURS, page, png
+from lrt.experiments.groups import RunGroup, seeds_and_mean
+from lrt.experiments.pages import COLOURS, png
 from lrt.experiments.plots import decoded
 from lrt.utils.tables import Table
 
@@ -26,36 +23,6 @@ Block = tuple[str, Table | Figure]
 MARKS = "<!-- lrt report: begin -->", "<!-- lrt report: end -->"
 
 
-@dataclass(frozen=True)
-class Report:
-    """Tables and pictures of what `lrt sweep` recorded: OUT/report.html, and PNGs."""
-
-    files: tyro.conf.Positional[tuple[Path, ...]]
-    """JSON-lines files, one run a line."""
-    out: Path = Path("runs/report")
-    """Folder of the page and the pictures."""
-    baseline: str = "plain"
-    """Arm that differences are taken from; where a sweep has none of that name, its first arm."""
-    into: Path | None = None
-    """Markdown page whose part between the lrt report marks is replaced; its pictures go to img/ beside it."""
-
-
-def main(args: list[str]) -> int:
-    """`lrt report`."""
-    given = parse(Report, args, "report")
-    require(bool(given.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
-    blocks = told(read_groups(given.files), given.baseline)
-    intro = f"From {', '.join(f.name for f in given.files)}. {ABOUT}"
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "report.html").write_text(page("lrt report", intro, blocks), encoding="utf-8")
-    pictures = given.out if given.into is None else given.into.parent / "img"
-    markdown = _markdown(blocks, pictures, "img/" if given.into else "")
-    if given.into is not None:
-        _replace(given.into, markdown)
-    print(markdown)
-    return 0
-
-
 ABOUT = (
     "Means over seeds, with standard deviations (n - 1) where there are several. Decoded: exact recurrence, token by "
     "token, float32. C: token forwards per scaling parameter, those without gradient counted a third. Less baseline: "
@@ -63,7 +30,7 @@ ABOUT = (
 )
 
 
-def told(groups: Sequence[RunGroup], baseline: str) -> list[Block]:
+def report_blocks(groups: Sequence[RunGroup], baseline: str) -> list[Block]:
     """Tables and pictures of the groups, under headings."""
     blocks: list[Block] = []
     text = [g for g in groups if "accuracy" not in g.records[0]]
@@ -134,7 +101,7 @@ def _tasks(heading: str, groups: list[RunGroup]) -> list[Block]:
     return [(heading, table), (f"{heading}: by length", plots.lengths(groups))]
 
 
-def _markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
+def markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
     """Tables as Markdown, pictures written into `pictures` and linked."""
     pictures.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -148,7 +115,8 @@ def _markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
     return "\n\n".join(parts)
 
 
-def _replace(page: Path, text: str) -> None:
+def replace_marked(page: Path, text: str) -> None:
+    """Put `text` between a page's MARKS. ValueError: no such page, or no marks."""
     require(page.is_file(), f"{page} does not exist; write it, with the lines {' and '.join(MARKS)}")
     before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])

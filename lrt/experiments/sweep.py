@@ -1,4 +1,4 @@
-"""`lrt sweep FILE.toml`: a grid of recipe overrides and seeds, each run a process and a folder, resumable.
+"""Sweeps: a grid of recipe overrides and seeds, each run a process and a folder, resumable.
 
 A sweep file:
 
@@ -26,14 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from lrt.cli.main import parse
 from lrt.config.model import require
 from lrt.config.recipes import recipe
 from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.experiments.record import record
-from lrt.experiments.runner import at_once, run_all
+from lrt.experiments.runner import run_all
 from lrt.training import checkpoint
 from lrt.training.checkpoint import read_json, write_json
 from lrt.training.logging import Jsonl, Live
@@ -62,7 +59,7 @@ class Run:
 
 def read_sweep(path: Path) -> list[Run]:
     """The runs of a sweep file: for each combination of the grid, for each seed, every arm. ValueError: bad files."""
-    data = _toml(path)
+    data = read_toml(path)
     seeds: list[Any] = data.get("seeds", [0])
     arms: dict[str, Any] = data.get("arms", {"run": {}})
     require(bool(seeds) and all(type(s) is int for s in seeds), f"{path}: seeds are {seeds!r}; give a list of numbers")
@@ -80,7 +77,8 @@ def read_sweep(path: Path) -> list[Run]:
     return runs
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a sweep file. ValueError: no TOML, or other tables than KEYS."""
     require(path.is_file(), f"sweep file {path} does not exist; see sweeps/ for examples")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -205,31 +203,3 @@ def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (out / "results.jsonl").write_text(text, encoding="utf-8")
     return lines
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Train every run of a sweep file that is not finished, then write OUT/results.jsonl, one line per run."""
-
-    file: tyro.conf.Positional[Path]
-    """The sweep file (TOML; see sweeps/)."""
-    out: Path | None = None
-    """Folder of the runs; by default runs/sweeps/NAME."""
-    cluster: str | None = None
-    """Submit the runs as a job array instead: slurm, or submitit's local or debug executor. A [cluster] table in the
-    file holds the executor's parameters, such as timeout_min or slurm_partition."""
-    jobs: int | None = None
-    """Runs at a time, each a process with one thread; by default one per core, or one on the GPU."""
-
-
-def main(args: list[str]) -> int:
-    """`lrt sweep`."""
-    given = parse(Sweep, args, "sweep")
-    require(given.jobs is None or given.jobs >= 1, f"--jobs is {given.jobs}; run at least 1 at a time")
-    require(
-        given.cluster in (None, "slurm", "local", "debug"), f"--cluster is {given.cluster}; use slurm, local, debug"
-    )
-    runs, out = read_sweep(given.file), given.out or Path("runs/sweeps") / given.file.stem
-    resources = _toml(given.file).get("cluster", {}) if given.cluster else {}
-    print(run_sweep(runs, out, given.jobs or at_once(), given.cluster, **resources))
-    return 0

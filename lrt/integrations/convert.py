@@ -1,4 +1,4 @@
-"""`lrt convert`: a folder of another family, an exported one, or a run, to the folder of a run that training can go on
+"""Conversion: a folder of another family, an exported one, or a run, to the folder of a run that training can go on
 from; memory is added on the way in such a way that the function is unchanged, or nearly."""
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lrt.cli.main import parse
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
@@ -27,13 +25,9 @@ TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Convert:
-    """Import a checkpoint of another family, an exported folder or a run as a run, adding memory on the way."""
+class Conversion:
+    """What is added to a model on its way, and what its source lacks."""
 
-    source: tyro.conf.Positional[Path]
-    """Folder with config.json, safetensors and tokenizer (Llama, Mistral, Qwen2, Qwen3, an exported LRT), or a run."""
-    out: Path
-    """Folder of the new run."""
     memory: Memory = "keep"
     """Memory to add to a model without: residual injection alone, or with shared or layerwise projections too. `keep`:
     what the source has, which for another family is none."""
@@ -53,7 +47,7 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Source:
+class ConversionSource:
     """What is converted."""
 
     config: ModelConfig
@@ -63,48 +57,41 @@ class Source:
     train: TrainConfig
 
 
-def main(args: list[str]) -> int:
-    """The command."""
-    given = parse(Convert, args, "convert")
-    config = convert(given)
-    on = "with" if config.memory.on else "without"
-    print(f"{given.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")
-    print(f"continue it with: lrt train --init-from {given.out} --data.source YOUR_TEXT --out NEW_RUN")
-    return 0
+def convert(folder: Path, out: Path, how: Conversion = Conversion()) -> ModelConfig:
+    """Write what `folder` holds as the run folder `out`; returns its model's configuration.
 
-
-def convert(given: Convert) -> ModelConfig:
-    """Write the run folder `given.out`; returns its model's configuration. ValueError: what cannot be converted."""
-    require(not given.out.exists(), f"{given.out} exists; remove it or choose another --out")
-    source = read(given.source, given.tokenizer)
-    config = replace(source.config, context=source.config.context if given.context is None else given.context)
-    if given.memory != "keep":
-        require(not config.memory.on, f"{given.source} already has memory; leave --memory out, or keep")
-        config = replace(config, memory=_memory(given))
-    model = LRT.build(config, seed=given.seed)
-    add_memory(model, source.weights, given.start, given.start_scale, given.seed)
+    ValueError: what cannot be converted.
+    """
+    require(not out.exists(), f"{out} exists; remove it or choose another --out")
+    source = read(folder, how.tokenizer)
+    config = replace(source.config, context=source.config.context if how.context is None else how.context)
+    if how.memory != "keep":
+        require(not config.memory.on, f"{folder} already has memory; leave --memory out, or keep")
+        config = replace(config, memory=_memory(how))
+    model = LRT.build(config, seed=how.seed)
+    add_memory(model, source.weights, how.start, how.start_scale, how.seed)
     length = min(config.context, source.train.length)
     run = RunConfig(
-        name=given.out.name,
+        name=out.name,
         model=config,
-        data=DataConfig(tokenizer=str(given.out / "tokenizer")),
+        data=DataConfig(tokenizer=str(out / "tokenizer")),
         train=replace(source.train, length=length, device="auto", dtype="auto", init_from=None),
     )
-    source.tokenizer.save(given.out / "tokenizer")
+    source.tokenizer.save(out / "tokenizer")
     if source.template is not None:
-        (given.out / "tokenizer" / TEMPLATE).write_text(source.template, encoding="utf-8")
-    checkpoint.write_json(given.out / "config.json", to_dict(run))
-    origin = {"converted_from": given.source.name, "start": given.start if given.memory != "keep" else None}
-    checkpoint.save(given.out, 0, run, model, {}, origin, keep=1)
+        (out / "tokenizer" / TEMPLATE).write_text(source.template, encoding="utf-8")
+    checkpoint.write_json(out / "config.json", to_dict(run))
+    origin = {"converted_from": folder.name, "start": how.start if how.memory != "keep" else None}
+    checkpoint.save(out, 0, run, model, {}, origin, keep=1)
     return config
 
 
-def _memory(given: Convert) -> MemoryConfig:
-    if given.memory == "none":
+def _memory(how: Conversion) -> MemoryConfig:
+    if how.memory == "none":
         return MEMORY_OFF
-    projection = "none" if given.memory == "residual" else given.memory
+    projection = "none" if how.memory == "residual" else how.memory
     assert projection != "keep"
-    return MemoryConfig(projection=projection, source=given.memory_source)
+    return MemoryConfig(projection=projection, source=how.memory_source)
 
 
 @torch.no_grad()
@@ -136,14 +123,16 @@ def _local(name: str, weights: dict[str, Tensor], config: ModelConfig) -> Tensor
     return torch.stack([weights[f"blocks.{i}.attention.{kind}"] for i in range(config.depth)]).mean(0)
 
 
-def read(folder: Path, tokenizer: Path | None = None) -> Source:
+def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
     """A checkpoint of another family, an exported LRT, or a run."""
     require(folder.is_dir(), f"{folder} is not a folder; give one with config.json and safetensors, or a run's")
     if (folder / "checkpoints").is_dir() or (folder / checkpoint.META).exists():
         loaded = checkpoint.load_model(folder)
         words = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
         weights = dict(loaded.model.state_dict())
-        return Source(loaded.model.config, weights, words, template_of(loaded.run / "tokenizer"), loaded.config.train)
+        return ConversionSource(
+            loaded.model.config, weights, words, template_of(loaded.run / "tokenizer"), loaded.config.train
+        )
     facts = checkpoint.read_json(folder / "config.json", "model description")
     words = load_tokenizer(tokenizer or folder)
     bos = words.bos if words.bos < facts.get("vocab_size", 0) else None
@@ -153,10 +142,10 @@ def read(folder: Path, tokenizer: Path | None = None) -> Source:
         prefix = "model.core."
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
         train = from_dict(TrainConfig, facts.get("training") or {}, f"{folder / 'config.json'}: training")
-        return Source(config, weights, words, template_of(folder), train)
+        return ConversionSource(config, weights, words, template_of(folder), train)
     config = families.model_config(facts, bos)
     require(words.vocab_size <= config.vocab_size, _sizes(words, config))
-    return Source(config, families.imported(weights, config), words, template_of(folder), TrainConfig())
+    return ConversionSource(config, families.imported(weights, config), words, template_of(folder), TrainConfig())
 
 
 def _sizes(words: Tokenizer, config: ModelConfig) -> str:

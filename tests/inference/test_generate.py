@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrt.benchmarks import convergence
-from lrt.benchmarks import decode as bench
+from lrt.benchmarks import latency as bench
 from lrt.config.model import MEMORY_OFF
 from lrt.inference.generate import decode_step, generate, prefill, score
 from lrt.inference.prefill import advance, compiled, next_logits

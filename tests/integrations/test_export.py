@@ -20,7 +20,7 @@ from lrt.data import ByteTokenizer, train_bpe
 from lrt.inference.chat import complete
 from lrt.inference.generate import score
 from lrt.inference.sampling import SamplingParams
-from lrt.integrations.convert import Convert, convert
+from lrt.integrations.convert import convert
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
 
@@ -168,7 +168,7 @@ def test_the_card_names_figures_and_modes(exported: Path):
 
 
 def test_it_comes_back_as_a_run(run: Path, exported: Path, tmp_path: Path):
-    convert(Convert(source=exported, out=tmp_path / "back"))
+    convert(exported, tmp_path / "back")
     before, after = load_model(run), load_model(tmp_path / "back")
     assert before.config.model == after.config.model
     assert before.config.train.schedule == after.config.train.schedule

@@ -17,7 +17,7 @@ from lrt.data import train_bpe
 from lrt.inference.generate import generate, prefill, score
 from lrt.inference.sampling import SamplingParams
 from lrt.integrations import families
-from lrt.integrations.convert import Convert, add_memory, convert, save_family
+from lrt.integrations.convert import Conversion, add_memory, convert, save_family
 from lrt.model.transformer import LRT
 from lrt.training.checkpoint import load_model
 
@@ -179,7 +179,7 @@ def test_a_folder_becomes_a_run_and_a_folder_again(case: str, tmp_path: Path, wo
 def test_training_goes_on_from_it(tmp_path: Path, words, capsys):
     source, run, more = (tmp_path / name for name in ("source", "run", "more"))
     saved("llama 3, tied", source, words)
-    convert(Convert(source=source, out=run, memory="shared"))
+    convert(source, run, Conversion(memory="shared"))
     book = tmp_path / "book.txt"
     book.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     few = ["--train.batch", "2", "--train.length", "16", "--train.eval-rows", "2", "--train.device", "cpu"]
@@ -201,8 +201,8 @@ def test_training_goes_on_from_it(tmp_path: Path, words, capsys):
 def test_a_model_of_ours_gains_memory(tmp_path: Path, words):
     source, plain, late = (tmp_path / name for name in ("source", "plain", "late"))
     saved("llama", source, words)
-    convert(Convert(source=source, out=plain))
-    convert(Convert(source=plain, out=late, memory="layerwise", memory_source=2, start="copy"))
+    convert(source, plain)
+    convert(plain, late, Conversion(memory="layerwise", memory_source=2, start="copy"))
     cfg = load_model(late).model.config
     assert (cfg.memory.projection, cfg.source) == ("layerwise", 2)
     for options, words_ in (
@@ -210,7 +210,7 @@ def test_a_model_of_ours_gains_memory(tmp_path: Path, words):
     ):  # fmt: skip
         out = late if "exists" in words_ else tmp_path / "other"
         with pytest.raises(ValueError, match=words_):
-            convert(Convert(source=late, out=out, **options))
+            convert(late, out, Conversion(**options))
 
 
 # Refusals.

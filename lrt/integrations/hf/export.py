@@ -1,4 +1,4 @@
-"""`lrt export RUN --to hf DIR`: a folder that transformers loads, with this package or with nothing but torch.
+"""Exports: a folder that transformers loads, with this package or with nothing but torch.
 
 The code that travels with it is made from this package's own sources, flattened: the one forward, not a copy of it.
 """
@@ -8,18 +8,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import tyro
-
-from lrt.cli.main import parse
-from lrt.config.model import require
 from lrt.config.run import to_dict
-from lrt.integrations.convert import save_family, template_of
-from lrt.integrations.families import FAMILIES
-from lrt.training.checkpoint import Loaded, load_model, read_json
+from lrt.integrations.convert import template_of
+from lrt.training.checkpoint import Loaded, read_json
 
 ENTRY = "lrt.integrations.hf.model"
 NAMES = {
@@ -35,36 +29,12 @@ AUTO = {
 }
 
 
-@dataclass(frozen=True)
-class Export:
-    """Write a run as a folder for transformers, or, while its memory is off, as a checkpoint of another family."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one of its checkpoints."""
-    folder: tyro.conf.Positional[Path]
-    """Folder to make."""
-    to: Literal["hf", "llama", "mistral", "qwen2", "qwen3"] = "hf"
-    """`hf`: an LRT with its own code; or a family whose backbone this model has."""
-    prefill: Literal["sweeps", "exact", "zero_memory"] = "sweeps"
-    """How the exported model's forward computes a whole sequence; kept in its config.json."""
-
-
-def main(args: list[str]) -> int:
-    """The command."""
-    given = parse(Export, args, "export")
-    require(not given.folder.exists(), f"{given.folder} exists; remove it or choose another folder")
-    loaded = load_model(given.run)
-    tokenizer = fast_tokenizer(loaded)
-    if given.to in FAMILIES:
-        save_family(loaded, given.folder, given.to)
-    else:
-        wrapped(loaded, given.prefill).save_pretrained(given.folder)
-        for name, text in sources().items():
-            (given.folder / f"{name}.py").write_text(text, encoding="utf-8")
-        (given.folder / "README.md").write_text(card(loaded, given.prefill), encoding="utf-8")
-    save_tokenizer(tokenizer, given.folder)
-    print(f"{given.folder}: step {loaded.step} of {given.run} as {given.to}")
-    return 0
+def save_export(loaded: Loaded, folder: Path, prefill: str = "sweeps") -> None:
+    """Write a run's model, its code, card and tokenizer as a folder for transformers."""
+    wrapped(loaded, prefill).save_pretrained(folder)
+    for name, text in sources().items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card(loaded, prefill), encoding="utf-8")
 
 
 def wrapped(loaded: Loaded, prefill: str = "sweeps") -> Any:

@@ -1,4 +1,4 @@
-"""`lrt bench decode`: what memory costs per decoded token, and what prefill by sweeps saves.
+"""What memory costs per decoded token, and what prefill by sweeps saves.
 
 Latency is measured against the same backbone without memory, prefill and scoring against exact decoding, in one run
 and in turns, so that whatever else the machine does falls on both sides alike.
@@ -7,10 +7,9 @@ and in turns, so that whatever else the machine does falls on both sides alike.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from lrt.benchmarks.convergence import MODES
 from lrt.benchmarks.peer import nanochat
-from lrt.cli.main import parse
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
 from lrt.inference.generate import decode_step, generate, score
@@ -51,42 +49,6 @@ PREFILL_LINE = (
 )
 SCORE_LINE = "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.1e} relative"
 X = TypeVar("X")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Latency per token against the same backbone without memory; prefill and scoring against token by token."""
-
-    recipe: str = "d12"
-    """Model of the latency figures; its weights are random, which latency does not mind."""
-    checkpoint: Path | None = None
-    """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
-    batches: tuple[int, ...] = (1, 8, 32)
-    """Rows of the latency figures."""
-    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
-    """Tokens already in the cache, filled synthetically."""
-    lengths: tuple[int, ...] = (256, 1024)
-    """Prompt lengths."""
-    steps: int = 15
-    """Timed pairs per latency figure; the median is reported."""
-    compile: bool = True
-    """Compile the step."""
-    peer: bool = False
-    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    json: bool = False
-    """End with one JSON object."""
-
-
-def main(args: list[str]) -> int:
-    """`lrt bench decode`."""
-    given = parse(Bench, args, "bench decode")
-    chosen = {name: value for name, value in vars(given).items() if name != "json"}
-    result = run(**chosen, tell=partial(print, flush=True))
-    if given.json:
-        print(json.dumps(result))
-    return 0
 
 
 def run(

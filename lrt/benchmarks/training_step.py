@@ -1,4 +1,4 @@
-"""`lrt bench train`: what a training step of every schedule costs beside the plain transformer's, and beside its ideal.
+"""What a training step of every schedule costs beside the plain transformer's, and beside its ideal.
 
 All rows are timed in turns in one process, a plain step before and after every other: a ratio compares neighbours in
 time, so that whatever else the machine does falls on both. Peak memory is taken from a fresh process per row.
@@ -6,7 +6,6 @@ time, so that whatever else the machine does falls on both. Peak memory is taken
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from lrt.benchmarks.peer import PEER, nanochat
 from lrt.benchmarks.profile import parts
-from lrt.cli.main import parse
 from lrt.config.model import MEMORY_OFF, Backend, Execution, MemoryConfig, ModelConfig, require
 from lrt.config.recipes import recipe as find_recipe
 from lrt.config.run import Dtype, OptimConfig
@@ -47,7 +45,7 @@ SCHEDULES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class StepBenchmark:
     """Time training steps of every schedule against the plain transformer's."""
 
     device: str = "auto"
@@ -82,8 +80,6 @@ class Bench:
     """Also divide each row's step among its parts."""
     peer: bool = False
     """Also time transformers' own nanochat model of the same sizes (its whole step with fused AdamW alone)."""
-    json: bool = False
-    """End with one JSON object on a line of its own."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):
@@ -92,47 +88,39 @@ class Bench:
             require(Schedule.parse(name) == Schedule.parse(name).at_largest(), f"schedule {name} has a range; fix it")
 
 
-def main(args: list[str]) -> int:
-    """`lrt bench train`."""
-    given = parse(Bench, args, "bench train")
-    result = measure(given)
-    print("\n".join(lines(result)))
-    if given.json:
-        print(json.dumps(result))
-    return 0
-
-
-def shape(given: Bench) -> tuple[ModelConfig, int]:
+def shape(settings: StepBenchmark) -> tuple[ModelConfig, int]:
     """The LRT's configuration and the length of a row."""
-    if given.recipe is None:
+    if settings.recipe is None:
         memory = MemoryConfig(projection="shared")
         base, length = ModelConfig(depth=4, vocab_size=4096, context=512, memory=memory), 512
     else:
-        found = find_recipe(given.recipe)
+        found = find_recipe(settings.recipe)
         base, length = found.model, found.train.length
-    length = given.length or length
-    sizes = {"depth": given.depth, "width": given.width, "vocab_size": given.vocab_size}
+    length = settings.length or length
+    sizes = {"depth": settings.depth, "width": settings.width, "vocab_size": settings.vocab_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}
     return replace(base, context=max(base.context, length), **chosen), length
 
 
-class Stand:
+class SteppedModel:
     """A model under test: one training step of one schedule on random tokens, as `train.Session.step` does it."""
 
-    def __init__(self, given: Bench, name: str):
-        config, length = shape(given)
+    def __init__(self, settings: StepBenchmark, name: str):
+        config, length = shape(settings)
         self.config = replace(config, memory=MEMORY_OFF) if name in (PLAIN, PEER) else config
-        self.device = resolve_device(given.device)
-        self.dtype = getattr(torch, resolve_dtype(given.dtype, self.device))
+        self.device = resolve_device(settings.device)
+        self.dtype = getattr(torch, resolve_dtype(settings.dtype, self.device))
         self.schedule = Schedule.parse("parallel" if name in (PLAIN, PEER) else name)
-        noise = RandomTokens(self.config.vocab_size, 4 * given.batch * length + 1)
-        self.loader, self.steps = Loader(noise, batch=given.batch, length=length, bos=0, seed=0), 0
+        noise = RandomTokens(self.config.vocab_size, 4 * settings.batch * length + 1)
+        self.loader, self.steps = Loader(noise, batch=settings.batch, length=length, bos=0, seed=0), 0
         self.passes = self.schedule.passes(length)
-        self.loss, self.update = self._peer() if name == PEER else self._ours(given)
+        self.loss, self.update = self._peer() if name == PEER else self._ours(settings)
 
-    def _ours(self, given: Bench) -> tuple[LossOf, Callable[[], None]]:
+    def _ours(self, settings: StepBenchmark) -> tuple[LossOf, Callable[[], None]]:
         loss = ScheduledLoss(LRT.build(self.config, self.device), self.schedule)
-        loss.model.execution = Execution(attention=given.attention, recompute=given.recompute, compile=given.compile)
+        loss.model.execution = Execution(
+            attention=settings.attention, recompute=settings.recompute, compile=settings.compile
+        )
         optimizer = Optimizer(loss.model, OptimConfig(), self.dtype)
         self.model = loss.model
 
@@ -200,31 +188,33 @@ def ideal(passes: Passes) -> float:
     return sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes) / length
 
 
-def measure(given: Bench) -> dict[str, Any]:
+def measure(settings: StepBenchmark) -> dict[str, Any]:
     """Everything, as plain data: the object that `--json` prints."""
-    names = (PLAIN, *([PEER] if given.peer else []), *given.schedules)
-    peaks = {name: peak(given, name) for name in names} if given.memory else {}  # first, while this process is small
-    if resolve_device(given.device).type == "cpu":
+    names = (PLAIN, *([PEER] if settings.peer else []), *settings.schedules)
+    peaks = (
+        {name: peak(settings, name) for name in names} if settings.memory else {}
+    )  # first, while this process is small
+    if resolve_device(settings.device).type == "cpu":
         keep_freed_memory()  # as training does
-    stands = {name: Stand(given, name) for name in names}
-    first = {name: stand.step()[0] for name, stand in stands.items()}
-    times = interleave({name: stand.step for name, stand in stands.items()}, given.repeats)
-    rows = [row(name, stands[name], times[name], given, peaks) for name in names]
-    plain = stands[PLAIN]
+    models = {name: SteppedModel(settings, name) for name in names}
+    first = {name: model.step()[0] for name, model in models.items()}
+    times = interleave({name: model.step for name, model in models.items()}, settings.repeats)
+    rows = [row(name, models[name], times[name], settings, peaks) for name in names]
+    plain = models[PLAIN]
     most, source = peak_flops(plain.device, plain.dtype)
     for r in rows:
         r["mfu"] = r["flops_per_second"] / most
-        if given.compile:
+        if settings.compile:
             r["first_seconds"] = first[r["schedule"]]
-        if given.profile and r["schedule"] != PEER:
-            r["parts"] = parts(stands[r["schedule"]].step, stands[r["schedule"]].model)
+        if settings.profile and r["schedule"] != PEER:
+            r["parts"] = parts(models[r["schedule"]].step, models[r["schedule"]].model)
     c, length = plain.config, plain.loader.batch(0).tokens.shape[1]
     return {
         "device": str(plain.device), "dtype": str(plain.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "depth": c.depth, "width": c.d, "vocab_size": c.vocab_size, "batch": given.batch,
-        "length": length, "compile": given.compile, "attention": given.attention,
-        "recompute": given.recompute, "repeats": given.repeats,
+        "torch": torch.__version__, "depth": c.depth, "width": c.d, "vocab_size": c.vocab_size, "batch": settings.batch,
+        "length": length, "compile": settings.compile, "attention": settings.attention,
+        "recompute": settings.recompute, "repeats": settings.repeats,
         "peak_flops": most, "peak_flops_source": source, "rows": rows,
     }  # fmt: skip
 
@@ -246,35 +236,39 @@ def interleave(works: dict[str, Callable[[], Timing]], repeats: int) -> dict[str
 
 
 def row(
-    name: str, stand: Stand, times: list[tuple[Timing, Timing]], given: Bench, peaks: dict[str, dict[str, float]]
+    name: str,
+    model: SteppedModel,
+    times: list[tuple[Timing, Timing]],
+    settings: StepBenchmark,
+    peaks: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """One schedule's figures. Ratios are medians over the repeats; `ms` is forward and backward."""
     seconds, step = (median(t[i] for t, _ in times) for i in range(2))
     ratio, whole = (median(t[i] / p[i] for t, p in times) for i in range(2))
-    least = ideal(stand.passes)
-    tokens = stand.loader.batch(0).tokens.numel()
+    least = ideal(model.passes)
+    tokens = model.loader.batch(0).tokens.numel()
     return {
         "schedule": name, "ms": 1e3 * seconds, "ratio": ratio, "ideal": least, "ratio_over_ideal": ratio / least,
         "step_ms": 1e3 * step, "step_ratio": whole, "tokens_per_second": tokens / step,
-        "flops_per_second": stand.flops / seconds,
+        "flops_per_second": model.flops / seconds,
     } | peaks.get(name, {})  # fmt: skip
 
 
-def peak(given: Bench, name: str) -> dict[str, float]:
+def peak(settings: StepBenchmark, name: str) -> dict[str, float]:
     """Peak memory of two steps in a fresh process, in MB (2^20 bytes); `idle_mb` is what it held before the first."""
     freed_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps freed memory, more or less of it by chance
     fresh = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, freed_at_once), ProcessPoolExecutor(1, fresh) as pool:
-        most, before = pool.submit(_peak, given, name).result()
+        most, before = pool.submit(_peak, settings, name).result()
     return {"peak_mb": most / 2**20, "idle_mb": before / 2**20}
 
 
-def _peak(given: Bench, name: str) -> tuple[int, int]:
-    stand = Stand(given, name)
-    before = peak_memory(stand.device)
+def _peak(settings: StepBenchmark, name: str) -> tuple[int, int]:
+    model = SteppedModel(settings, name)
+    before = peak_memory(model.device)
     for _ in range(2):
-        stand.step()
-    return peak_memory(stand.device), before
+        model.step()
+    return peak_memory(model.device), before
 
 
 def lines(result: dict[str, Any]) -> list[str]:

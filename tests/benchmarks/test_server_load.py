@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from serving import Server, make_run
 
-from lrt.benchmarks import serve as bench
+from lrt.benchmarks import server_load as bench
 from lrt.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -26,7 +26,7 @@ def test_clients_count_the_servers_tokens(tmp_path):
 
 
 def test_ratios_are_within_a_round_and_the_table_shows_them():
-    given = bench.Bench(run=None, clients=(1, 4), rounds=2, tokens=8)  # pyright: ignore[reportArgumentType]
+    settings = bench.LoadBenchmark(clients=(1, 4), rounds=2, tokens=8)
     speeds = iter([10.0, 7.0, 30.0, 20.0, 5.0, 3.0, 20.0, 10.0] * 2)
 
     def cell(clients, seconds, stream, rate):
@@ -34,7 +34,7 @@ def test_ratios_are_within_a_round_and_the_table_shows_them():
         figures = dict.fromkeys(("requests", "first_ms", "first_p95_ms", "answer_ms"), 1.0)
         return {"tokens_per_second": next(speeds)} | figures
 
-    rows = bench._rounds(given, cell)
+    rows = bench._rounds(settings, cell)
     ratio = {(r["clients"], r["stream"], r["loop"]): r["ratio"] for r in rows}
     assert ratio[4, False, "closed"] == 3.0
     assert ratio[4, True, "closed"] == 4.0

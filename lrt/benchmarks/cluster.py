@@ -1,18 +1,14 @@
-"""`lrt plan`: what a recipe needs on a cluster: memory, time and communication of a step, days. Formulas, no running.
+"""What a recipe needs on a cluster: memory, time and communication of a step, days. Formulas, no running.
 
 docs/scaling.md derives them and compares them with measurements.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-import tyro
-
-from lrt.cli.main import parse
 from lrt.config.model import ModelConfig, require
 from lrt.config.run import Parallelism, RunConfig
 from lrt.model.flops import BACKWARD, cache_bytes_per_token, memory_bytes, parameters_by_group, passes_flops
@@ -57,33 +53,6 @@ class Cluster:
     def speed(self) -> float:
         """Bytes/s of the slowest link of a ring over all devices."""
         return self.within if self.devices <= self.per_node else self.across
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe needs on a cluster: memory, time and communication per step, days, for DDP and FSDP.
-
-    Every field of the recipe can be overridden, so that sizes without a recipe can be planned, too.
-    """
-
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    cluster: Cluster = field(default_factory=Cluster)
-    recipe: str = "cpu_demo"
-    """Recipe to start from."""
-    json: bool = False
-    """Print one JSON object."""
-
-
-def main(args: list[str]) -> int:
-    """`lrt plan`."""
-    from lrt.cli.commands import _named
-    from lrt.config.recipes import recipe
-
-    base = recipe(_named(args, "--recipe", "cpu_demo"))
-    given = parse(Plan, args, "plan", default=Plan(base, recipe=base.name))
-    facts = plan(given.config, given.cluster)
-    print(json.dumps(facts) if given.json else "\n".join(lines(given, facts)))
-    return 0
 
 
 def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
@@ -231,27 +200,3 @@ def traffic(
         return 2 * ring
     again = gathers(passes, reshard) * (micro if reshard else 1)
     return ring * (again + 1) + 2 * 4 * matrices(model) * (devices - 1) / devices**2  # Muon: there and back
-
-
-def lines(given: Plan, facts: dict[str, Any]) -> Iterable[str]:
-    """The plan as a table for people."""
-    m, c, t = given.config.model, given.cluster, given.config.train
-    yield (
-        f"{given.recipe}: depth {m.depth}, width {m.d}, {facts['parameters']['total'] / 1e9:.3f} B parameters; "
-        f"batch {t.batch} x {t.length}, {t.horizon}; {c.devices} devices of {c.memory / 1e9:.0f} GB, "
-        f"{c.flops * c.efficiency / 1e12:.4g} TFLOP/s reached"
-    )
-    yield f"decoding: {facts['cache_bytes_per_row'] / 1e6:,.1f} MB of cache and memory for a row of {m.context} tokens"
-    yield (
-        f"{'schedule':<16}{'parallel':<14}{'rows':>5}{'state GB':>10}{'activ. GB':>10}{'gathers':>8}{'sent GB':>9}"
-        f"{'step s':>18}{'comm.':>7}{'steps':>10}{'days':>9}"
-    )
-    for r in facts["rows"]:
-        low, high = r["seconds"]
-        yield (
-            f"{r['schedule']:<16}{r['parallel']:<14}{r['micro_batch'] or '-':>5}"
-            f"{sum(r['state_bytes'].values()) / 1e9:>10,.2f}{r['activation_bytes'] / 1e9:>10,.2f}{r['gathers']:>8.1f}"
-            f"{r['sent_bytes'] / 1e9:>9,.2f}{f'{low:,.3f} to {high:,.3f}':>18}{r['communication_share']:>7.0%}"
-            f"{r['steps']:>10,}{r['days']:>9,.2f}{'' if r['fits'] else '  does not fit'}"
-        )
-    yield "step: communication hidden behind computing, to none hidden; days: none hidden; rows: of one micro-batch"

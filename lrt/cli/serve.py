@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from lrt.cli.main import parse
+from lrt.cli.parse import parse
 from lrt.config.model import require
 from lrt.serve.settings import Settings
 
@@ -48,7 +47,7 @@ class Serve:
 
 def main(args: list[str]) -> int:
     """Run the server until SIGINT or SIGTERM."""
-    given = parse(Serve, args, "serve")
+    flags = parse(Serve, args, "serve")
     try:
         import uvicorn
 
@@ -56,20 +55,22 @@ def main(args: list[str]) -> int:
         from lrt.serve.calls import Served
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; install latent-recurrent-transformer[serve]") from None
+    import torch
+
     from lrt.inference.prefill import compiled, next_logits
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    require(given.drain >= 0, f"--drain is {given.drain}; give at least 0 seconds")
-    require(0 <= given.port < 2**16, f"--port is {given.port}; give 0 to 65535")
-    torch.set_num_threads(given.threads or max(1, (os.cpu_count() or 2) - 1))
+    require(flags.drain >= 0, f"--drain is {flags.drain}; give at least 0 seconds")
+    require(0 <= flags.port < 2**16, f"--port is {flags.port}; give 0 to 65535")
+    torch.set_num_threads(flags.threads or max(1, (os.cpu_count() or 2) - 1))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    loaded = load_model(given.run, resolve_device(given.device))
-    served = Served(loaded, given.settings, given.name, compiled() if given.compile else next_logits)
-    app = create_app(served, given.api_key or os.environ.get("LRT_API_KEY") or None)
-    listener = _listen(given.host, given.port)
+    loaded = load_model(flags.run, resolve_device(flags.device))
+    served = Served(loaded, flags.settings, flags.name, compiled() if flags.compile else next_logits)
+    app = create_app(served, flags.api_key or os.environ.get("LRT_API_KEY") or None)
+    listener = _listen(flags.host, flags.port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=given.drain,
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=flags.drain,
                             limit_concurrency=1024, server_header=False, ws="none")  # fmt: skip
     host, port = listener.getsockname()[:2]
     print(f"{served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

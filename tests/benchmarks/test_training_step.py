@@ -10,7 +10,8 @@ import torch
 
 from lrt.benchmarks.peer import PEER, nanochat
 from lrt.benchmarks.profile import PARTS
-from lrt.benchmarks.train import PLAIN, Bench, Stand, ideal, main, shape
+from lrt.benchmarks.training_step import PLAIN, StepBenchmark, SteppedModel, ideal, shape
+from lrt.cli.bench_train import main
 from lrt.cli.main import main as lrt_main
 from lrt.schedule import Schedule
 
@@ -63,18 +64,18 @@ def test_the_peer_is_a_row_of_its_own(capsys):
 def test_the_peer_has_our_shape_and_our_loss_at_the_start():
     """Both begin with a head near zero: the loss is that of guessing; and the matrices are as many."""
     pytest.importorskip("transformers")
-    given = Bench(depth=2, width=128, vocab_size=30, batch=2, length=16, dtype="float32", device="cpu")
-    ours, theirs = Stand(given, PLAIN), Stand(given, PEER)
+    settings = StepBenchmark(depth=2, width=128, vocab_size=30, batch=2, length=16, dtype="float32", device="cpu")
+    ours, theirs = SteppedModel(settings, PLAIN), SteppedModel(settings, PEER)
     batch = ours.loader.batch(0)
     assert theirs.loss(*batch).item() == pytest.approx(math.log(30), rel=0.05)
     matrices = [p.numel() for p in ours.model.parameters() if p.ndim == 2]
-    assert sum(p.numel() for p in nanochat(shape(given)[0], torch.device("cpu")).parameters()) == sum(matrices)
+    assert sum(p.numel() for p in nanochat(shape(settings)[0], torch.device("cpu")).parameters()) == sum(matrices)
 
 
 def test_shapes_come_from_the_recipe_unless_given():
-    config, length = shape(Bench(recipe="cpu_demo", depth=2))
+    config, length = shape(StepBenchmark(recipe="cpu_demo", depth=2))
     assert (config.depth, config.d, length) == (2, 64, 128)
-    config, length = shape(Bench())
+    config, length = shape(StepBenchmark())
     assert (config.depth, config.d, config.vocab_size, config.memory.projection, length) == (
         4,
         256,

@@ -1,4 +1,4 @@
-"""`lrt bench serve`: throughput and time to first token of the server, against one request at a time.
+"""Throughput and time to first token of the server, against one request at a time.
 
 The server is a process of its own, the clients are another one, both on loopback. Closed loop: every client asks again
 as soon as it has its answer. Open loop: requests arrive at random (Poisson), at a share of the rate that the closed
@@ -19,11 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import tyro
-
-from lrt.cli.main import parse
 from lrt.config.model import require
 
 PROMPTS = (
@@ -34,11 +31,9 @@ START_SECONDS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class LoadBenchmark:
     """Measure a served model: tokens per second, and time to the first token, by number of clients."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of the model to serve."""
     clients: tuple[int, ...] = (1, 8, 32)
     """Clients at the same time; the ratios are against the first number."""
     tokens: int = 64
@@ -49,11 +44,14 @@ class Bench:
     """Arrival rate of the open loop, as a share of the closed loop's."""
     rounds: int = 1
     """Rounds over all numbers of clients, in turns; the median of each figure is reported."""
-    json: bool = False
-    """End with one JSON object."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.clients) and min(self.clients) >= 1, f"--clients are {self.clients}; give numbers from 1 on")
+        require(self.seconds > 0 and self.tokens >= 1 and self.rounds >= 1, "give positive seconds, tokens and rounds")
+        require(self.load > 0, f"--load is {self.load}; give a positive share")
 
 
-class Timing(NamedTuple):
+class RequestTiming(NamedTuple):
     """One request as its client saw it."""
 
     first: float
@@ -62,20 +60,9 @@ class Timing(NamedTuple):
     tokens: int
 
 
-def main(args: list[str]) -> int:
-    """Measure and print."""
-    given = parse(Bench, args, "bench serve")
-    require(bool(given.clients) and min(given.clients) >= 1, f"--clients are {given.clients}; give numbers from 1 on")
-    require(given.seconds > 0 and given.tokens >= 1 and given.rounds >= 1, "give positive seconds, tokens and rounds")
-    require(given.load > 0, f"--load is {given.load}; give a positive share")
-    result = measure(given)
-    print("\n".join([*lines(result), *([json.dumps(result)] if given.json else [])]))
-    return 0
-
-
-def measure(given: Bench) -> dict[str, Any]:
+def measure(folder: Path, settings: LoadBenchmark) -> dict[str, Any]:
     """All cells; the result is plain data."""
-    command = [sys.executable, "-m", "lrt", "serve", str(given.run), "--port", "0", "--rows", str(max(given.clients))]
+    command = [sys.executable, "-m", "lrt", "serve", str(folder), "--port", "0", "--rows", str(max(settings.clients))]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
@@ -83,29 +70,29 @@ def measure(given: Bench) -> dict[str, Any]:
         try:
             assert server.stdout is not None
             said = server.stdout.readline()
-            require(" at http://" in said, f"the server of {given.run} did not start: see what it says above")
+            require(" at http://" in said, f"the server of {folder} did not start: see what it says above")
             host, _, port = said.strip().rpartition("//")[2].partition(":")
-            run = lambda *cell: pool.submit(_cell, host, int(port), given.tokens, *cell).result()  # noqa: E731
-            run(max(given.clients), min(3.0, given.seconds), False, None)  # warm up
-            rows = _rounds(given, run)
+            run = lambda *cell: pool.submit(_cell, host, int(port), settings.tokens, *cell).result()  # noqa: E731
+            run(max(settings.clients), min(3.0, settings.seconds), False, None)  # warm up
+            rows = _rounds(settings, run)
         finally:
             server.terminate()
-    return {"run": str(given.run), "tokens": given.tokens, "seconds": given.seconds, "rounds": given.rounds,
-            "load": given.load, "cores": os.cpu_count(), "rows": rows}  # fmt: skip
+    return {"run": str(folder), "tokens": settings.tokens, "seconds": settings.seconds, "rounds": settings.rounds,
+            "load": settings.load, "cores": os.cpu_count(), "rows": rows}  # fmt: skip
 
 
-def _rounds(given: Bench, run: Any) -> list[dict[str, Any]]:
+def _rounds(settings: LoadBenchmark, run: Any) -> list[dict[str, Any]]:
     cells: dict[tuple[int, bool, str], list[dict[str, float]]] = {}
-    for _ in range(given.rounds):
+    for _ in range(settings.rounds):
         for stream in (False, True):
-            for clients in given.clients:
-                closed = run(clients, given.seconds, stream, None)
+            for clients in settings.clients:
+                closed = run(clients, settings.seconds, stream, None)
                 cells.setdefault((clients, stream, "closed"), []).append(closed)
-                rate = given.load * closed["tokens_per_second"] / given.tokens
-                cells.setdefault((clients, stream, "open"), []).append(run(clients, given.seconds, stream, rate))
+                rate = settings.load * closed["tokens_per_second"] / settings.tokens
+                cells.setdefault((clients, stream, "open"), []).append(run(clients, settings.seconds, stream, rate))
     rows = []
     for (clients, stream, loop), found in cells.items():
-        base = cells[given.clients[0], stream, "closed"]
+        base = cells[settings.clients[0], stream, "closed"]
         ratios = [f["tokens_per_second"] / b["tokens_per_second"] for f, b in zip(found, base, strict=True)]
         figures = {key: median(f[key] for f in found) for key in found[0]}
         rows.append({"clients": clients, "stream": stream, "loop": loop, "ratio": median(ratios)} | figures)
@@ -120,7 +107,7 @@ def _cell(host: str, port: int, tokens: int, clients: int, seconds: float, strea
 async def _measure(
     host: str, port: int, tokens: int, clients: int, seconds: float, stream: bool, rate: float | None
 ) -> dict[str, float]:
-    done: list[Timing] = []
+    done: list[RequestTiming] = []
     begin, chance, number = time.perf_counter(), random.Random(0), 0
 
     async def client() -> None:
@@ -147,7 +134,7 @@ async def _measure(
     }  # fmt: skip
 
 
-async def ask(host: str, port: int, number: int, tokens: int, stream: bool) -> Timing:
+async def ask(host: str, port: int, number: int, tokens: int, stream: bool) -> RequestTiming:
     """One request over a connection of its own; the leanest client there is, since it shares the machine."""
     body = json.dumps({
         "prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": tokens, "temperature": 0.8, "seed": number,
@@ -169,7 +156,7 @@ async def ask(host: str, port: int, number: int, tokens: int, stream: bool) -> T
     finally:
         writer.close()
     made = b"".join(parts).rpartition(b'"completion_tokens":')[2]
-    return Timing(first, time.perf_counter() - begin, int(made[: made.index(b",")]))
+    return RequestTiming(first, time.perf_counter() - begin, int(made[: made.index(b",")]))
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -1,0 +1,50 @@
+"""`lrt analyze`: where a run's memory acts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.config.model import require
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Where the memory of a run acts: scalars, gates, what is lost without each part, reach, contraction."""
+
+    run: Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    source: str | None = None
+    """Text to analyse on instead of the run's validation split."""
+    rows: int = 16
+    """Rows."""
+    out: Path | None = None
+    """PNG of the heat map by layer and head; by default RUN/analysis.png."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.evaluation.bits_per_byte import Rows, held_out_rows
+    from lrt.evaluation.memory_analysis import analyse, heat_map, tables
+    from lrt.training.checkpoint import load_model
+    from lrt.utils.hardware import resolve_device
+
+    flags = parse(Analyze, args, "analyze")
+    require(flags.rows >= 1, f"--rows is {flags.rows}; take at least 1")
+    loaded = load_model(flags.run, resolve_device(flags.device))
+    rows = held_out_rows(loaded, flags.source, rows=flags.rows, length=loaded.config.train.length)
+    findings = analyse(loaded.model, Rows(*(x.to(loaded.model.device) for x in rows)))
+    picture = flags.out or loaded.run / "analysis.png"
+    if loaded.config.model.memory.projection != "none":
+        heat_map(findings).savefig(picture, dpi=130)
+    text = "\n\n".join(f"{heading}\n\n{table.markdown()}" for heading, table in tables(findings))
+    print(json.dumps({"run": str(flags.run), "step": loaded.step} | findings) if flags.json else text)
+    return 0

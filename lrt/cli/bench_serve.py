@@ -1,0 +1,33 @@
+"""`lrt bench serve`: throughput of the server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from lrt.benchmarks.server_load import LoadBenchmark, lines, measure
+from lrt.cli.parse import parse
+
+
+@dataclass(frozen=True)
+class BenchServe:
+    """Measure a served model: tokens per second, and time to the first token, by number of clients."""
+
+    run: Positional[Path]
+    """Run folder of the model to serve."""
+    settings: Annotated[LoadBenchmark, tyro.conf.arg(name="")] = field(default_factory=LoadBenchmark)
+    json: bool = False
+    """End with one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    flags = parse(BenchServe, args, "bench serve")
+    result = measure(flags.run, flags.settings)
+    print("\n".join([*lines(result), *([json.dumps(result)] if flags.json else [])]))
+    return 0

@@ -1,0 +1,31 @@
+"""`lrt bench train`: the cost of a training step of every schedule."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from lrt.benchmarks.training_step import StepBenchmark, lines, measure
+from lrt.cli.parse import parse
+
+
+@dataclass(frozen=True)
+class BenchTrain:
+    """Time training steps of every schedule against the plain transformer's."""
+
+    settings: Annotated[StepBenchmark, tyro.conf.arg(name="")] = field(default_factory=StepBenchmark)
+    json: bool = False
+    """End with one JSON object on a line of its own."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    flags = parse(BenchTrain, args, "bench train")
+    result = measure(flags.settings)
+    print("\n".join(lines(result)))
+    if flags.json:
+        print(json.dumps(result))
+    return 0

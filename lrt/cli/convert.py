@@ -1,0 +1,34 @@
+"""`lrt convert`: another family's checkpoint, an exported folder or a run as a run to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.integrations.convert import Conversion, convert
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Import a checkpoint of another family, an exported folder or a run as a run, adding memory on the way."""
+
+    source: Positional[Path]
+    """Folder with config.json, safetensors and tokenizer (Llama, Mistral, Qwen2, Qwen3, an exported LRT), or a run."""
+    out: Path
+    """Folder of the new run."""
+    conversion: Annotated[Conversion, tyro.conf.arg(name="")] = field(default_factory=Conversion)
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    flags = parse(Convert, args, "convert")
+    config = convert(flags.source, flags.out, flags.conversion)
+    on = "with" if config.memory.on else "without"
+    print(f"{flags.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")
+    print(f"continue it with: lrt train --init-from {flags.out} --data.source YOUR_TEXT --out NEW_RUN")
+    return 0

@@ -1,0 +1,48 @@
+"""`lrt core`: CORE of a run, from a local evaluation bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.config.model import require
+from lrt.inference.prefill import DEFAULT_MODE
+
+
+@dataclass(frozen=True)
+class Core:
+    """CORE of a run, decoded with memory, from the published evaluation bundle on this disk."""
+
+    run: Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    bundle: Path
+    """Folder with core.yaml, eval_meta_data.csv and eval_data/."""
+    limit: int | None = None
+    """Items of each task; by default all."""
+    mode: str = DEFAULT_MODE
+    """How texts are taken in: exact, jacobi, interleaved-G, or zero_memory."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.evaluation.core import core, read_bundle
+    from lrt.training.checkpoint import load_model
+    from lrt.utils.hardware import resolve_device
+    from lrt.utils.tables import Table
+
+    flags = parse(Core, args, "core")
+    require(flags.limit is None or flags.limit >= 1, f"--limit is {flags.limit}; take at least 1 item")
+    tasks, loaded = read_bundle(flags.bundle), load_model(flags.run, resolve_device(flags.device))
+    result = core(loaded.model, loaded.tokenizer, tasks, limit=flags.limit, mode=flags.mode)
+    rows = [[k, f"{t['accuracy']:.4f}", f"{t['centred']:+.4f}", str(t["items"])] for k, t in result["tasks"].items()]
+    table = Table(["task", "accuracy", "centred", "items"], [*rows, ["CORE", "", f"{result['core']:+.4f}", ""]])
+    print(json.dumps({"run": str(flags.run), "step": loaded.step} | result) if flags.json else table.markdown())
+    return 0

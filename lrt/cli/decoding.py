@@ -1,0 +1,24 @@
+"""The flags of commands that decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from lrt.inference.prefill import DEFAULT_MODE
+from lrt.inference.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is drawn; shared by `sample` and `chat`."""
+
+    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: SamplingParams(temperature=0.8)
+    )
+    prefill: str = DEFAULT_MODE
+    """How the prompt is taken in: exact, jacobi or interleaved-G."""
+    device: str = "auto"
+    """cpu, cuda or auto."""

@@ -1,0 +1,92 @@
+"""`lrt eval`: bits per byte of a run in every mode, or lm-eval's tasks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.config.model import require
+from lrt.inference.prefill import DEFAULT_MODE
+from lrt.schedule import Curriculum
+
+if TYPE_CHECKING:
+    from lrt.evaluation.bits_per_byte import BPB
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Bits per byte of a run on its validation text (or another text), in every mode."""
+
+    run: Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    source: str | None = None
+    """Score this text source instead of the run's validation split."""
+    rows: int = 64
+    """Rows to score."""
+    length: int | None = None
+    """Row length; by default the one trained with."""
+    schedule: str | None = None
+    """Schedule of the per-pass and merged figures; by default the one trained with."""
+    tasks: tuple[str, ...] = ()
+    """Run these lm-eval tasks instead (separated by commas or spaces), scored by the decoding engine."""
+    include_path: Path | None = None
+    """Folder with task files of your own; the harness's are then left out."""
+    mode: str = DEFAULT_MODE
+    """How tasks are scored: exact, jacobi, interleaved-G or zero_memory."""
+    limit: int | None = None
+    """Examples per task."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.evaluation.bits_per_byte import evaluate as score_rows
+    from lrt.evaluation.bits_per_byte import held_out_rows
+    from lrt.training.checkpoint import load_model
+    from lrt.utils.distributed import join
+
+    flags = parse(Eval, args, "eval")
+    require(flags.rows >= 1, f"--rows is {flags.rows}; score at least 1")
+    with join(flags.device) as world:  # under torchrun each process scores its share of the rows
+        loaded = load_model(flags.run, world.device)
+        if flags.tasks:
+            from lrt.evaluation.lm_eval_tasks import run
+
+            return run(loaded, flags.tasks, flags.mode, flags.include_path, flags.limit, flags.json)
+        length = flags.length or loaded.config.train.length
+        context = loaded.config.model.context
+        require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
+        found = Curriculum.parse(flags.schedule or loaded.config.train.schedule)
+        rows = held_out_rows(loaded, flags.source, rows=flags.rows, length=length)
+        bpb = score_rows(loaded.model, found, rows, world=world)
+    where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
+    if world.first:
+        print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if flags.json else _eval_text(where, bpb))
+    return 0
+
+
+def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
+    lines = [
+        f"{where['run']} step {where['step']}, {bpb.rows} rows of {where['length']} ({where['source']}), float32, BPB"
+    ]
+    passes = "  ".join(f"{x:.4f}" for x in bpb.passes[:8]) + ("  ..." if len(bpb.passes) > 8 else "")
+    for name, text in {
+        "zero memory": f"{bpb.zero_memory:.4f}",
+        f"passes of {bpb.schedule}": passes,
+        "merged (parallel)": f"{bpb.merged:.4f}",
+        "decoded (exact)": f"{bpb.decoded:.4f}",
+        "live gap": f"{bpb.live_gap:+.4f}",
+        "sweep residuals": "  ".join(f"{r:.1e}" for r in bpb.residuals) or "none (no memory)",
+    }.items():
+        lines.append(f"  {name:<28}{text}")
+    lines.append("  decoded by position")
+    lines += [f"    {label:<26}{x:.4f}" for label, x in bpb.by_position.items()]
+    return "\n".join(lines)

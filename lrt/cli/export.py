@@ -1,0 +1,46 @@
+"""`lrt export`: a run for transformers, or as another family's checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.config.model import require
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run as a folder for transformers, or, while its memory is off, as a checkpoint of another family."""
+
+    run: Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    folder: Positional[Path]
+    """Folder to make."""
+    to: Literal["hf", "llama", "mistral", "qwen2", "qwen3"] = "hf"
+    """`hf`: an LRT with its own code; or a family whose backbone this model has."""
+    prefill: Literal["sweeps", "exact", "zero_memory"] = "sweeps"
+    """How the exported model's forward computes a whole sequence; kept in its config.json."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.integrations.convert import save_family
+    from lrt.integrations.families import FAMILIES
+    from lrt.integrations.hf.export import fast_tokenizer, save_export, save_tokenizer
+    from lrt.training.checkpoint import load_model
+
+    flags = parse(Export, args, "export")
+    require(not flags.folder.exists(), f"{flags.folder} exists; remove it or choose another folder")
+    loaded = load_model(flags.run)
+    tokenizer = fast_tokenizer(loaded)
+    if flags.to in FAMILIES:
+        save_family(loaded, flags.folder, flags.to)
+    else:
+        save_export(loaded, flags.folder, flags.prefill)
+    save_tokenizer(tokenizer, flags.folder)
+    print(f"{flags.folder}: step {loaded.step} of {flags.run} as {flags.to}")
+    return 0

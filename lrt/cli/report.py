@@ -1,0 +1,45 @@
+"""`lrt report`: tables and pictures of recorded runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.config.model import require
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables and pictures of what `lrt sweep` recorded: OUT/report.html, and PNGs."""
+
+    files: Positional[tuple[Path, ...]]
+    """JSON-lines files, one run a line."""
+    out: Path = Path("runs/report")
+    """Folder of the page and the pictures."""
+    baseline: str = "plain"
+    """Arm that differences are taken from; where a sweep has none of that name, its first arm."""
+    into: Path | None = None
+    """Markdown page whose part between the lrt report marks is replaced; its pictures go to img/ beside it."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.experiments.groups import read_groups
+    from lrt.experiments.pages import page
+    from lrt.experiments.report import ABOUT, markdown, replace_marked, report_blocks
+
+    flags = parse(Report, args, "report")
+    require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
+    blocks = report_blocks(read_groups(flags.files), flags.baseline)
+    intro = f"From {', '.join(f.name for f in flags.files)}. {ABOUT}"
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "report.html").write_text(page("lrt report", intro, blocks), encoding="utf-8")
+    pictures = flags.out if flags.into is None else flags.into.parent / "img"
+    text = markdown(blocks, pictures, "img/" if flags.into else "")
+    if flags.into is not None:
+        replace_marked(flags.into, text)
+    print(text)
+    return 0

@@ -1,0 +1,50 @@
+"""`lrt sample`: continue a prompt."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from lrt.cli.decoding import Decoding
+from lrt.cli.parse import parse
+from lrt.config.model import require
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Continue a prompt, decoding with memory; the text streams to standard output."""
+
+    run: Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    prompt: str = ""
+    """The beginning of the document; `-` reads it from standard input."""
+    samples: int = 1
+    """Continuations, with seeds counting up."""
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(default_factory=Decoding)
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.inference.chat import complete
+    from lrt.training.checkpoint import load_model
+    from lrt.utils.hardware import resolve_device
+
+    flags = parse(Sample, args, "sample")
+    require(flags.samples >= 1, f"--samples is {flags.samples}; draw at least 1")
+    sampling, mode = flags.decoding.sampling, flags.decoding.prefill
+    loaded = load_model(flags.run, resolve_device(flags.decoding.device))
+    prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    for i in range(flags.samples):
+        print(f"--- seed {sampling.seed + i}\n" if flags.samples > 1 else "", end="")
+        once = replace(sampling, seed=sampling.seed + i)
+        pieces = complete(loaded.model, loaded.tokenizer, prompt, once, mode=mode)
+        print(prompt + next(pieces, ""), end="", flush=True)  # after the prompt has been taken in: it may be refused
+        for text in pieces:
+            print(text, end="", flush=True)
+        print()
+    return 0

@@ -1,0 +1,33 @@
+"""`lrt schedule`: a schedule drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.config.model import require
+from lrt.schedule import Curriculum
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.experiments import draw
+
+    def draw_schedule(name: Positional[str], /, length: int = 16, out: Path | None = None) -> None:
+        """Draw a schedule: passes down, positions across, the exact prefix marked.
+
+        Args:
+            name: such as interleaved-4, refinement-3, chunked-8, sequential, settled-1..3, interleaved-2:weights=0/1.
+            length: positions of the row.
+            out: write an SVG there too.
+        """
+        require(1 <= length <= 512, f"--length is {length}; a drawing takes 1 to 512 positions")
+        found = Curriculum.parse(name).at_largest()
+        print(draw.as_text(found, length))
+        if out is not None:
+            out.write_text(draw.as_svg(found, length), encoding="utf-8")
+
+    parse(draw_schedule, args, "schedule")
+    return 0

@@ -1,0 +1,42 @@
+"""`lrt sweep`: a grid of recipe overrides and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+from lrt.config.model import require
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train every run of a sweep file that is not finished, then write OUT/results.jsonl, one line per run."""
+
+    file: Positional[Path]
+    """The sweep file (TOML; see sweeps/)."""
+    out: Path | None = None
+    """Folder of the runs; by default runs/sweeps/NAME."""
+    cluster: str | None = None
+    """Submit the runs as a job array instead: slurm, or submitit's local or debug executor. A [cluster] table in the
+    file holds the executor's parameters, such as timeout_min or slurm_partition."""
+    jobs: int | None = None
+    """Runs at a time, each a process with one thread; by default one per core, or one on the GPU."""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    from lrt.experiments.runner import at_once
+    from lrt.experiments.sweep import read_sweep, read_toml, run_sweep
+
+    flags = parse(Sweep, args, "sweep")
+    require(flags.jobs is None or flags.jobs >= 1, f"--jobs is {flags.jobs}; run at least 1 at a time")
+    require(
+        flags.cluster in (None, "slurm", "local", "debug"), f"--cluster is {flags.cluster}; use slurm, local, debug"
+    )
+    runs, out = read_sweep(flags.file), flags.out or Path("runs/sweeps") / flags.file.stem
+    resources = read_toml(flags.file).get("cluster", {}) if flags.cluster else {}
+    print(run_sweep(runs, out, flags.jobs or at_once(), flags.cluster, **resources))
+    return 0
