@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lrt.benchmarks import convergence
 from lrt.benchmarks import latency as bench
+from lrt.cli.bench_decode import main as bench_decode
 from lrt.config.model import MEMORY_OFF
 from lrt.inference.generate import decode_step, generate, prefill, score
 from lrt.inference.prefill import advance, compiled, next_logits
@@ -361,7 +362,7 @@ def test_the_compiled_step_equals_the_plain_one_and_compiles_twice_at_most():
 
 def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
     small = "--recipe cpu_demo --batches 1 2 --contexts 8 --steps 1 --no-compile --device cpu --json"
-    assert bench.main(small.split()) == 0
+    assert bench_decode(small.split()) == 0
     *told, last = capsys.readouterr().out.splitlines()
     assert [(c["batch"], c["context"]) for c in json.loads(last)["decode"]] == [(1, 8), (2, 8)]
     assert [line.split()[:4] for line in told] == [["batch", "1", "context", "8"], ["batch", "2", "context", "8"]]
