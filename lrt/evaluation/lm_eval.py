@@ -49,7 +49,17 @@ class Harness(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Summed log-probability of each continuation, and whether it is the greedy one."""
+        """Summed log-probability of each continuation, and whether it is the greedy one.
+
+        A context too long for its continuation loses its beginning, as in the harness's own models. ValueError: a
+        continuation longer than the model's context, which they refuse too.
+        """
+        longest = max((len(rest) for _, _, rest in requests), default=0)
+        require(
+            longest <= self.max_length,
+            f"a continuation has {longest} tokens, the model's context {self.max_length}: it cannot be scored whole; "
+            "leave the task out, or take a model with a longer context",
+        )
         whole = [([*context, *rest][-self.max_length - 1 :], len(rest)) for _, context, rest in requests]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(whole)
         for rows in self._batches([len(ids) for ids, _ in whole]):

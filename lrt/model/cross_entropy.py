@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.shapes import IGNORE, StreamBND, TokensBN
 
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
 """Logits that exist at a time, by device: what fits the processor's cache, or fills a GPU."""
@@ -49,7 +49,7 @@ def _summed(
     for i in range(0, len(h), size):
         here, target = h[i : i + size], targets[i : i + size, None]
         nats, dz = _chunk(here @ w.T, cap, target, differentiate=dh is not None)
-        counted = target >= 0
+        counted = target != IGNORE
         sums.append((nats * counted).sum())
         if dh is not None and dw is not None:
             dz = dz.mul_(scale * counted).to(w.dtype)
@@ -73,6 +73,21 @@ def _chunk(z: Tensor, cap: float | None, target: Tensor, differentiate: bool) ->
     return nats, z if slope is None else z.mul_(slope)
 
 
+def unknown_targets(targets: TokensBN, size: int) -> Tensor:
+    """Whether a target is neither a token below `size` nor IGNORE; boolean scalar."""
+    return (((targets < 0) & (targets != IGNORE)) | (targets >= size)).any()
+
+
+def require_targets(targets: TokensBN, size: int) -> None:
+    """ValueError naming a target that is neither a token below `size` nor IGNORE; nothing on a GPU: it would wait."""
+    if targets.device.type == "cpu" and unknown_targets(targets, size):
+        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= size))][0]
+        raise ValueError(
+            f"target {int(wrong)} is no token of the {size} there are; where nothing is to be predicted, put {IGNORE} "
+            "(lrt.model.shapes.IGNORE)"
+        )
+
+
 def head_loss(
     weight: Tensor, cap: float | None, hidden: Sequence[StreamBND], targets: Sequence[TokensBN], scales: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -80,8 +95,15 @@ def head_loss(
 
     Args:
         weight: the head's, [V, D]; `cap` is its soft cap.
-        hidden: a pass's hidden states each, [B, N, D]; `targets` likewise int64 [B, N], negative where none counts.
+        hidden: a pass's hidden states each, [B, N, D]; `targets` likewise int64 [B, N], IGNORE where none counts.
         scales: one number a pass, [P]; not differentiated.
+
+    ValueError: another target that is no token. On a GPU the loss is NaN instead, since an error would wait for it.
     """
+    for aims in targets:
+        require_targets(aims, len(weight))
+    if scales.device.type != "cpu":
+        wrong = torch.stack([unknown_targets(aims, len(weight)) for aims in targets])
+        scales = scales.masked_fill(wrong, torch.nan)
     rows = (*(h.flatten(0, 1) for h in hidden), *(t.flatten() for t in targets))
     return _HeadLoss.apply(weight, cap, scales, torch.is_grad_enabled(), *rows)  # pyright: ignore[reportReturnType]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lrt.model.cross_entropy import head_loss
+from lrt.model.cross_entropy import head_loss, require_targets
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN
 from lrt.model.transformer import LRT
@@ -30,8 +30,9 @@ class LossOutput(NamedTuple):
 def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     """Cross-entropy of each position in nats, [B, N], float32 at least; 0 where the target is IGNORE.
 
-    The slow twin of `head.head_loss`: all logits at once.
+    The slow twin of `head_loss`: all logits at once. ValueError: another negative target, or one past the vocabulary.
     """
+    require_targets(targets, model.config.vocab_size)
     logits = model.logits(hidden)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(
         targets

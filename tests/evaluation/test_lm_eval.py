@@ -111,6 +111,20 @@ def test_both_routes_give_the_same_numbers(run: Path, prefill: str, tmp_path: Pa
         assert len({str(x) for x in answers[0]["local_gen"]}) > 1
 
 
+def test_a_continuation_longer_than_the_context_is_refused_and_one_that_fits_is_scored_whole(run: Path):
+    from lrt.evaluation.lm_eval import Harness
+    from lrt.inference.generate import score
+
+    loaded = load_model(run)
+    harness, bos = Harness(loaded, "exact"), loaded.tokenizer.bos
+    with pytest.raises(ValueError, match="a continuation has 49 tokens, the model's context 48"):
+        harness._loglikelihood_tokens([(None, [bos], [1]), (None, [bos], [7] * 49)])
+    (whole, _), (cut, _) = harness._loglikelihood_tokens([(None, [bos], [7] * 48), (None, [bos, 5, 6], [7] * 48)])
+    ids = torch.tensor([[bos] + [7] * 48, [6] + [7] * 48])
+    nats = score(loaded.model, ids[:, :-1], ids[:, 1:], mode="exact").nats.double().sum(1)
+    assert torch.tensor([whole, cut]).allclose(-nats.float(), atol=1e-4)
+
+
 def test_the_command_names_its_mode(run: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

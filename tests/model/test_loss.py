@@ -7,6 +7,7 @@ import torch
 from helpers import CORNERS, SCHEDULES, config, fixed, outcome, packed, passes
 from torch import Tensor
 
+from lrt.inference.generate import score
 from lrt.model import cross_entropy as head
 from lrt.model.loss import IGNORE, LossOutput, ScheduledLoss, targets_per_pass, token_nats
 from lrt.model.run_passes import run_passes
@@ -169,3 +170,15 @@ def test_the_chunked_head_is_its_slow_twin(chunk: int, softcap: float | None, mo
 def test_parameters_are_those_of_the_model():
     loss = ScheduledLoss(MODEL, Schedule.parse("parallel"))
     assert {id(p) for p in loss.parameters()} == {id(p) for p in MODEL.parameters()}
+
+
+@pytest.mark.parametrize("wrong", [-1, -99, -101, 10**6])
+@pytest.mark.parametrize("text", ["parallel", "interleaved-2", "refinement-1:weights=0/1"])
+def test_targets_that_are_no_tokens_are_refused(text: str, wrong: int):
+    targets = HOLES.clone()
+    targets[1, 1] = wrong
+    assert loss_of(text, HOLES).loss.isfinite()
+    with pytest.raises(ValueError, match=f"target {wrong} is no token .* put -100"):
+        loss_of(text, targets)
+    with pytest.raises(ValueError, match=f"target {wrong} is no token"):
+        score(MODEL, IDS, targets)
