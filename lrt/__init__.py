@@ -1,10 +1,17 @@
-"""The Latent Recurrent Transformer: train it in parallel passes, decode it exactly with memory."""
+"""The Latent Recurrent Transformer: train it in parallel passes, decode it exactly with memory.
 
-from lrt.config.model import MemoryConfig, ModelConfig
-from lrt.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
-from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import LRT
-from lrt.schedule import Pass, Schedule, exact_prefix
+The public names are imported when they are first used, so that `import lrt` costs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrt.config.model import MemoryConfig, ModelConfig
+    from lrt.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+    from lrt.model.loss import ScheduledLoss
+    from lrt.model.transformer import LRT
+    from lrt.schedule import Pass, Schedule, exact_prefix
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,3 +27,23 @@ __all__ = [
     "TrainConfig",
     "exact_prefix",
 ]
+_MODULES = {
+    "lrt.config.model": ("MemoryConfig", "ModelConfig"),
+    "lrt.config.run": ("DataConfig", "OptimConfig", "RunConfig", "TrainConfig"),
+    "lrt.model.loss": ("ScheduledLoss",),
+    "lrt.model.transformer": ("LRT",),
+    "lrt.schedule": ("Pass", "Schedule", "exact_prefix"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = getattr(importlib.import_module(module), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from helpers import config, randomised
 from serving import Server
 
+import lrt
 from lrt.config.run import DataConfig, RunConfig, TrainConfig
 from lrt.data import ByteTokenizer
 from lrt.training import checkpoint
@@ -21,8 +23,6 @@ from lrt.training import checkpoint
 ROOT = Path(__file__).parent.parent
 ADDRESS = "http://127.0.0.1:8000"
 """Where the pages say that `lrt serve` listens."""
-ALLOWED = {"torch", "numpy"}
-"""What `import lrt` may load; everything else waits until it is used."""
 HEAVY = ("tokenizers", "safetensors", "tyro", "rich", "matplotlib", "datasets", "pyarrow", "transformers", "lm_eval")
 IMPORT = f"""
 import json, sys, time
@@ -47,6 +47,42 @@ def imported(path: Path, folder: Path) -> tuple[float, str, int]:
 def test_importing_needs_torch_alone(tmp_path: Path):
     _, file, width = imported(ROOT, tmp_path)
     assert (Path(file).parent, width) == (ROOT / "lrt", 64)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["help"], ["trian"], []])
+def test_the_overview_needs_the_standard_library_alone(arguments: list[str]):
+    """In an interpreter where importing torch, numpy and the rest fails."""
+    code = f"""
+import sys
+for name in ("torch", "numpy", *{HEAVY!r}):
+    sys.modules[name] = None
+import lrt
+assert set(lrt.__all__) <= set(dir(lrt)) and "LRT" not in vars(lrt)
+from lrt.cli.main import main
+sys.exit(main({arguments!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, "Traceback" in done.stderr) == (2 if arguments == ["trian"] else 0, False), done.stderr
+
+
+def test_public_names_are_what_their_modules_define():
+    assert sorted(name for names in lrt._MODULES.values() for name in names) == sorted(lrt.__all__)
+    for module, names in lrt._MODULES.items():
+        for name in names:
+            assert getattr(lrt, name) is getattr(importlib.import_module(module), name)
+    with pytest.raises(AttributeError, match="no attribute 'LTR'"):
+        lrt.LTR  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.slow
+def test_the_overview_starts_in_a_fifth_of_a_cpu_second():
+    code = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'lrt', '--help'], check=True);"
+    code += "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.split()[-1])
+        for _ in range(3)
+    ]
+    assert min(times) < 0.2
 
 
 def files(root: Path) -> set[Path]:

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lrt.model.cross_entropy import head_loss, require_targets
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN
 from lrt.model.transformer import LRT
 from lrt.schedule import Curriculum, Pass, Passes, Schedule
+from lrt.utils.dtensor import is_sharded
 
 
 class LossOutput(NamedTuple):
@@ -83,7 +83,7 @@ class ScheduledLoss(nn.Module):
         scales = weights.to(counts.device, non_blocking=True) / counts
         loss, sums = head_loss(self.model.unembedding, self.model.config.softcap, hidden, aims, scales)
         if not memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
-            here = (p for p in self.model.memory_parameters() if not isinstance(p, DTensor))  # not given back by FSDP
+            here = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
             loss = loss + sum(0.0 * p.sum() for p in here)
         return LossOutput(loss, sums / counts, passes)
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lrt.config.model import Execution, ModelConfig
@@ -23,7 +22,7 @@ from lrt.model.attention import Rotary, Sight, attend, look, rotary, rotate
 from lrt.model.ops import relu_squared, rms_norm, weighted_sum
 from lrt.model.shapes import HeadsBKNE, StreamBND, TokensBN
 from lrt.model.state import LayerPast, PassOutput, Past, Segments
-from lrt.utils.dtensor import fill
+from lrt.utils.dtensor import fill, is_sharded
 
 Pair = tuple[Tensor, Tensor]
 """Projected memory, (W_K m, W_V m), each [B, N, K, E]."""
@@ -322,7 +321,7 @@ def initialise(model: LRT, seed: int) -> None:
     bound = math.sqrt(3 / model.config.d)
     for name, p in model.named_parameters():
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        sharded = isinstance(p, DTensor)  # then it takes its rows of what one process alone would draw
+        sharded = is_sharded(p)  # then it takes its rows of what one process alone would draw
         x = torch.empty(p.shape, device=p.device, dtype=p.dtype) if sharded else p
         if kind in ("alpha", "beta", "gamma"):
             x.fill_(1.0 if kind == "alpha" else 0.1)

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lrt.config.run import OptimConfig
 from lrt.model.transformer import LRT
-from lrt.utils.dtensor import by_matrix, fill, shard, whole
+from lrt.utils.dtensor import by_matrix, fill, is_sharded, shard, whole
 
 REFERENCE_WIDTH = 768
 """Width at which AdamW's rates are stated."""
@@ -71,7 +70,7 @@ class Muon(torch.optim.Optimizer):
             keep = 1.0 if self.found_inf is None else 1.0 - self.found_inf
             for shape, matrices in shapes.items():
                 momenta, one = self._momentum(matrices, group["momentum"], keep), matrices[0]
-                sharded = isinstance(one, DTensor)
+                sharded = is_sharded(one)
                 updates = by_matrix(momenta, one, self.orthogonalise) if sharded else self.orthogonalise(momenta)
                 updates = updates * (group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5 * keep)
                 for p, update in zip(matrices, updates, strict=True):
@@ -171,7 +170,7 @@ def clip(parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
     kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for p in parameters:
         if p.grad is not None:
-            kinds[isinstance(p.grad, DTensor)].append(p)
+            kinds[is_sharded(p.grad)].append(p)
     found = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
     total = found[0] if len(found) == 1 else torch.stack(found).norm()
     if norm is not None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lrt.config.model import require
 from lrt.model.loss import ScheduledLoss
 from lrt.model.transformer import initialise
 from lrt.utils.distributed import World
+from lrt.utils.dtensor import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 @final
@@ -45,6 +46,9 @@ class Parallel:
             self.module = DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
     def _shard(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
         model = self.loss.model
         require(not model.execution.compile, "train.compile is not possible under fsdp; set one of them off")
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # we change none in place
@@ -79,7 +83,7 @@ class Parallel:
         for p in self.parameters:
             if p.grad is None:  # a pass without memory: zero, as everywhere else
                 p.grad = torch.zeros_like(p)
-        scalars = [p.grad for p in self.parameters if p.grad is not None and not isinstance(p, DTensor)]
+        scalars = [p.grad for p in self.parameters if p.grad is not None and not is_sharded(p)]
         if scalars and self.world.size > 1:
             mean = self.world.total(torch.stack(scalars)) / self.world.size
             for own, new in zip(scalars, mean, strict=True):

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:  # a second of imports that only a process group needs
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(x: Tensor | None) -> TypeGuard[DTensor]:
+    """Whether this process holds only some rows of `x`; without a process group there is no such tensor."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
 
 
 def shard(x: Tensor) -> Tensor:
     """This process's rows of `x`, sharing its memory; a whole tensor is its own shard."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """All of `x`. Every process must ask at the same time."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 @torch.no_grad()
 def fill(x: Tensor, value: Tensor) -> None:
     """Copy the whole `value` into `x`, of which a process may hold a shard only; nothing is sent."""
-    if isinstance(x, DTensor):
+    if is_sharded(x):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value.to(x.device, x.dtype), x.device_mesh, x.placements, src_data_rank=None)
     x.copy_(value)
 
