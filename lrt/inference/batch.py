@@ -1,20 +1,22 @@
 """The running batch: rows of one state that decode together; requests join and leave between steps.
 
-`decode.generate` runs one whose rows all begin and wait together; the server one whose rows come and go.
+`generate` runs one whose rows all begin and wait together; the server one whose rows come and go. A fault in one row
+(logits that are not finite, a constraint that raises) ends that row alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, final
+from typing import NamedTuple, Protocol, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lrt.inference.history import HistoryState
 from lrt.inference.prefill import OneToken, advance, next_logits
-from lrt.inference.sampling import SamplingParams, SamplingTensors, choose, uniforms
+from lrt.inference.sampling import Drawn, SamplingParams, SamplingTensors, TokenHistory, choose, uniforms
 from lrt.inference.streaming import TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.transformer import LRT
@@ -35,9 +37,23 @@ class Emission(NamedTuple):
     text: str
     """Text that has become certain with it; empty without a tokenizer."""
     finish: str | None
-    """Why the row ends here: `stop`, `length`, or None if it goes on."""
+    """Why the row ends here: `stop`, `length`, `error`, or None if it goes on."""
     top: Ranked = ()
     """The most probable tokens in its place, as many as the request asked for."""
+    fault: str | None = None
+    """What went wrong, where `finish` is `error`; token and text then mean nothing."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like, such as JSON of a schema; it may raise, which ends its row."""
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next, boolean [V] on the host."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Take in the token that was drawn."""
+        ...
 
 
 @dataclass
@@ -58,9 +74,12 @@ class Request:
     """Tokens that it takes in, one a step, before it draws its own; the last one first."""
     top: int = 0
     """Most probable tokens to report with each of its own."""
+    constraint: Constraint | None = None
     running: bool = True
     made: int = 0
     """Tokens emitted so far."""
+    fault: str | None = None
+    """What went wrong."""
 
     def __post_init__(self) -> None:
         self.uniforms: np.ndarray = uniforms(self.sampling.seed, self.sample, self.left)
@@ -68,13 +87,35 @@ class Request:
     def emit(self, token: int, logprob: float, top: Ranked = ()) -> Emission:
         """Take in the row's newest token."""
         self.left, self.made = self.left - 1, self.made + 1
-        stopped = token in self.stop_tokens
-        text = "" if self.stream is None or stopped else self.stream.push(token)
+        stopped, early = token in self.stop_tokens, self.made <= self.sampling.min_new_tokens
+        if self.constraint is not None and not stopped:
+            self.constraint.take(token)
+        text = "" if self.stream is None or stopped else self.stream.push(token, looking=not early)
         stopped |= self.stream is not None and self.stream.stopped
         self.running = not stopped and self.left > 0
         if not self.running and self.stream is not None:
             text += self.stream.close()
         return Emission(self.row, token, logprob, text, None if self.running else "stop" if stopped else "length", top)
+
+    def emit_or_end(self, token: int, logprob: float, top: Ranked = ()) -> Emission:
+        """`emit`, but a fault, new or old, ends the row instead of raising."""
+        if self.fault is None:
+            try:
+                return self.emit(token, logprob, top)
+            except Exception as error:
+                self.fault = f"its answer failed: {error}"
+        self.running = False
+        return Emission(self.row, token, float("nan"), "", "error", fault=self.fault)
+
+    def forbidden(self, vocabulary: int) -> Tensor | None:
+        """Tokens that may not come next, boolean [V] on the host; None if any may."""
+        early = self.made < self.sampling.min_new_tokens and self.stop_tokens
+        if self.constraint is None and not early:
+            return None
+        mask = torch.zeros(vocabulary, dtype=torch.bool) if self.constraint is None else ~self.constraint.allowed()
+        if early:
+            mask[list(self.stop_tokens)] = True
+        return mask
 
 
 @final
@@ -97,7 +138,8 @@ class RunningBatch:
         is the least of `shapes` that holds every running row; by default all rows."""
         self.model, self.cache, self.run, self.shapes = model, cache, run, shapes
         self.requests: list[Request | None] = [None] * cache.rows
-        self._logits, self._tokens, self._seen = logits, None, None
+        self._logits, self._tokens = logits, None
+        self._history = HistoryState(cache.rows, model.config.vocab_size, cache.length.device)
         self._laws: SamplingTensors | None = None
         self._active: Tensor | None = None
 
@@ -115,13 +157,7 @@ class RunningBatch:
         row = torch.tensor([request.row], device=self.cache.length.device)
         if state is not None:
             self.cache = self.cache.put(row, state)
-        if request.sampling.repetition_penalty != 1:
-            if self._seen is None:
-                self._seen = torch.zeros(
-                    self.cache.rows, self.model.config.vocab_size, dtype=torch.bool, device=row.device
-                )
-            self._seen[request.row] = False
-            self._seen[request.row, list(known)] = True
+        self._history.join(request.row, request.sampling, known)
         self.requests[request.row] = request
         self._changed()
 
@@ -143,12 +179,45 @@ class RunningBatch:
         for r in drawing:
             numbers[r.row] = r.uniforms[r.made]
         uniform = torch.tensor(numbers, dtype=torch.float64, device=self._logits.device)
-        self._tokens, logprob = choose(self._logits, laws, uniform, None if self._seen is None else self._seen[:n])
-        tokens, logprobs, tops = self._tokens.tolist(), logprob.tolist(), self._tops(drawing)
-        emissions = [r.emit(tokens[r.row], logprobs[r.row], tops.get(r.row, ())) for r in drawing]
+        drawn = choose(self._logits, laws, uniform, self._histories(n, drawing))
+        self._tokens = drawn.tokens
+        emissions = self._emit(drawing, drawn)
+        self._history.take([e.row for e in emissions if not e.fault], [e.token for e in emissions if not e.fault])
         if any(e.finish for e in emissions):
             self._changed()
         return emissions
+
+    def _histories(self, n: int, drawing: list[Request]) -> TokenHistory:
+        """What the laws of the first n rows need, and the tokens that their constraints forbid."""
+        masks: dict[int, Tensor] = {}
+        for r in drawing:
+            try:
+                mask = r.forbidden(self.model.config.vocab_size)
+            except Exception as error:
+                r.fault = f"its constraint failed: {error}"
+                continue
+            if mask is not None:
+                masks[r.row] = mask
+        return self._history.rows(n, masks)
+
+    def _emit(self, drawing: list[Request], drawn: Drawn) -> list[Emission]:
+        """What every row makes of its token."""
+        tokens, logprobs, valid = (x.tolist() for x in drawn)
+        for r in drawing:
+            if not valid[r.row] and r.fault is None:
+                r.fault = "no token can be drawn: its logits are not finite, or every token is forbidden"
+        tops = self._tops([r for r in drawing if r.fault is None])
+        emissions = [r.emit_or_end(tokens[r.row], logprobs[r.row], tops.get(r.row, ())) for r in drawing]
+        for e in emissions:
+            if e.fault is not None:
+                self._wipe(e.row)
+        return emissions
+
+    def _wipe(self, row: int) -> None:
+        """Zero a row: what is not finite in it would reach its next request through slots that attention masks."""
+        self.cache = self.cache.clear(row)
+        for x in (*self.cache.keys, *self.cache.values):
+            x[row] = 0
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -162,8 +231,6 @@ class RunningBatch:
             self._active[[r.row for r in running]] = True
             longest = max(r.length for r in self.requests if r is not None)
             self.cache = self.cache._replace(longest=longest)
-        if self._seen is not None:
-            self._seen[:n].scatter_(1, tokens[:, None], True)
         self._logits, part = advance(self.model, tokens, self.cache.first(n), self._active, self.run)
         self.cache = self.cache.with_first(part)
         for r in running:

@@ -204,7 +204,8 @@ def generate(
         run: `next_logits`, or what `compiled` returns.
 
     Raises:
-        ValueError: as `prefill`; stop texts without `decode_bytes`; not one sampling per prompt.
+        ValueError: as `prefill`; stop texts without `decode_bytes`; not one sampling per prompt; a row whose logits
+            are not finite.
     """
     laws = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
     tokens, lengths = _padded(prompts, model.device)
@@ -220,7 +221,10 @@ def generate(
     for request in _requests(model, laws, samples, cache, decode_bytes):
         batch.join(request, prompts[request.row // samples])
     while True:
-        yield Generated(batch.draw(), batch.cache)
+        emissions = batch.draw()
+        if faults := [e for e in emissions if e.fault]:
+            raise ValueError(f"row {faults[0].row}: {faults[0].fault}; are the weights those of a finished training?")
+        yield Generated(emissions, batch.cache)
         if not batch.running:
             return
         batch.advance()

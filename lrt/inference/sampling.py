@@ -1,7 +1,9 @@
-"""SamplingParams: from logits to a token, by laws that may differ from row to row.
+"""Sampling: from logits to a token, by laws that may differ from row to row.
 
 A row's draw depends on its own logits, law and seed alone, never on what else is in the batch: each row has its own
 stream of uniform numbers, and turns one into a token by inverting its own cumulative distribution in the order of ids.
+Every law that `SamplingParams` accepts gives every row of finite logits a token: distributions are formed relative to
+the largest logit, and every law keeps the most probable token.
 """
 
 from __future__ import annotations
@@ -14,16 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PENALTIES = (0.01, 100.0)
+"""Smallest and largest repetition penalty: beyond them nothing but an overflow is gained."""
+BIAS = 1e4
+"""Largest size of a logit bias and of a presence or frequency penalty."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request is continued, and when it ends.
 
-    The laws apply in order: repetition penalty, temperature, top-k, top-p, min-p, each to what the one before left.
+    The laws apply in order: logit bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
+    min-p, each to what the one before left.
     """
 
     max_new_tokens: int = 256
     """Most tokens to generate."""
+    min_new_tokens: int = 0
+    """Tokens before which neither a stop token is drawn nor a stop text looked for."""
     temperature: float = 1.0
     """Logits are divided by it; 0 is greedy."""
     top_k: int | None = None
@@ -34,6 +44,12 @@ class SamplingParams:
     """Keep tokens at least min_p times as probable as the most probable one."""
     repetition_penalty: float = 1.0
     """Divide positive and multiply negative logits of tokens in the prompt or the answer by it (CTRL, section 4.1)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that the answer holds it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits."""
     seed: int = 0
     """The same seed gives the same text, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
@@ -42,13 +58,19 @@ class SamplingParams:
     """Tokens that end the answer; they spell no text. None: the model's BOS, which opens the next document."""
 
     def __post_init__(self) -> None:
+        low, high = PENALTIES
+        size = f"between -{BIAS:g} and {BIAS:g}"
         for name, fine, range_ in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0; 0 is greedy"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or none"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "positive; 1 changes nothing"),
+            ("repetition_penalty", low <= self.repetition_penalty <= high, f"between {low:g} and {high:g}"),
+            ("presence_penalty", abs(self.presence_penalty) <= BIAS, size),
+            ("frequency_penalty", abs(self.frequency_penalty) <= BIAS, size),
+            ("logit_bias", all(i >= 0 and abs(b) <= BIAS for i, b in self.logit_bias), f"ids with values {size}"),
             ("seed", self.seed >= 0, "at least 0"),
             ("stop", all(self.stop), "texts of at least one character"),
         ):
@@ -63,13 +85,13 @@ class SamplingTensors(NamedTuple):
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    penalty: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
     greedy: bool
     """Whether every row is greedy."""
     ranked: bool
     """Whether any row needs tokens in order of probability."""
-    penalised: bool
-    """Whether any row has a repetition penalty."""
 
     @staticmethod
     def of(rows: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> SamplingTensors:
@@ -84,10 +106,47 @@ class SamplingTensors(NamedTuple):
             column([r.top_p for r in rows]),
             column([r.min_p for r in rows]),
             column([r.repetition_penalty for r in rows]),
+            column([r.presence_penalty for r in rows]),
+            column([r.frequency_penalty for r in rows]),
             all(r.temperature == 0 for r in rows),
             any(r.temperature > 0 and (r.top_k or r.top_p < 1) for r in rows),
-            any(r.repetition_penalty != 1 for r in rows),
         )
+
+
+class TokenHistory(NamedTuple):
+    """What laws need of each row's tokens, [B, V] each; None where no row needs it."""
+
+    seen: Tensor | None = None
+    """Boolean: tokens of the prompt or the answer, which the repetition penalty concerns."""
+    counts: Tensor | None = None
+    """float32: how often the answer holds each token, for the presence and frequency penalties."""
+    bias: Tensor | None = None
+    """float32: what is added to each logit."""
+    forbidden: Tensor | None = None
+    """Boolean: tokens that may not be drawn."""
+
+    def rows(self, rows: Tensor | slice) -> TokenHistory:
+        """That of some rows."""
+        return TokenHistory(*(None if x is None else x[rows] for x in self))
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row needs any of it."""
+        return all(x is None for x in self)
+
+
+NO_HISTORY = TokenHistory()
+
+
+class Drawn(NamedTuple):
+    """One token per row."""
+
+    tokens: Tensor
+    """int64 [B]; where `valid` is False, some token."""
+    logprobs: Tensor
+    """Log-probabilities under the model itself (before any law), float64 [B]."""
+    valid: Tensor
+    """Boolean [B]: False where the row's logits are not finite, or every token is forbidden."""
 
 
 def uniforms(seed: int, sample: int, count: int) -> np.ndarray:
@@ -95,43 +154,44 @@ def uniforms(seed: int, sample: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, sample)).random(count)
 
 
-def choose(logits: Tensor, laws: SamplingTensors, uniform: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Draw a token per row.
-
-    Args:
-        logits: [B, V].
-        laws: of the B rows.
-        uniform: one number in [0, 1) per row, float64 [B].
-        seen: boolean [B, V], tokens that the repetition penalty concerns.
-
-    Returns:
-        Tokens, int64 [B], and their log-probabilities under the model itself (before any law), float64 [B].
-    """
+def choose(logits: Tensor, laws: SamplingTensors, uniform: Tensor, history: TokenHistory = NO_HISTORY) -> Drawn:
+    """Draw a token per row: logits [B, V], the B rows' laws, one number in [0, 1) per row (float64 [B])."""
+    z = logits if laws.greedy and history.empty else adjusted(logits, laws, history)
     if laws.greedy:
-        tokens = (penalised(logits, laws, seen) if laws.penalised else logits).argmax(-1)
+        tokens = z.argmax(-1)
     else:
-        mass = probabilities(logits, laws, seen).cumsum(-1)
+        mass = _probabilities(z, laws).cumsum(-1)
         total = mass[:, -1:]
         target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(mass, target, right=True)[:, 0]
+        tokens = torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=z.shape[-1] - 1)
     logprobs = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    return tokens, logprobs
+    return Drawn(tokens, logprobs, z.amax(-1).isfinite() & ~logprobs.isnan())
 
 
-def penalised(logits: Tensor, laws: SamplingTensors, seen: Tensor | None) -> Tensor:
-    """Logits [B, V] after the repetition penalty, float64."""
+def adjusted(logits: Tensor, laws: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:
+    """Logits [B, V] after bias and penalties, float64; -inf where a token is forbidden."""
     z = logits.double()
-    if seen is None or not laws.penalised:
-        return z
-    return torch.where(seen, torch.where(z > 0, z / laws.penalty, z * laws.penalty), z)
+    if history.bias is not None:
+        z = z + history.bias
+    if history.seen is not None:
+        z = torch.where(history.seen, torch.where(z > 0, z / laws.repetition, z * laws.repetition), z)
+    if history.counts is not None:
+        z = z - laws.frequency * history.counts - laws.presence * (history.counts > 0)
+    return z if history.forbidden is None else z.masked_fill(history.forbidden, float("-inf"))
 
 
-def probabilities(logits: Tensor, laws: SamplingTensors, seen: Tensor | None = None) -> Tensor:
-    """The distribution that tokens are drawn from, [B, V], float64, sums of 1; a greedy row has one certain token."""
-    z = penalised(logits, laws, seen)
-    best = z.argmax(-1, keepdim=True)
-    greedy = torch.zeros_like(z).scatter(-1, best, 1.0)
-    p = torch.softmax(z / torch.where(laws.temperature > 0, laws.temperature, 1.0), -1)
+def probabilities(logits: Tensor, laws: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:
+    """The distribution that tokens are drawn from, [B, V], float64, sums of 1; a greedy row has one certain token.
+
+    A row whose logits are not finite has no distribution: its entries are NaN.
+    """
+    return _probabilities(adjusted(logits, laws, history), laws)
+
+
+def _probabilities(z: Tensor, laws: SamplingTensors) -> Tensor:
+    greedy = torch.zeros_like(z).scatter(-1, z.argmax(-1, keepdim=True), 1.0)
+    below = z - z.amax(-1, keepdim=True)  # 0 for the most probable token, so that no temperature loses it
+    p = torch.softmax(below / torch.where(laws.temperature > 0, laws.temperature, 1.0), -1)
     if laws.ranked:
         p = _ranked(p, laws)
     p = torch.where(p >= laws.min_p * p.amax(-1, keepdim=True), p, 0.0)
@@ -144,5 +204,5 @@ def _ranked(p: Tensor, laws: SamplingTensors) -> Tensor:
     rank = torch.arange(p.shape[-1], device=p.device)
     ordered = torch.where(rank < laws.top_k, ordered, 0.0)
     before = ordered.cumsum(-1) - ordered
-    kept = torch.where((before < laws.top_p * ordered.sum(-1, keepdim=True)) | (laws.top_p >= 1), ordered, 0.0)
-    return torch.zeros_like(p).scatter(-1, order, kept)
+    within = (before < laws.top_p * ordered.sum(-1, keepdim=True)) | (laws.top_p >= 1) | (rank == 0)
+    return torch.zeros_like(p).scatter(-1, order, torch.where(within, ordered, 0.0))

@@ -24,9 +24,10 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """Take in a token; return the text that has become certain."""
-        return self._release(self._utf8.decode(self._decode_bytes([token])))
+    def push(self, token: int, looking: bool = True) -> str:
+        """Take in a token; return the text that has become certain. Not `looking`: no stop text ends it."""
+        new = self._utf8.decode(self._decode_bytes([token]))
+        return self._release(new) if looking else new
 
     def close(self) -> str:
         """The rest, once no token follows."""

@@ -175,7 +175,8 @@ class Engine:
             self._advance_lane()
         if self._batch.running:
             for emission in self._batch.draw():
-                self._emitted(emission)
+                answer = self._seated[emission.row]
+                self._guarded(answer, lambda answer=answer, emission=emission: self._emitted(answer, emission))
         self._gauges()
         self._flush()
         if self._batch.running:
@@ -215,7 +216,7 @@ class Engine:
                 answer = self._answers.popleft() if self._answers else None
             if answer is None:
                 break
-            self._seat(answer, row)
+            self._guarded(answer, lambda answer=answer, row=row: self._seat(answer, row))
         while self._tasks and len(self._lanes) < self.settings.rows:
             with self._wake:
                 task = self._tasks.popleft()
@@ -271,8 +272,23 @@ class Engine:
             for row in [row for row, answer in self._seated.items() if answer is job]:
                 self._free(row)
 
-    def _emitted(self, emission: Emission) -> None:
-        answer, now = self._seated[emission.row], time.monotonic()
+    def _guarded(self, answer: Answer, work: Callable[[], None]) -> None:
+        """Do something for one answer; what goes wrong ends that answer alone."""
+        try:
+            work()
+        except Exception:
+            log.exception("an answer failed")
+            self._post(answer, Failed())
+            for row in [row for row, seated in self._seated.items() if seated is answer]:
+                self._free(row)
+
+    def _emitted(self, answer: Answer, emission: Emission) -> None:
+        now = time.monotonic()
+        if emission.fault is not None:
+            log.error("an answer ended: %s", emission.fault)
+            self._post(answer, Failed())
+            self._free(emission.row)
+            return
         if not answer.made:
             self.metrics.first_token.observe(now - answer.began)
         answer.made.append(emission.token)

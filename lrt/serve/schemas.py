@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lrt.inference.sampling import SamplingParams
+from lrt.inference.sampling import PENALTIES, SamplingParams
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
@@ -36,7 +36,7 @@ class Generation(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, le=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, ge=PENALTIES[0], le=PENALTIES[1], allow_inf_nan=False)
     n: int = Field(1, ge=1, le=1024)
     stop: Annotated[str, Field(min_length=1, max_length=200)] | Stop | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)

@@ -24,6 +24,9 @@ ARRIVALS = st.lists(
             temperature=st.sampled_from([0.0, 0.9]),
             top_k=st.sampled_from([None, 4]),
             repetition_penalty=st.sampled_from([1.0, 1.4]),
+            presence_penalty=st.sampled_from([0.0, 0.6]),
+            logit_bias=st.sampled_from([(), ((3, 2.0),)]),
+            min_new_tokens=st.sampled_from([0, 3]),
             seed=st.integers(0, 9),
             stop_tokens=st.sampled_from([(), (1, 2)]),
         ),
@@ -99,3 +102,74 @@ def test_a_row_that_left_is_taken_by_the_next_without_a_trace():
             batch.advance()
     assert [e.token for e in made] == [t for t, _ in alone([7, 8], law)]
     assert batch.cache.longest <= 10
+
+
+def test_logits_that_are_not_finite_end_their_row_alone_and_leave_no_trace():
+    model, law = fixed(CFG), SamplingParams(max_new_tokens=8, temperature=0, stop_tokens=())
+    batch = RunningBatch(model, KVCache.empty(model, 2, 40))
+    seat(batch, 0, [3, 4, 5], law, as_state=False)
+    seat(batch, 1, [7, 8], law, as_state=False)
+    made = {0: [], 1: []}
+    while batch.running:
+        for e in batch.draw():
+            made[e.row].append(e)
+        if len(made[0]) == 3 and not made[0][-1].finish:
+            assert batch._logits is not None
+            for x in (*batch.cache.keys, *batch.cache.values, batch.cache.memory):
+                x[0] = float("nan")  # as an overflow would
+        if batch.running:
+            batch.advance()
+    assert made[0][-1].finish == "error" and "not finite" in made[0][-1].fault
+    assert [e.token for e in made[0][:-1]] == [t for t, _ in alone([3, 4, 5], law)][:3]
+    assert [e.token for e in made[1]] == [t for t, _ in alone([7, 8], law)]
+    batch.leave(0)
+    seat(batch, 0, [9, 2], law, as_state=False)
+    tokens = []
+    while batch.running:
+        tokens += [e.token for e in batch.draw()]
+        if batch.running:
+            batch.advance()
+    assert tokens == [t for t, _ in alone([9, 2], law)]
+
+
+class Evens:
+    """A constraint: even tokens alone, and after `limit` of them an error."""
+
+    def __init__(self, limit: int):
+        self.taken, self.limit = [], limit
+
+    def allowed(self) -> torch.Tensor:
+        return torch.arange(CFG.vocab_size) % 2 == 0
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
+        if len(self.taken) > self.limit:
+            raise ArithmeticError("no more")
+
+
+def test_a_constraint_binds_its_row_and_its_error_ends_its_row_alone():
+    model, law = fixed(CFG), SamplingParams(max_new_tokens=8, seed=3, stop_tokens=())
+    batch = RunningBatch(model, KVCache.empty(model, 3, 40))
+    for row, constraint in ((0, Evens(3)), (1, None), (2, Evens(99))):
+        seat(batch, row, [3, 4, 5], law, as_state=False).constraint = constraint
+    made = {0: [], 1: [], 2: []}
+    while batch.running:
+        for e in batch.draw():
+            made[e.row].append(e)
+        if batch.running:
+            batch.advance()
+    assert [e.finish for e in made[0]] == [None] * 3 + ["error"] and "no more" in made[0][-1].fault
+    assert [e.token for e in made[1]] == [t for t, _ in alone([3, 4, 5], law)]
+    assert len(made[2]) == 8 and all(e.token % 2 == 0 for e in made[2])
+    assert any(e.token % 2 for e in made[1])
+
+
+def test_stop_tokens_wait_for_the_least_length():
+    model = fixed(CFG)
+    free = alone([3, 4, 5], SamplingParams(max_new_tokens=8, temperature=0, stop_tokens=()))
+    stop = (free[1][0],)
+    short = alone([3, 4, 5], SamplingParams(max_new_tokens=8, temperature=0, stop_tokens=stop))
+    assert len(short) <= 2
+    long = alone([3, 4, 5], SamplingParams(max_new_tokens=8, temperature=0, stop_tokens=stop, min_new_tokens=6))
+    assert len(long) >= 7 and stop[0] not in [t for t, _ in long[:6]]
+    assert model is fixed(CFG)

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lrt.inference.sampling import SamplingParams, SamplingTensors, choose, probabilities, uniforms
+from lrt.inference.history import HistoryState
+from lrt.inference.sampling import (
+    BIAS,
+    PENALTIES,
+    SamplingParams,
+    SamplingTensors,
+    TokenHistory,
+    adjusted,
+    choose,
+    probabilities,
+    uniforms,
+)
 from lrt.inference.streaming import TextStream
 
 P = torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15]], dtype=torch.float64)
@@ -52,43 +63,96 @@ def test_the_repetition_penalty_makes_seen_tokens_less_probable():
     logits, seen = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]])
     laws = SamplingTensors.of([SamplingParams(repetition_penalty=2.0)], 3, CPU)
     expected = torch.softmax(torch.tensor([[1.0, -4.0, 1.0]], dtype=torch.float64), -1)
-    torch.testing.assert_close(probabilities(logits, laws, seen), expected)
+    torch.testing.assert_close(probabilities(logits, laws, TokenHistory(seen=seen)), expected)
 
 
 def test_draws_follow_the_probabilities():
     u = torch.from_numpy(uniforms(7, 0, 20_000))
-    drawn, logprob = choose(P.log().expand(len(u), -1), SamplingTensors.of([SamplingParams()] * len(u), 5, CPU), u)
+    drawn, logprob, valid = choose(
+        P.log().expand(len(u), -1), SamplingTensors.of([SamplingParams()] * len(u), 5, CPU), u
+    )
+    assert valid.all()
     share = torch.bincount(drawn, minlength=5) / len(u)
     torch.testing.assert_close(share.double(), P[0], atol=0.01, rtol=0)
     torch.testing.assert_close(logprob, P[0].log()[drawn])
 
 
+LOGIT = st.floats(-3.0 * 2**126, 3.0 * 2**126, width=32)
+ANY = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, allow_infinity=False),
+    top_k=st.none() | st.integers(1, 2**63),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(*PENALTIES),
+    presence_penalty=st.floats(-BIAS, BIAS),
+    frequency_penalty=st.floats(-BIAS, BIAS),
+    logit_bias=st.lists(st.tuples(st.integers(0, 4), st.floats(-BIAS, BIAS)), max_size=3).map(tuple),
+)
+"""Every law there is, subnormal numbers and the largest ones included."""
+
+
+@settings(max_examples=500)
+@example([0.0, 1, 2, 3, 4], SamplingParams(temperature=1e-310), 0.5)
+@example([0.0, 1, 2, 3, 4], SamplingParams(temperature=100, top_p=5e-324), 0.999)
+@example([1e30, -1e30, 2, 3, 3.4e38], SamplingParams(temperature=5e-324, repetition_penalty=PENALTIES[0]), 0.0)
 @given(
-    st.lists(st.floats(-30, 30), min_size=5, max_size=5),
-    st.builds(
-        SamplingParams,
-        temperature=st.floats(0.05, 3),
-        top_k=st.none() | st.integers(1, 6),
-        top_p=st.floats(0.01, 1),
-        min_p=st.floats(0, 1),
-    ),
+    st.lists(st.floats(-3.0 * 2**126, 3.0 * 2**126, width=32), min_size=5, max_size=5),
+    ANY,
     st.floats(0, 1, exclude_max=True),
 )
-def test_a_draw_is_always_in_the_support(logits, sampling, uniform):
+def test_every_law_draws_a_token_of_its_support(logits, sampling, uniform):
     z, laws = torch.tensor([logits]), SamplingTensors.of([sampling], 5, CPU)
-    p = probabilities(z, laws)
+    state = HistoryState(1, 5, CPU)
+    state.join(0, sampling, [1, 2])
+    state.take([0, 0], [3, 3])
+    history = state.rows(1, {})
+    p = probabilities(z, laws, history)
     assert p.sum().item() == pytest.approx(1)
-    token, _ = choose(z, laws, torch.tensor([uniform], dtype=torch.float64))
-    assert p[0, token] > 0
+    token, logprob, valid = choose(z, laws, torch.tensor([uniform], dtype=torch.float64), history)
+    assert valid.item() and p[0, token] > 0 and logprob.item() <= 0
+
+
+def test_rows_without_a_distribution_are_said_to_be_invalid_and_disturb_no_other():
+    good = torch.tensor([0.5, 1.0, -2.0])
+    rows = torch.stack([good, torch.full((3,), float("nan")), good, torch.tensor([1.0, float("inf"), 0.0]), good])
+    forbidden = torch.zeros(5, 3, dtype=torch.bool)
+    forbidden[4] = True
+    for law in (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.3)):
+        laws, u = SamplingTensors.of([law] * 5, 3, CPU), torch.full((5,), 0.7).double()
+        tokens, logprobs, valid = choose(rows, laws, u, TokenHistory(forbidden=forbidden))
+        assert valid.tolist() == [True, False, True, False, False]
+        assert ((tokens >= 0) & (tokens < 3)).all()
+        one = SamplingTensors.of([law], 3, CPU)
+        alone = choose(good[None], one, u[:1])
+        assert (alone.tokens[0], alone.logprobs[0]) == (tokens[2], logprobs[2])
+
+
+def test_penalties_and_bias_by_hand():
+    """mu - count * frequency - (count > 0) * presence, on the answer's tokens alone, after the bias."""
+    law = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((0, 2.0), (4, -100.0)))
+    state = HistoryState(2, 5, CPU)
+    state.join(1, law, [1, 1, 2])  # the prompt's tokens do not count
+    state.take([1], [2])
+    state.take([1], [2])
+    state.take([1], [3])
+    laws = SamplingTensors.of([SamplingParams(), law], 5, CPU)
+    z = adjusted(torch.ones(2, 5), laws, state.rows(2, {}))
+    assert z.tolist() == [[1, 1, 1, 1, 1], [3, 1, 0, 0.25, -99]]
+    state.join(1, law, [])
+    assert adjusted(torch.ones(2, 5), laws, state.rows(2, {}))[1].tolist() == [3, 1, 1, 1, -99]
+    with pytest.raises(ValueError, match="logit_bias names token 5, but the vocabulary has 5"):
+        state.join(0, SamplingParams(logit_bias=((5, 1.0),)), [])
 
 
 def test_a_row_draws_the_same_beside_rows_of_other_laws():
     others = [SamplingParams(top_k=2), SamplingParams(temperature=0), SamplingParams(repetition_penalty=3.0)]
     logits, u = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.37).double()
     seen = torch.zeros(4, 50, dtype=torch.bool)
-    mixed = choose(logits, SamplingTensors.of([SamplingParams(), *others], 50, CPU), u, seen)
+    mixed = choose(logits, SamplingTensors.of([SamplingParams(), *others], 50, CPU), u, TokenHistory(seen=seen))
     for i, one in enumerate([SamplingParams(), *others]):
-        token, logprob = choose(logits[i : i + 1], SamplingTensors.of([one], 50, CPU), u[:1], seen[:1])
+        laws = SamplingTensors.of([one], 50, CPU)
+        token, logprob, _ = choose(logits[i : i + 1], laws, u[:1], TokenHistory(seen=seen[:1]))
         assert (token[0], logprob[0]) == (mixed[0][i], mixed[1][i])
 
 
@@ -107,6 +171,11 @@ def test_uniforms_depend_on_seed_and_sample_and_only_grow():
         {"top_p": 1.5},
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 5e-324},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": float("inf")},
+        {"logit_bias": ((0, float("inf")),)},
+        {"min_new_tokens": -1},
         {"max_new_tokens": 0},
         {"seed": -1},
         {"stop": ("",)},

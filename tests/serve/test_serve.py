@@ -171,6 +171,40 @@ def test_requests_do_not_notice_each_other(server):
         assert a[0]["logprobs"]["token_logprobs"] == pytest.approx(b[0]["logprobs"]["token_logprobs"], abs=1e-5)
 
 
+def test_extreme_laws_and_faulty_rows_leave_their_neighbours_alone(server, caplog):
+    """A row without finite logits ends with 500; whoever decodes beside it, or after it in its row, notices nothing."""
+    body = {"prompt": "def area(", "max_tokens": 24, "seed": 1, "temperature": 0.9}
+    alone_ = post(server, "/v1/completions", body).json()["choices"][0]["text"]
+    laws = [{"temperature": 1e-310}, {"temperature": 100, "top_p": 5e-324}, {"min_p": 5e-324, "top_k": 2**31},
+            {"repetition_penalty": 0.01, "temperature": 5e-324}]  # fmt: skip
+    poison, model = threading.Event(), server.loaded.model
+
+    def spoil(_model, _inputs, _output) -> None:
+        rows = [row for row, a in server.served.engine._seated.items() if a.sampling.seed == 666]
+        for x in server.served.engine._batch.cache.keys if poison.is_set() else ():
+            x[rows] = float("nan")
+
+    hook = model.register_forward_hook(spoil)
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(post, server, "/v1/completions", body | law) for law in laws for _ in range(2)]
+            honest = [pool.submit(post, server, "/v1/completions", body) for _ in range(3)]
+            assert [r.result().status_code for r in asked] == [200] * len(asked)
+            assert {r.result().json()["choices"][0]["text"] for r in honest} == {alone_}
+            poison.set()
+            bad = pool.submit(post, server, "/v1/completions", body | {"seed": 666})
+            honest = [pool.submit(post, server, "/v1/completions", body) for _ in range(3)]
+            assert bad.result().status_code == 500
+            assert {r.result().json()["choices"][0]["text"] for r in honest} == {alone_}
+            poison.clear()
+    finally:
+        hook.remove()
+    assert "not finite" in caplog.text
+    with ThreadPoolExecutor(12) as pool:
+        after = list(pool.map(lambda _: post(server, "/v1/completions", body).json(), range(12)))
+    assert {a["choices"][0]["text"] for a in after} == {alone_}
+
+
 def test_long_prompts_are_swept_and_agree_with_stepping(server, run):
     text = "the quick brown fox jumps over the lazy dog, width * height " * 6
     swept = post(server, "/v1/completions", {"prompt": text, "max_tokens": 6, "temperature": 0, "logprobs": 1}).json()
@@ -211,6 +245,7 @@ def test_a_conversation_goes_on_from_its_kept_state(server):
         ("completions", {"prompt": "a", "max_tokens": 99999}, 400, "max_tokens is 99999; at most 256"),
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "nothing would be generated"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature: Input should be greater"),
+        ("completions", {"prompt": "a", "repetition_penalty": 5e-324}, 400, "repetition_penalty: Input should be"),
         ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
         ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix: Extra inputs are not permitted"),
         ("completions", {"prompt": "a", "presence_penalty": 1.0}, 400, "use repetition_penalty"),

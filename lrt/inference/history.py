@@ -1,0 +1,60 @@
+"""What the laws of a running batch need to know of its rows' tokens: kept only where some row asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lrt.inference.sampling import SamplingParams, TokenHistory
+
+
+@final
+class HistoryState:
+    """`TokenHistory` of B rows as they join and draw; each of its tensors [B, V] is made when a row first needs it."""
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device):
+        self.shape, self.device = (rows, vocabulary), device
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def join(self, row: int, law: SamplingParams, known: Sequence[int]) -> None:
+        """Begin a row anew: `known` are the tokens of its prompt. ValueError: a bias outside the vocabulary."""
+        outside = [i for i, _ in law.logit_bias if i >= self.shape[1]]
+        if outside:
+            raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary has {self.shape[1]}")
+        if law.repetition_penalty != 1 and self._seen is None:
+            self._seen = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        if (law.presence_penalty or law.frequency_penalty) and self._counts is None:
+            self._counts = torch.zeros(self.shape, device=self.device)
+        if law.logit_bias and self._bias is None:
+            self._bias = torch.zeros(self.shape, device=self.device)
+        for x in (self._seen, self._counts, self._bias):
+            if x is not None:
+                x[row] = 0
+        if law.repetition_penalty != 1 and self._seen is not None:
+            self._seen[row, list(known)] = True
+        for token, bias in law.logit_bias:
+            assert self._bias is not None
+            self._bias[row, token] += bias
+
+    def take(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Take in the tokens that these rows have drawn."""
+        if self._seen is not None:
+            self._seen[list(rows), list(tokens)] = True
+        if self._counts is not None:
+            self._counts[list(rows), list(tokens)] += 1
+
+    def rows(self, n: int, forbidden: Mapping[int, Tensor]) -> TokenHistory:
+        """That of the first n rows; `forbidden` are boolean [V], by row."""
+        mask = None
+        if forbidden:
+            mask = torch.zeros((n, self.shape[1]), dtype=torch.bool)
+            for row, one in forbidden.items():
+                mask[row] = one
+            mask = mask.to(self.device)
+        kept = (None if x is None else x[:n] for x in (self._seen, self._counts, self._bias))
+        return TokenHistory(*kept, forbidden=mask)
