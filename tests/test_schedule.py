@@ -10,6 +10,7 @@ from helpers import SCHEDULES, pass_lists, passes, slices
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrt.passes import effective_cost, rewriting
 from lrt.schedule import (
     KINDS,
     Curriculum,
@@ -56,15 +57,30 @@ def test_subtract_leaves_one_slice_a_subset(stride: int, length: int):
         assert len(left) <= stride - 1 - i
 
 
-sizes = st.tuples(st.integers(1, 9), st.integers(0, 5)).map(lambda x: Span(x[0], x[0] + x[1]))
+@st.composite
+def spans(draw, lows: st.SearchStrategy[int], most: int = 5) -> Span:
+    """Fixed sizes, uniform ranges, and ranges whose sizes have probabilities (some of them 0 between the ends)."""
+    low, more = draw(lows), draw(st.integers(0, most))
+    if not more or draw(st.booleans()):
+        return Span(low, low + more)
+    ends, middle = st.integers(1, 9), st.lists(st.integers(0, 9), min_size=more - 1, max_size=more - 1)
+    parts = [draw(ends), *draw(middle), draw(ends)]
+    return Span(low, low + more, tuple(part / sum(parts) for part in parts))
+
+
+sizes = spans(st.integers(1, 9))
 weight_lists = st.lists(st.floats(0, 1e6), max_size=4).filter(lambda w: not w or sum(w) > 0)
 schedules = st.builds(
     lambda kind, size, settle, weights, detach: Schedule(
-        kind, size if kind in ("interleaved", "refinement", "chunked", "settled") else None, settle, weights, detach
+        kind,
+        size if kind in ("interleaved", "refinement", "chunked", "settled", "hop") else None,
+        settle,
+        weights,
+        detach and kind != "hop",
     ),
     st.sampled_from(sorted(KINDS)),
     sizes,
-    st.tuples(st.integers(0, 2), st.integers(0, 2)).map(lambda x: Span(x[0], x[0] + x[1])),
+    spans(st.integers(0, 2), 2),
     weight_lists.map(tuple),
     st.booleans(),
 )
@@ -84,6 +100,10 @@ def test_text_round_trip(schedule: Schedule):
         ("refinement-2:weights=0.1/0.3/0.6", "refinement-2:weights=0.1/0.3/0.6"),
         ("parallel:detach:settle=0..2", "parallel:settle=0..2:detach"),
         ("chunked-3:settle=0", "chunked-3"),
+        ("settled-1..3:p=0.8/0.1/0.1", "settled-1..3:p=0.8/0.1/0.1"),
+        ("settled-1..3:p=.5/0/.5:detach", "settled-1..3:p=0.5/0/0.5:detach"),
+        ("hop-0..2:p=0.7/0.2/0.1", "hop-0..2:p=0.7/0.2/0.1"),
+        ("hop-1..2:p=.5/.5:settle=0..1:p=1e-3/0.999", "hop-1..2:p=0.5/0.5:settle=0..1:p=0.001/0.999"),
     ],
 )
 def test_text_forms(text: str, canonical: str):
@@ -101,6 +121,11 @@ def test_text_forms(text: str, canonical: str):
         ("refinement-1:weights=nan", "nan"), ("refinement-1:weights=inf", "inf"), ("parallel:weights=0", "not all 0"),
         ("parallel:fast", "'fast'"), ("parallel:detach=1", "detach=1"), ("parallel:settle=x", "'x'"),
         ("parallel:", "option"),
+        ("settled-1..3:p=0.8/0.2", "each of the 3 sizes 1..3"), ("settled-1..3:p=0.8/0.1/0.2", "add up to 1"),
+        ("settled-1..3:p=1/0/0", "ends are above 0"), ("settled-1..2:p=2/-1", "add up to 1"),
+        ("settled-1..2:p=a/b", "p=a/b"), ("settled-1..2:p=nan/nan", "p=nan/nan"), ("settled-2:p=1", "each of the 1"),
+        ("parallel:p=0.5/0.5", "right after the range"), ("settled-1..2:detach:p=0.5/0.5", "right after the range"),
+        ("hop", "hop-2"), ("hop-0:detach", "settled"),
     ],
 )  # fmt: skip
 def test_bad_text_gets_one_line_with_a_remedy(text: str, names: str):
@@ -138,12 +163,15 @@ def test_slices_of_every_kind():
         "1:4:2 detached",
     ]
     assert drawn("settled-1:settle=2", 4) == ["0:4 no grad"] * 3 + ["0:4"]
+    assert drawn("hop-0", 4) == ["0:4"] * 2
+    assert drawn("hop-2", 4) == ["0:4 no grad"] * 2 + ["0:4"] * 2
 
 
 def test_weights_go_to_passes_with_gradient_and_the_last_repeats():
     assert [p.weight for p in passes("interleaved-3:weights=0/2:settle=1", 6)] == [0, 0, 2, 2, 2]
     assert [p.weight for p in passes("refinement-2:weights=0.1/0.3/0.6", 6)] == [0.1, 0.3, 0.6]
     assert [p.weight for p in passes("settled-3", 6)] == [0, 0, 0, 1]
+    assert passes("hop-2", 6) == passes("refinement-1:weights=0/1:settle=2", 6)
     with pytest.raises(ValueError, match="3 weights for 2 passes"):
         passes("refinement-1:weights=1/1/1", 6)
 
@@ -179,6 +207,32 @@ def test_draws_are_the_same_in_every_version():
     """Pinned: a resumed run must draw what the interrupted one did, in whatever process."""
     schedule = Schedule.parse("settled-1..3")
     assert [schedule.draw(0, step).size.low for step in range(12)] == [2, 3, 3, 2, 1, 3, 2, 1, 3, 3, 3, 2]
+
+
+def test_draws_with_probabilities_are_pinned_and_as_frequent_as_they_say():
+    schedule = Schedule.parse("settled-1..3:p=0.8/0.1/0.1:settle=0..1:p=0.25/0.75")
+    drawn = [schedule.draw(0, step) for step in range(6000)]
+    assert [d.size.low for d in drawn[:12]] == PINNED
+    for d, p in schedule.shares():
+        assert abs(drawn.count(d) / len(drawn) - p) < 0.02
+    assert sum(p for _, p in schedule.shares()) == pytest.approx(1)
+    assert [d.size.low for d in drawn] != [schedule.draw(1, step).size.low for step in range(6000)]
+
+
+PINNED = [1, 1, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1]
+
+
+def test_a_size_of_probability_0_is_never_drawn_nor_counted():
+    schedule = Schedule.parse("settled-1..3:p=0.5/0/0.5")
+    assert {schedule.draw(0, step).size.low for step in range(200)} == {1, 3}
+    assert [(str(s), p) for s, p in schedule.shares()] == [("settled-1", 0.5), ("settled-3", 0.5)]
+
+
+@given(schedules)
+def test_shares_add_up_to_1_over_distinct_schedules(schedule: Schedule):
+    drawn = schedule.shares()
+    assert math.isclose(sum(p for _, p in drawn), 1)
+    assert len(set(schedule.every_draw())) == len(drawn)
 
 
 def test_at_largest():
@@ -280,6 +334,7 @@ def test_two_sweeps_of_three_subsets():
         ("interleaved-2:weights=0/1", [0, 0, 0]), ("refinement-2:weights=0/0/1", [1, 1, 0]),
         ("interleaved-1:weights=0/1", [1, 0]), ("interleaved-2:settle=2", [1, 1, 0, 0, 0]),
         ("chunked-4:weights=0/1", [0, 0]), ("chunked-4:settle=1", [1, 0, 0]),
+        ("hop-0", [1, 0]), ("hop-2", [1, 1, 1, 0]),
     ],
 )  # fmt: skip
 def test_memory_only_figures(text: str, early: list[int]):
@@ -318,7 +373,8 @@ def test_memory_only_means_no_loss_and_keys_that_nobody_reads(case: tuple[int, t
         ("parallel", 1, 1), ("interleaved-2", 2, 2), ("interleaved-5", 2, 2), ("refinement-3", 4, 4),
         ("chunked-5", 1, 1),
         ("sequential", 1, 1), ("settled-3", 4, 2), ("settled-1..3", 3, 1 + 2 / 3), ("settled-0..3", 2.5, 1.5),
-        ("interleaved-2:settle=0..3", 3.5, 2.5),
+        ("interleaved-2:settle=0..3", 3.5, 2.5), ("settled-1..3:p=0.8/0.1/0.1", 2.3, 1 + 1.3 / 3),
+        ("hop-0..2:p=0.7/0.2/0.1", 2.4, 2 + 0.4 / 3),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("length", [12, 13])
@@ -326,6 +382,37 @@ def test_forwards_per_token(text: str, raw: float, effective: float, length: int
     schedule = Schedule.parse(text)
     assert math.isclose(raw_forwards(schedule, length), raw)
     assert math.isclose(effective_forwards(schedule, length), effective)
+
+
+@pytest.mark.parametrize(
+    ("text", "effective"),
+    [
+        ("parallel", 1), ("settled-3", 1 + 3 / 3 / 4), ("settled-1..3:p=0.8/0.1/0.1", 1 + 1.3 / 3 / 4),
+        ("hop-0", 1 + 1 / 4), ("hop-2", 1 + 1 / 4 + 2 / 3 / 4), ("refinement-1", 2),
+        ("interleaved-2:settle=1", 2 + 1 / 12),
+        ("interleaved-2:weights=0/1", 2), ("parallel@0.5,settled-3", 0.5 + 0.5 * 1.25),
+    ],
+)  # fmt: skip
+def test_a_pass_that_stops_at_the_source_block_counts_its_share_of_the_blocks(text: str, effective: float):
+    assert math.isclose(effective_forwards(Curriculum.parse(text), 12, source=1 / 4), effective)
+
+
+@given(pass_lists())
+def test_effective_cost_is_the_sum_over_positions(case: tuple[int, tuple[Pass, ...]]):
+    _, run = case
+    stops = memory_only(run)
+    cost = [(3 if p.grad else 1) / 3 * (0.3 if s else 1) for p, s in zip(run, stops, strict=True) for _ in p.positions]
+    assert math.isclose(effective_cost(run, 0.3), sum(cost))
+    assert math.isclose(effective_cost(run), sum((3 if p.grad else 1) / 3 for p in run for _ in p.positions))
+
+
+@given(pass_lists())
+def test_rewriting_is_that_of_the_sets(case: tuple[int, tuple[Pass, ...]]):
+    _, run = case
+    written: set[int] = set()
+    for p, whole in zip(run, rewriting(run), strict=True):
+        assert whole == (p.weight > 0 and set(p.positions) <= written)
+        written |= set(p.positions)
 
 
 def test_token_forwards_counts_every_pass_in_full():

@@ -29,7 +29,9 @@ from lrt.data import Loader
 from lrt.model.flops import passes_flops
 from lrt.model.loss import ScheduledLoss
 from lrt.model.transformer import LRT
-from lrt.schedule import NO_GRAD_COST, Passes, Schedule
+from lrt.passes import Passes, effective_cost
+from lrt.schedule import Schedule
+from lrt.training.budget import source_share
 from lrt.training.optimizer import Optimizer, clip
 from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
 
@@ -182,10 +184,9 @@ class RandomTokens:
         return self.ids[start:stop]
 
 
-def ideal(passes: Passes) -> float:
-    """Cost over the plain step's if nothing but token forwards counted; one without gradient counts a third."""
-    length = passes[0].positions.stop
-    return sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes) / length
+def ideal(passes: Passes, source: float = 1.0) -> float:
+    """Cost over the plain step's if nothing but token forwards counted, as `effective_cost` weighs them."""
+    return effective_cost(passes, source) / passes[0].positions.stop
 
 
 def measure(settings: StepBenchmark) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def row(
     """One schedule's figures. Ratios are medians over the repeats; `ms` is forward and backward."""
     seconds, step = (median(t[i] for t, _ in times) for i in range(2))
     ratio, whole = (median(t[i] / p[i] for t, p in times) for i in range(2))
-    least = ideal(model.passes)
+    least = ideal(model.passes, source_share(model.config))
     tokens = model.loader.batch(0).tokens.numel()
     return {
         "schedule": name, "ms": 1e3 * seconds, "ratio": ratio, "ideal": least, "ratio_over_ideal": ratio / least,

@@ -17,6 +17,7 @@ from lrt.config.model import (
     require,
     require_choice,
 )
+from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -67,6 +68,16 @@ class OptimConfig:
     """AdamW's rate for the output head, biases and weights of norms, at width 768; scaled likewise."""
     scalar_lr: float = 0.04
     """AdamW's rate for alpha, beta and gamma."""
+    alpha_lr: float | None = None
+    """AdamW's rate for alpha; none means scalar_lr (the paper's authors use 0.005)."""
+    beta_lr: float | None = None
+    """AdamW's rate for beta; none means scalar_lr (the paper's authors use 0.5)."""
+    gamma_lr: float | None = None
+    """AdamW's rate for gamma; none means scalar_lr (the paper's authors use 0.5)."""
+    memory_lr: float | None = None
+    """Muon's rate for W_K and W_V of the memory; none means matrix_lr."""
+    memory_warmup: float = 0.0
+    """Share of the steps over which the rate of W_K, W_V and gamma rises linearly, on top of the ordinary rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices."""
     momentum: float = 0.95
@@ -83,14 +94,16 @@ class OptimConfig:
     """Largest gradient norm; none does not clip."""
 
     def __post_init__(self) -> None:
-        shares = {"warmup": self.warmup, "decay": self.decay, "final": self.final}
+        shares = ("warmup", "decay", "final", "memory_warmup")
         rates = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay")
         for name, value in ((name, getattr(self, name)) for name in rates):
             require(0 <= value < math.inf, f"optim.{name} is {value}; it must be at least 0")
+        for name, value in ((name, getattr(self, name)) for name in ("alpha_lr", "beta_lr", "gamma_lr", "memory_lr")):
+            require(value is None or 0 <= value < math.inf, f"optim.{name} is {value}; it must be at least 0, or none")
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; it must be at least 0 and below 1")
         fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(fine, f"optim.betas are {self.betas}; give two numbers, at least 0 and below 1")
-        for name, share in shares.items():
+        for name, share in ((name, getattr(self, name)) for name in shares):
             require(0 <= share <= 1, f"optim.{name} is {share}; it is a share and must lie between 0 and 1")
         require(self.warmup + self.decay <= 1, f"optim.warmup {self.warmup} + decay {self.decay} exceed 1")
         require(self.clip is None or self.clip > 0, f"optim.clip is {self.clip}; it must be positive or none")
@@ -101,8 +114,10 @@ class TrainConfig:
     """How long, in what order of passes, and on what machine."""
 
     schedule: str = "settled-1..3"
-    """Passes per step: parallel, interleaved-S, refinement-K, chunked-C, sequential, settled-R (see `lrt schedule`);
-    or one after the other, each until a share of the steps: parallel@0.5,settled-1..3."""
+    """Passes per step: parallel, interleaved-S, refinement-K, chunked-C, sequential, settled-R, hop-R (see
+    `lrt schedule`), sizes fixed or drawn (1..3:p=0.8/0.1/0.1); or one after the other: parallel@0.5,settled-1..3."""
+    consistency: float = 0.0
+    """Weight of the consistency term: the mean squared distance of the memory that passes write from what they read."""
     batch: int = 32
     """Rows of one optimizer step, over all devices."""
     micro_batch: int | None = None
@@ -114,8 +129,10 @@ class TrainConfig:
     length: int = 2048
     """Positions of a row, T."""
     horizon: str = "ratio=20"
-    """When to stop: steps=N, tokens=N, ratio=R (tokens per scaling parameter: matrices and head, not the memory), or
-    compute=C (R times token forwards per token: every pass counts, one without gradient a third)."""
+    """When to stop: steps=N, tokens=N, ratio=R (tokens per scaling parameter: matrices and head, not the memory),
+    compute=C (R times token forwards per token: every pass counts, one without gradient a third, one that stops at
+    source block s of L the share s/L of that), flops=F, or flops_of_plain=C (the training FLOPs that the same model
+    without memory spends at compute C)."""
     seed: int = 0
     """Seed of initialisation, data order and drawn schedules."""
     device: str = "auto"
@@ -149,6 +166,7 @@ class TrainConfig:
         schedule = Curriculum.parse(self.schedule)
         self.horizon_parts()
         require(self.length >= 2, f"train.length is {self.length}; a row needs at least 2 positions")
+        require(0 <= self.consistency < math.inf, f"train.consistency is {self.consistency}; it must be at least 0")
         for drawn, _ in schedule.shares():
             if drawn.weights:
                 drawn.passes(self.length)  # raises now, not at the step that draws fewer passes than weights
@@ -180,9 +198,12 @@ class TrainConfig:
             number = float(text)
         except ValueError:
             number = 0.0
-        known = kind in ("steps", "tokens", "ratio", "compute")
-        fine = known and 0 < number < math.inf
-        require(fine, f"train.horizon is {self.horizon!r}; write steps=1000, tokens=1e6, ratio=20 or compute=20")
+        known = kind in ("steps", "tokens", "ratio", "compute", "flops", "flops_of_plain")
+        require(
+            known and 0 < number < math.inf,
+            f"train.horizon is {self.horizon!r}; write steps=1000, tokens=1e6, ratio=20, compute=20, flops=1e15 or "
+            "flops_of_plain=20",
+        )
         return kind, number
 
 
@@ -207,6 +228,26 @@ class RunConfig:
             length <= context,
             f"train.length {length} exceeds model.context {context}; shorten the one or raise the other",
         )
+
+
+def require_sense(config: RunConfig) -> None:
+    """ValueError unless model, schedule and loss go together: every pass serves something, every option has an effect.
+
+    Asked where a training begins, not where a configuration is read: what was trained stays readable.
+    """
+    t, memory = config.train, config.model.memory.on
+    runs = [(drawn, drawn.passes(t.length)) for drawn, _ in Curriculum.parse(t.schedule).shares()]
+    for drawn, passes in runs:
+        require(
+            memory or token_forwards(passes, t.length) <= 1,
+            f"the passes of {drawn} repeat one another: the model reads no memory; set train.schedule to parallel",
+        )
+        require(passes[-1].weight > 0, f"the last pass of {drawn} has no loss and serves nothing; give it a weight")
+    require(
+        not t.consistency or (memory and any(any(rewriting(passes)) for _, passes in runs)),
+        f"train.consistency is {t.consistency}, but no pass of {t.schedule} writes memory in place of some that it "
+        "read; set it to 0, or train.schedule to settled-1..3, say",
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

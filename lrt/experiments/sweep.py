@@ -174,9 +174,9 @@ def finished(run: Run, folder: Path) -> bool:
     """Whether a run has been recorded; ValueError if its folder holds one of other settings."""
     if not (folder / RECORD).exists():
         return False
-    before = read_json(folder / RECORD, "record")["settings"]
-    now = json.loads(json.dumps(to_dict(run.config)))
-    different = [name for name, value in _leaves(now) if dict(_leaves(before)).get(name) != value]
+    settings = read_json(folder / RECORD, "record")["settings"]
+    before = dict(_leaves(to_dict(from_dict(RunConfig, settings, str(folder / RECORD)))))  # fields since then: defaults
+    different = [name for name, value in _leaves(to_dict(run.config)) if before[name] != value]
     require(not different, f"{folder} was run with another {', '.join(different)}; choose another --out or remove it")
     return True
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from lrt.model.cross_entropy import head_loss, require_targets
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN
+from lrt.model.state import Buffer
 from lrt.model.transformer import LRT
-from lrt.schedule import Curriculum, Pass, Passes, Schedule
+from lrt.passes import Pass, Passes, rewriting
+from lrt.schedule import Curriculum, Schedule
 from lrt.utils.dtensor import is_sharded
 
 
@@ -20,9 +22,11 @@ class LossOutput(NamedTuple):
     """A step's loss and its parts."""
 
     loss: Tensor
-    """Weighted mean over the passes with loss, in nats; weights normalised to sum to 1."""
+    """Weighted mean over the passes with loss, in nats; weights normalised to sum to 1. Plus the consistency term."""
     per_pass: Tensor
     """Mean loss of each pass that has one, in order, detached, [P]."""
+    consistency: Tensor
+    """Mean squared distance between the memory that passes write and the one they read, detached; 0 if nothing was."""
     passes: Passes
     """The passes that were run (the schedule with its ranges drawn)."""
 
@@ -40,11 +44,17 @@ def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
 
 
 class ScheduledLoss(nn.Module):
-    """Model and schedule as one module, so that DDP, FSDP and the optimizer see one forward a step."""
+    """Model and schedule as one module, so that DDP, FSDP and the optimizer see one forward a step.
 
-    def __init__(self, model: LRT, schedule: Schedule | Curriculum, seed: int = 0):
+    With `consistency` c the loss has the term c mean |m_t - m'_t|^2 / D: m_t is the state that a pass with loss writes,
+    m'_t the one in the buffer, from earlier passes, which it replaces. Only m_t is trained: it is pulled towards what
+    was read, so that the map from memory to memory contracts. States have mean square 1, so this is their relative
+    squared change. Counted are states that some position reads: not a row's or a document's last.
+    """
+
+    def __init__(self, model: LRT, schedule: Schedule | Curriculum, seed: int = 0, consistency: float = 0.0):
         super().__init__()
-        self.model, self.schedule, self.seed = model, schedule, seed
+        self.model, self.schedule, self.seed, self.consistency = model, schedule, seed, consistency
 
     def passes(self, step: int, length: int) -> Passes:
         """The passes of optimizer step `step` over rows of `length` positions."""
@@ -64,32 +74,85 @@ class ScheduledLoss(nn.Module):
             tokens, targets: int64 [B, T]; IGNORE in `targets` leaves a position out of every mean.
             starts: boolean [B, T], True where a document starts; by default at the model's BOS token.
             step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
-            counts: per pass with loss, the targets its mean runs over, [P]; give the whole step's when accumulating
-                micro-batches or training on several processes (see `targets_per_pass`). By default this batch's.
+            counts: what the means run over, [P + 1] (see `step_counts`); give the whole step's when accumulating
+                micro-batches or training on several processes. By default this batch's.
         """
         passes = self.passes(step, tokens.shape[1])
         starts = self.model.starts(tokens) if starts is None else starts
-        counts = (targets_per_pass(targets, passes) if counts is None else counts).clamp(min=1)
+        counts = (step_counts(targets, starts, passes) if counts is None else counts).clamp(min=1)
+        parts = self._run(tokens, targets, starts, passes)
         total = sum(p.weight for p in passes)
+        weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
+        scales = weights.to(counts.device, non_blocking=True) / counts[:-1]
+        loss, sums = head_loss(self.model.unembedding, self.model.config.softcap, parts.hidden, parts.targets, scales)
+        distance = parts.distance / counts[-1]
+        if self.consistency:
+            loss = loss + self.consistency * distance
+        if not parts.memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
+            here = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
+            loss = loss + sum(0.0 * p.sum() for p in here)
+        return LossOutput(loss, sums / counts[:-1], distance.detach(), passes)
+
+    def _run(self, tokens: TokensBN, targets: TokensBN, starts: Tensor | None, passes: Passes) -> _Parts:
+        compared = rewriting(passes) if self.model.config.memory.on else [False] * len(passes)
+        read = states_read(targets, starts) if any(compared) else None
         hidden, aims, memory_read = [], [], False
-        for p, written, buffer in run_passes(self.model, tokens, passes, starts):
+        before, distance = None, torch.zeros((), device=targets.device)
+        for i, (p, written, buffer) in enumerate(run_passes(self.model, tokens, passes, starts)):
             memory_read |= p.weight > 0 and p is not passes[0] and p.positions[-1] > 0
             if p.weight > 0:
                 assert written.hidden is not None
                 hidden.append(written.hidden)
-                aims.append(targets[:, p.positions.start : p.positions.stop : p.positions.step])
+                aims.append(_cut(targets, p))
+            if before is not None and read is not None:
+                distance = distance + _distance(written.source, before, _cut(read, p))
+            before = _states(buffer, passes[i + 1].positions) if any(compared[i + 1 : i + 2]) else None
             del written, buffer  # or two passes' keys and values would exist where one's do
-        weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
-        scales = weights.to(counts.device, non_blocking=True) / counts
-        loss, sums = head_loss(self.model.unembedding, self.model.config.softcap, hidden, aims, scales)
-        if not memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
-            here = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
-            loss = loss + sum(0.0 * p.sum() for p in here)
-        return LossOutput(loss, sums / counts, passes)
+        return _Parts(hidden, aims, memory_read, distance)
 
 
-def targets_per_pass(targets: TokensBN, passes: tuple[Pass, ...]) -> Tensor:
-    """How many targets each pass with loss counts, float [P]; of several processes, add them up."""
-    kept = (targets != IGNORE).sum(0)
-    counts = [kept[p.positions.start : p.positions.stop : p.positions.step].sum() for p in passes if p.weight > 0]
-    return torch.stack(counts).float()
+class _Parts(NamedTuple):
+    """What the passes with loss have left."""
+
+    hidden: list[StreamBND]
+    targets: list[TokensBN]
+    memory_read: bool
+    distance: Tensor
+    """Summed over the states compared."""
+
+
+def _states(buffer: Buffer, at: range) -> StreamBND | None:
+    """m_t for every t of `at`, cut from the gradient."""
+    found = buffer.memory(range(at.start + 1, at.stop + 1, at.step))
+    return None if found is None else found.detach()
+
+
+def _cut(of: Tensor, p: Pass) -> Tensor:
+    """The columns of a pass."""
+    return of[:, p.positions.start : p.positions.stop : p.positions.step]
+
+
+def states_read(targets: TokensBN, starts: Tensor | None) -> Tensor:
+    """Where the memory that a position writes is read by the next one; boolean [B, T]."""
+    read = torch.ones_like(targets, dtype=torch.bool)
+    read[:, -1] = False
+    if starts is not None:
+        read[:, :-1] &= ~starts[:, 1:]
+    return read
+
+
+def _distance(written: StreamBND, before: StreamBND, read: Tensor) -> Tensor:
+    """Mean squared distance over the channels, summed over the states that are read."""
+    kind = torch.promote_types(written.dtype, torch.float32)
+    return ((written.to(kind) - before.to(kind)).square().mean(-1) * read).sum()
+
+
+def step_counts(targets: TokensBN, starts: Tensor | None, passes: Passes) -> Tensor:
+    """What a loss's means run over, float [P + 1]; of several processes, add them up.
+
+    The targets that each pass with loss counts, then the states that the consistency term compares.
+    """
+    kept, read = (targets != IGNORE).sum(0, keepdim=True), states_read(targets, starts).sum(0, keepdim=True)
+    found = [_cut(kept, p).sum() for p in passes if p.weight > 0]
+    states = [_cut(read, p).sum() for p, one in zip(passes, rewriting(passes), strict=True) if one]
+    return torch.stack([*found, sum(states, torch.zeros_like(found[0]))]).float()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lrt.config.model import MEMORY_OFF, ModelConfig
 from lrt.config.run import RunConfig
-from lrt.model.flops import passes_flops, scaling_parameters
-from lrt.schedule import NO_GRAD_COST, Curriculum, Passes, effective_forwards
+from lrt.model.flops import passes_flops, scaling_parameters, train_flops_per_token
+from lrt.passes import Passes, effective_cost
+from lrt.schedule import Curriculum, Schedule, effective_forwards
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Progress:
     token_forwards: float = 0.0
     """Tokens times passes, all weighted 1."""
     effective_forwards: float = 0.0
-    """The same with passes without gradient weighted 1/3."""
+    """The same with passes without gradient weighted 1/3, and those that stop at source block s of L weighted s/L."""
     flops: float = 0.0
     seconds: float = 0.0
     """Spent training; evaluation, samples and checkpoints not counted."""
@@ -34,19 +36,33 @@ class Progress:
         self.step += 1
         self.tokens += rows * config.train.length
         self.token_forwards += forwards * sum(len(p.positions) for p in passes)
-        self.effective_forwards += forwards * sum(len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) for p in passes)
+        self.effective_forwards += forwards * effective_cost(passes, source_share(config.model))
         self.flops += rows * passes_flops(config.model, passes)
         self.seconds += seconds
         self.cpu_seconds += cpu_seconds
 
 
+def source_share(model: ModelConfig) -> float:
+    """Share of the blocks that a pass runs which stops at the source block."""
+    return model.source / model.layers
+
+
 def horizon(config: RunConfig) -> int:
-    """Optimizer steps from steps, tokens, R or an effective-compute budget that counts every pass."""
-    t = config.train
+    """Optimizer steps from what may be spent: steps, tokens, R, effective compute, FLOPs, or a plain model's FLOPs.
+
+    What a step costs is the mean over the schedule's draws.
+    """
+    t, model = config.train, config.model
     kind, number = t.horizon_parts()
     if kind == "steps":
         return max(1, round(number))
-    tokens = number if kind == "tokens" else number * scaling_parameters(config.model)
+    schedule = Curriculum.parse(t.schedule)
+    tokens = number if kind in ("tokens", "flops") else number * scaling_parameters(model)
     if kind == "compute":
-        tokens /= effective_forwards(Curriculum.parse(t.schedule), t.length) * config.model.loops
+        tokens /= effective_forwards(schedule, t.length, source_share(model)) * model.loops
+    elif kind == "flops_of_plain":
+        plain = replace(model, memory=MEMORY_OFF, loops=1)
+        tokens *= train_flops_per_token(plain, Schedule.parse("parallel"), t.length)
+    if kind in ("flops", "flops_of_plain"):
+        tokens /= train_flops_per_token(model, schedule, t.length)
     return max(1, round(tokens / (t.batch * t.length)))

@@ -220,7 +220,7 @@ def require_same(config: RunConfig, started: Checkpoint) -> None:
     """ValueError naming a field, unless the checkpoint was trained as `config` says in all that decides the outcome."""
     for part, names in {
         "model": None, "optim": None, "data": None,
-        "train": ("schedule", "batch", "length", "horizon", "seed", "dtype"),
+        "train": ("schedule", "consistency", "batch", "length", "horizon", "seed", "dtype"),
     }.items():  # fmt: skip
         asked, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
         for name in names or asked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ def rate(step: int, steps: int, config: OptimConfig) -> float:
     return 1.0 if left > cool else config.final + (1 - config.final) * left / cool
 
 
+def memory_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Share of the ordinary rate that the memory's parameters have: it rises linearly over `config.memory_warmup`."""
+    return min(1.0, (step + 1) / max(1, round(config.memory_warmup * steps)))
+
+
 def parameter_groups(model: LRT) -> dict[str, dict[str, nn.Parameter]]:
     """Every trainable parameter by name, in one of `matrix`, `embedding`, `head`, `scalar`, `vector`.
 
@@ -41,6 +47,40 @@ def parameter_groups(model: LRT) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
+class Peak(NamedTuple):
+    """What decides a parameter's rate; those of one optimizer that share it are updated together."""
+
+    lr: float
+    warming: bool
+    """Whether `memory_rate` scales it."""
+
+
+def peak_rates(model: LRT, config: OptimConfig) -> dict[nn.Parameter, Peak]:
+    """The peak rate of every parameter."""
+    memory = {id(p) for p in model.memory_parameters()}
+    scale = (model.config.d / REFERENCE_WIDTH) ** -0.5
+    scaled = {"embedding": config.embedding_lr * scale, "head": config.head_lr * scale}
+    scalars = {"alpha": config.alpha_lr, "beta": config.beta_lr, "gamma": config.gamma_lr}
+    peaks = {}
+    for kind, group in parameter_groups(model).items():
+        for name, p in group.items():
+            if kind == "scalar":
+                lr, usual = scalars[name.rpartition(".")[2]], config.scalar_lr
+            elif kind == "matrix":
+                lr, usual = config.memory_lr if id(p) in memory else None, config.matrix_lr
+            else:
+                lr, usual = None, scaled["head" if kind == "vector" else kind]
+            peaks[p] = Peak(usual if lr is None else lr, bool(config.memory_warmup) and id(p) in memory)
+    return peaks
+
+
+def _by_rate(parameters: Iterable[nn.Parameter], peaks: dict[nn.Parameter, Peak]) -> list[dict[str, Any]]:
+    groups: dict[Peak, list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault(peaks[p], []).append(p)
+    return [{"params": found, **peak._asdict()} for peak, found in groups.items()]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024): torch.optim.Muon with equal shapes in one batch.
 
@@ -52,7 +92,12 @@ class Muon(torch.optim.Optimizer):
     ROUNDS = 5
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        params: Iterable[nn.Parameter] | list[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
@@ -110,24 +155,23 @@ class Optimizer:
 
     def __init__(self, model: LRT, config: OptimConfig, dtype: torch.dtype = torch.float32):
         """`dtype` is the type in which Muon orthogonalises: the training's own."""
-        groups = parameter_groups(model)
-        scale = (model.config.d / REFERENCE_WIDTH) ** -0.5
-        head = config.head_lr * scale
-        rates = {"embedding": config.embedding_lr * scale, "head": head, "scalar": config.scalar_lr, "vector": head}
-        adam = [{"params": list(groups[kind].values()), "lr": lr} for kind, lr in rates.items() if groups[kind]]
-        self.adam = torch.optim.AdamW(adam, betas=config.betas, eps=1e-10, weight_decay=0.0, fused=True)
+        groups, peaks = parameter_groups(model), peak_rates(model, config)
         matrices = groups["matrix"].values()
-        self.muon = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay, dtype)
+        rest = [p for kind in ("embedding", "head", "scalar", "vector") for p in groups[kind].values()]
+        adam, muon = _by_rate(rest, peaks), _by_rate(matrices, peaks)
+        self.adam = torch.optim.AdamW(adam, betas=config.betas, eps=1e-10, weight_decay=0.0, fused=True)
+        self.muon = Muon(muon, config.matrix_lr, config.momentum, config.weight_decay, dtype)
         self.names: dict[Tensor, str] = {p: name for group in groups.values() for name, p in group.items()}
         self.peaks = [(group, group["lr"]) for o in (self.adam, self.muon) for group in o.param_groups]
 
-    def step(self, share: float, skip: Tensor | None = None) -> None:
+    def step(self, share: float, skip: Tensor | None = None, memory: float = 1.0) -> None:
         """Update every parameter at `share` of its peak rate, and clear the gradients.
 
         Where `skip`, a boolean on the device, is True, nothing is updated; the host need not wait to know.
+        With a warm-up of the memory, its parameters have the share `memory` of that.
         """
         for group, peak in self.peaks:
-            group["lr"] = peak * share
+            group["lr"] = peak * share * (memory if group["warming"] else 1.0)
         found = None if skip is None else skip.float()
         self.adam.found_inf = self.muon.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
         for optimizer in (self.adam, self.muon):

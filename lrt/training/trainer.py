@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from lrt.config.model import require
-from lrt.config.run import RunConfig, to_dict
+from lrt.config.run import RunConfig, require_sense, to_dict
 from lrt.data import Batch, Prepared, batches, prefetch, prepare
 from lrt.evaluation.bits_per_byte import BPB, Rows, evaluate, validation_rows
 from lrt.inference.chat import complete
 from lrt.inference.sampling import SamplingParams
 from lrt.model.flops import parameters_by_group, train_flops_per_token
-from lrt.model.loss import LossOutput, ScheduledLoss, targets_per_pass
+from lrt.model.loss import LossOutput, ScheduledLoss, step_counts
 from lrt.model.transformer import LRT
 from lrt.schedule import Curriculum
 from lrt.training import checkpoint
 from lrt.training.budget import Progress, horizon
 from lrt.training.checkpoint import Checkpoint, Writer
 from lrt.training.faults import Skips, Stop, not_finite, plainly
-from lrt.training.optimizer import Optimizer, clip, rate
+from lrt.training.optimizer import Optimizer, clip, memory_rate, rate
 from lrt.training.parallel import Parallel
 from lrt.utils.distributed import World, join
 from lrt.utils.dtensor import whole
@@ -91,6 +91,8 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
     with join(config.train.device) as world, plainly(config.train):
         sinks = sinks if world.first else ()
         started = _started(run, resume, world, sinks)
+        if started is None:
+            require_sense(config)
         prepared = world.in_turn(lambda: prepare_data(config, sinks, "checksum" if world.first else "size"))
         config = resolve(config, prepared)
         if started is not None and resume is None:
@@ -147,7 +149,8 @@ class Session:
         with torch.device("meta"):
             self.model = LRT(config.model)
         self.model.execution = t.execution
-        self.loss = ScheduledLoss(self.model, replace(Curriculum.parse(t.schedule), steps=self.steps), t.seed)
+        schedule = replace(Curriculum.parse(t.schedule), steps=self.steps)
+        self.loss = ScheduledLoss(self.model, schedule, t.seed, t.consistency)
         self.parallel = Parallel(self.loss, world, t.parallel, t.seed, t.reshard)
         if t.init_from is not None and started is None:
             self._begin_from(Path(t.init_from))
@@ -231,7 +234,8 @@ class Session:
         out, norm = self.gradients(batch)
         skip = ~(out.loss.isfinite() & norm.isfinite())
         self.skips.add(skip)
-        self.optimizer.step(rate(self.progress.step, self.steps, self.config.optim), skip)
+        shares = (f(self.progress.step, self.steps, self.config.optim) for f in (rate, memory_rate))
+        self.optimizer.step(next(shares), skip, next(shares))
         return out._replace(loss=out.loss.masked_fill(skip, math.nan)), norm
 
     def gradients(self, batch: Batch) -> tuple[LossOutput, Tensor]:
@@ -241,7 +245,7 @@ class Session:
         """
         t, step, world = self.config.train, self.progress.step, self.world
         tokens, targets, starts = (x.to(self.device, non_blocking=True) for x in batch)
-        counts = world.total(targets_per_pass(targets, self.loss.passes(step, tokens.shape[1])))
+        counts = world.total(step_counts(targets, starts, self.loss.passes(step, tokens.shape[1])))
         size, total = t.micro_batch or len(tokens), []
         out = None
         for i in range(0, len(tokens), size):
@@ -250,12 +254,12 @@ class Session:
                 with self._autocast():
                     out = self.parallel.module(tokens[part], targets[part], starts[part], step, counts)
                 (out.loss * world.size).backward()  # gradients are averaged over processes
-            total.append(torch.cat((out.loss.detach()[None], out.per_pass)))
+            total.append(torch.cat((out.loss.detach()[None], out.consistency[None], out.per_pass)))
         assert out is not None
         self.parallel.collect()
         norm = clip(self.parallel.parameters, self.config.optim.clip)
-        loss, *per_pass = world.total(torch.stack(total).sum(0))
-        return out._replace(loss=loss, per_pass=torch.stack(per_pass)), norm
+        loss, consistency, *per_pass = world.total(torch.stack(total).sum(0))
+        return out._replace(loss=loss, consistency=consistency, per_pass=torch.stack(per_pass)), norm
 
     def _autocast(self) -> torch.autocast:
         lower = self.dtype != torch.float32  # and no weight is kept twice where each is given back after use
@@ -298,6 +302,7 @@ class Session:
         flops = speed * train_flops_per_token(self.config.model, self.loss.schedule, t.length)
         tell(
             self.sinks, kind="train", step=p.step, steps=self.steps, loss=loss, per_pass=out.per_pass.tolist(),
+            consistency=out.consistency.item(),
             passes=[str(q) for q in out.passes][:8], gradient_norm=norm.item(),
             rate=rate(p.step - 1, self.steps, self.config.optim),
             tokens=p.tokens, token_forwards=p.token_forwards, effective_forwards=p.effective_forwards, flops=p.flops,

@@ -14,7 +14,7 @@ from helpers import config, fixed, label, packed, passes, randomised
 from torch import Tensor
 
 from lrt.config.model import ModelConfig
-from lrt.model.loss import ScheduledLoss, targets_per_pass, token_nats
+from lrt.model.loss import ScheduledLoss, step_counts, token_nats
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer, PassOutput
 from lrt.model.transformer import LRT
@@ -185,7 +185,7 @@ def test_micro_batches_with_counts_add_up_to_the_gradient_of_the_batch():
     targets[0, 2:] = targets[2, ::2] = -100
     loss = ScheduledLoss(model, Schedule.parse("interleaved-3:weights=1/2"))
     whole = torch.autograd.grad(loss(ids, targets).loss, list(model.parameters()))
-    counts = targets_per_pass(targets, loss.passes(0, 8))
+    counts = step_counts(targets, model.starts(ids), loss.passes(0, 8))
     for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):
         loss(ids[rows], targets[rows], counts=counts).loss.backward()
     assert all(

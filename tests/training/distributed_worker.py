@@ -52,12 +52,15 @@ def runs(source: Path, steps: int = 6) -> dict[str, RunConfig]:
     base = replace(cpu_demo(), optim=replace(cpu_demo().optim, warmup=0.0))
     adam = replace(base, optim=replace(base.optim, matrix_lr=0.0))
 
+    late = replace(adam, optim=replace(adam.optim, memory_warmup=0.8, gamma_lr=0.1))
+
     def one(of: RunConfig, **training) -> RunConfig:
         return tiny(of, source, steps=steps, log_every=1, save_every=3, eval_rows=3, **training)
 
     return {
         "adam": one(adam), "muon": one(base),
         "adam-interleaved": one(adam, schedule="interleaved-2"),
+        "adam-consistent": one(late, schedule="hop-0..1:p=0.6/0.4", consistency=1.0, micro_batch=2),
         "adam-micro": one(adam, schedule="interleaved-2", micro_batch=2),
         "adam-reshard": one(adam, schedule="interleaved-2", micro_batch=2, reshard=True),
         # There the scalars' first gradients are rounding and nothing else, which AdamW scales up to a whole step.
@@ -66,8 +69,17 @@ def runs(source: Path, steps: int = 6) -> dict[str, RunConfig]:
     }  # fmt: skip
 
 
-DDP = ["muon", "adam-micro", "muon-parallel"]
-FSDP = ["adam", "adam-interleaved", "adam-micro", "adam-reshard", "muon", "muon-parallel", "muon-interleaved"]
+DDP = ["muon", "adam-micro", "adam-consistent", "muon-parallel"]
+FSDP = [
+    "adam",
+    "adam-interleaved",
+    "adam-micro",
+    "adam-reshard",
+    "adam-consistent",
+    "muon",
+    "muon-parallel",
+    "muon-interleaved",
+]
 
 
 def count(world) -> dict[str, dict[str, int]]:

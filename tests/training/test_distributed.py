@@ -78,6 +78,9 @@ def test_ddp_follows_the_single_process(name: str, folder: Path):
     one, two = (curve(folder / f"{who}-{name}") for who in ("one", "ddp"))
     assert len(one) == 6 and one[0] > one[-1]
     torch.testing.assert_close(two, one, rtol=1e-6, atol=0)
+    term = [curve(folder / f"{who}-{name}", "consistency") for who in ("one", "ddp")]
+    torch.testing.assert_close(term[1], term[0], rtol=1e-4, atol=0)
+    assert (term[0] > 0).all() == ("parallel" not in name)
     norms = [curve(folder / f"{who}-{name}", "gradient_norm") for who in ("one", "ddp")]
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
 

@@ -15,7 +15,16 @@ from lrt.config.run import OptimConfig
 from lrt.model.loss import ScheduledLoss
 from lrt.model.transformer import LRT
 from lrt.schedule import Schedule
-from lrt.training.optimizer import REFERENCE_WIDTH, Muon, Optimizer, clip, parameter_groups, rate
+from lrt.training.optimizer import (
+    REFERENCE_WIDTH,
+    Muon,
+    Optimizer,
+    clip,
+    memory_rate,
+    parameter_groups,
+    peak_rates,
+    rate,
+)
 
 SHAPES = [(16, 16), (8, 32), (32, 8), (16, 16), (1, 24), (24, 1), (33, 32), (8, 32)]
 
@@ -51,6 +60,57 @@ def test_rates_by_group_scale_with_width():
     assert optimizer.muon.param_groups[0]["weight_decay"] == 0.5
     assert optimizer.muon.param_groups[0]["momentum"] == 0.6
     assert all(group["weight_decay"] == 0 for group in optimizer.adam.param_groups)
+
+
+def test_the_memorys_and_the_scalars_rates_of_their_own():
+    model = LRT.build(config(projection="shared"))
+    chosen = OptimConfig(memory_lr=0.002, alpha_lr=0.005, beta_lr=0.5, gamma_lr=0.25)
+    found = {name: peak_rates(model, chosen)[p] for name, p in model.named_parameters()}
+    for name, (lr, warming) in found.items():
+        own = {"alpha": 0.005, "beta": 0.5, "gamma": 0.25}.get(name.rpartition(".")[2])
+        assert not warming
+        if name.startswith("projection."):
+            assert lr == 0.002
+        elif own is not None:
+            assert lr == own
+        else:
+            assert lr == peak_rates(model, OptimConfig())[dict(model.named_parameters())[name]].lr
+    assert sum(lr == 0.002 for lr, _ in found.values()) == 2
+
+
+def test_rates_that_repeat_the_defaults_change_no_bit():
+    """Groups of one rate are one group, as they were before rates could differ."""
+    same = OptimConfig(memory_lr=0.02, alpha_lr=0.04, beta_lr=0.04, gamma_lr=0.04)
+    ends = []
+    for chosen in (OptimConfig(), same):
+        model = LRT.build(config())
+        take_steps(model, Optimizer(model, chosen), 0, 4)
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.05), (9, 0.5), (19, 1.0), (20, 1.0), (99, 1.0)])
+def test_the_memorys_rate_rises(step: int, expected: float):
+    assert math.isclose(memory_rate(step, 100, OptimConfig(memory_warmup=0.2)), expected)
+    assert memory_rate(step, 100, OptimConfig()) == 1.0
+
+
+def test_only_the_memory_warms_up():
+    """A step at half the memory's rate moves W_K, W_V and gamma half as far, everything else as far as without."""
+    moves = []
+    for memory in (1.0, 0.5):
+        model = randomised(config())
+        start = [p.detach().clone() for p in model.parameters()]
+        ids = packed(model.config, 2, 8)
+        ScheduledLoss(model, Schedule.parse("refinement-1"))(ids, ids.roll(-1, 1)).loss.backward()
+        Optimizer(model, OptimConfig(memory_warmup=0.5), torch.float64).step(1.0, memory=memory)
+        moves.append({name: p.detach() - x for (name, p), x in zip(model.named_parameters(), start, strict=True)})
+    names = {id(p): name for name, p in model.named_parameters()}
+    memorys = {names[id(p)] for p in model.memory_parameters()}
+    assert len(memorys) == 3 * 3
+    for name, whole in moves[0].items():
+        assert torch.allclose(whole * (0.5 if name in memorys else 1.0), moves[1][name], rtol=1e-9), name
+        assert whole.abs().max() > 0
 
 
 # Muon.

@@ -13,7 +13,9 @@ import torch
 from helpers import events, tiny
 
 from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
-from lrt.model.flops import scaling_parameters
+from lrt.config.run import RunConfig
+from lrt.model.flops import scaling_parameters, train_flops_per_token
+from lrt.schedule import Curriculum, Schedule
 from lrt.training import checkpoint
 from lrt.training.logging import Jsonl
 from lrt.training.trainer import horizon, train
@@ -50,18 +52,70 @@ def test_effective_compute_counts_every_pass(source, tmp_path):
     assert p.effective_forwards == pytest.approx(p.tokens * (1 + 2 / 3))
 
 
-@pytest.mark.parametrize("kind", ["tokens", "ratio", "compute"])
+def test_effective_compute_counts_a_pass_that_stops_at_the_source_block_by_its_share(source, tmp_path):
+    config = sourced(tiny(cpu_demo(), source, schedule="settled-2"), 1)
+    p = train(config, tmp_path / "run").progress
+    assert p.token_forwards == 3 * p.tokens
+    assert p.effective_forwards == pytest.approx(p.tokens * (1 + 2 / 3 / config.model.layers))
+
+
+def sourced(config: RunConfig, block: int) -> RunConfig:
+    memory = replace(config.model.memory, source=block)
+    return replace(config, model=replace(config.model, memory=memory))
+
+
+def until(config: RunConfig, text: str) -> int:
+    return horizon(replace(config, train=replace(config.train, horizon=text)))
+
+
+def test_a_horizon_in_flops_is_what_the_steps_spend(source, tmp_path):
+    config = tiny(cpu_demo(), source, schedule="hop-1", horizon="flops=3e9")
+    config = sourced(config, 1)
+    result = train(config, tmp_path / "run")
+    assert result.progress.flops == pytest.approx(3e9, rel=0.02)
+    assert until(result_config(tmp_path), "flops=3e9") == result.progress.step > 20
+
+
+def result_config(folder: Path) -> RunConfig:
+    return checkpoint.open_checkpoint(folder / "run").config
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("schedule", ["settled-1..3:p=0.8/0.1/0.1", "interleaved-2", "parallel@0.5,hop-1", "parallel"])
+def test_equal_flops_to_the_plain_model(schedule: str, block: int):
+    """Whatever the schedule and the source, the steps cost what the plain model's do at that compute."""
+    config, plain = sourced(cpu_demo(), block), cpu_demo_plain()
+    config = replace(config, train=replace(config.train, schedule=schedule))
+    steps, plains = until(config, "flops_of_plain=9"), until(plain, "compute=9")
+    assert until(plain, "flops_of_plain=9") == plains
+    flops = [
+        n * train_flops_per_token(c.model, Curriculum.parse(c.train.schedule), c.train.length)
+        for n, c in ((steps, config), (plains, plain))
+    ]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-3)
+    assert steps < plains
+
+
+@pytest.mark.parametrize("kind", ["tokens", "ratio", "compute", "flops"])
 def test_horizons_agree(kind, source):
     config = tiny(cpu_demo_paper(), source)
     tokens = 100 * config.train.batch * config.train.length
     ratio = tokens / scaling_parameters(config.model)
-    text = {"tokens": f"tokens={tokens}", "ratio": f"ratio={ratio}", "compute": f"compute={2 * ratio}"}[kind]
-    assert horizon(replace(config, train=replace(config.train, horizon=text))) == 100
+    text = {"tokens": f"tokens={tokens}", "ratio": f"ratio={ratio}", "compute": f"compute={2 * ratio}"}
+    text["flops"] = f"flops={tokens * train_flops_per_token(config.model, Schedule.parse('interleaved-2'), 32)}"
+    assert until(config, text[kind]) == 100
 
 
-@pytest.mark.parametrize("schedule", ["settled-1..3", "interleaved-2"])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(schedule, source, tmp_path):
-    config = tiny(cpu_demo(), source, steps=12, schedule=schedule, save_every=5, log_every=1)
+@pytest.mark.parametrize(
+    ("schedule", "consistency", "rates"),
+    [
+        ("settled-1..3", 0.0, {}), ("interleaved-2", 0.5, {"memory_lr": 0.004, "gamma_lr": 0.5, "alpha_lr": 0.005}),
+        ("hop-0..2:p=0.5/0.3/0.2", 1.0, {"memory_warmup": 0.7}),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(schedule, consistency, rates, source, tmp_path):
+    base = replace(cpu_demo(), optim=replace(cpu_demo().optim, **rates))
+    config = tiny(base, source, steps=12, schedule=schedule, consistency=consistency, save_every=5, log_every=1)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     straight = train(config, whole, sinks=[Jsonl(whole / "metrics.jsonl")])
 
@@ -97,7 +151,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, ends, source
 
 
 def test_micro_batches_give_the_same_step(source, tmp_path):
-    base = tiny(cpu_demo(), source, steps=3, schedule="interleaved-2", log_every=1)
+    base = tiny(cpu_demo(), source, steps=3, schedule="interleaved-2", consistency=1.0, log_every=1)
     runs = []
     for micro in (8, 2):
         run = tmp_path / f"micro{micro}"
@@ -106,6 +160,7 @@ def test_micro_batches_give_the_same_step(source, tmp_path):
     for a, b in zip(*runs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["per_pass"] == pytest.approx(b["per_pass"], rel=1e-4)
+        assert a["consistency"] == pytest.approx(b["consistency"], rel=1e-4) and a["consistency"] > 0
 
 
 def test_an_existing_run_is_never_overwritten(source, tmp_path):
@@ -143,6 +198,23 @@ def test_a_widening_live_gap_is_said_aloud(source, tmp_path, monkeypatch):
     config = tiny(cpu_demo(), source, steps=2, gap_warning=-9.0)
     train(config, tmp_path / "run", sinks=[said.append])
     assert any(e["kind"] == "warning" and "live gap" in e["text"] for e in said)
+
+
+@pytest.mark.parametrize(
+    ("base", "schedule", "options", "names"),
+    [
+        (cpu_demo_plain, "settled-2", {}, "reads no memory.*parallel"), (cpu_demo_plain, "interleaved-2", {}, "repeat"),
+        (cpu_demo_plain, "parallel@0.5,hop-1", {}, "hop-1 repeat"),
+        (cpu_demo, "refinement-1:weights=1/0", {}, "last pass of refinement-1:weights=1/0"),
+        (cpu_demo, "parallel", {"consistency": 1.0}, "train.consistency is 1.0.*parallel"),
+        (cpu_demo, "chunked-4", {"consistency": 1.0}, "train.consistency"),
+        (cpu_demo_plain, "parallel", {"consistency": 1.0}, "train.consistency"),
+    ],
+)  # fmt: skip
+def test_what_serves_nothing_is_refused_before_anything_is_written(base, schedule, options, names, source, tmp_path):
+    with pytest.raises(ValueError, match=names) as error:
+        train(tiny(base(), source, schedule=schedule, **options), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_golden_loss(source, tmp_path):
