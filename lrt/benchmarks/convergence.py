@@ -77,7 +77,7 @@ def picture(
     folders: dict[str, Path | str], path: Path | str, *, rows: int = 8, length: int = 1024, sweeps: int = 12
 ) -> dict[str, dict[str, list[Point]]]:
     """Curves of trained models on their own held-out text, drawn; `folders` maps titles to run folders."""
-    from lrt.evaluation.bits_per_byte import held_out_rows
+    from lrt.evaluation.held_out import held_out_rows
     from lrt.training.checkpoint import load_model
 
     curves = {}

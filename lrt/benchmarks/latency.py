@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,6 +40,10 @@ from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.transformer import LRT
 from lrt.utils.hardware import resolve_device, synchronise
 
+CACHE_GIB = 6.0
+"""Cells of the latency grid with a larger cache are left out."""
+PROMPTS = 4
+"""Prompts of each length, from the run's held-out text."""
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
 DECODE_LINE = "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}"
@@ -51,68 +55,80 @@ SCORE_LINE = "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.
 X = TypeVar("X")
 
 
-def run(
-    *,
-    device: str = "auto",
-    recipe: str = "d12",
-    checkpoint: Path | None = None,
-    batches: Sequence[int] = (1, 8, 32),
-    contexts: Sequence[int] = (128, 512, 1024, 2048, 4096),
-    steps: int = 15,
-    compile: bool = True,
-    cache_gib: float = 6.0,
-    modes: Sequence[str] = MODES,
-    lengths: Sequence[int] = (256, 1024),
-    tolerance: float = DEFAULT_TOLERANCE,
-    rows: int = 4,
-    peer: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DecodingBenchmark:
+    """What is measured."""
+
+    recipe: str = "d12"
+    """Model of the latency figures; its weights are random, which latency does not mind."""
+    checkpoint: Path | None = None
+    """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Rows of the latency figures."""
+    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
+    """Tokens already in the cache, filled synthetically."""
+    lengths: tuple[int, ...] = (256, 1024)
+    """Prompt lengths."""
+    steps: int = 15
+    """Timed pairs per latency figure; the median is reported."""
+    compile: bool = True
+    """Compile the step."""
+    peer: bool = False
+    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+
+def run(settings: DecodingBenchmark, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure; the result is plain JSON data with the keys `decode`, `prefill`, `score` and `setting`.
 
-    Args:
-        device: cpu, cuda or auto.
-        recipe: whose backbone is timed, with shared projections, where no checkpoint is given.
-        checkpoint: a run or checkpoint folder; only with one are prefill and scoring measured, since sweeps converge
-            on trained models and mean nothing on random ones.
-        batches, contexts: grid of the latency measurement; cells whose cache exceeds `cache_gib` are left out.
-        steps: timed steps per cell and model.
-        compile: whether steps are compiled.
-        modes, lengths, tolerance, rows: prompts of these lengths, so many each, from the run's held-out text.
-        peer: also time `generate` of transformers' own nanochat model beside ours, the backbone without memory.
-        tell: takes a line of text for each figure as soon as it is there.
+    `tell` takes a line of text for each figure as soon as it is there. Prefill and scoring are measured on a trained
+    model alone, since sweeps converge on one and mean nothing on random weights.
     """
-    where = resolve_device(device)
-    setting: dict[str, Any] = {"device": where.type, "threads": torch.get_num_threads(), "compiled": compile}
-    result: dict[str, Any] = {"decode": [], "prefill": [], "score": {}, "setting": setting}
-    if checkpoint is None:
-        base = find_recipe(recipe).model
-        config = replace(base, memory=MemoryConfig(projection="shared"))
+    device = resolve_device(settings.device)
+    result: dict[str, Any] = {"decode": [], "prefill": [], "score": {}}
+    if settings.checkpoint is None:
+        config = replace(find_recipe(settings.recipe).model, memory=MemoryConfig(projection="shared"))
     else:
-        from lrt.evaluation.bits_per_byte import held_out_rows
-        from lrt.training.checkpoint import load_model
-
-        loaded = load_model(checkpoint, where)
-        config = loaded.config.model
-        prompts = held_out_rows(loaded, None, rows=rows, length=max(lengths)).tokens.to(where)
-        for length in lengths:
-            for cell in prefill_times(loaded.model, prompts[:, :length], modes, tolerance):
-                result["prefill"].append(cell)
-                tell(PREFILL_LINE.format(**cell))
-        result["score"] = score_times(loaded.model, prompts, tolerance)
-        tell(SCORE_LINE.format(**result["score"]))
-    setting |= {"recipe": str(checkpoint or recipe), "depth": config.depth, "width": config.d}
-    setting["projection"] = config.memory.projection
-    for cell in latencies(config, where, batches, contexts, steps, compile, cache_gib):
+        config = _trained(settings, settings.checkpoint, device, result, tell)
+    result["setting"] = {
+        "device": device.type, "threads": torch.get_num_threads(), "compiled": settings.compile,
+        "recipe": str(settings.checkpoint or settings.recipe), "depth": config.depth, "width": config.d,
+        "projection": config.memory.projection,
+    }  # fmt: skip
+    grid = settings.batches, settings.contexts
+    for cell in latencies(config, device, *grid, settings.steps, settings.compile, CACHE_GIB):
         result["decode"].append(cell)
         tell(DECODE_LINE.format(**cell))
     if result["decode"]:
-        setting["median_overhead"] = median(cell["overhead"] for cell in result["decode"])
-    if peer:
-        result["peer"] = against_transformers(replace(config, memory=MEMORY_OFF), where, compile)
+        result["setting"]["median_overhead"] = median(cell["overhead"] for cell in result["decode"])
+    if settings.peer:
+        result["peer"] = against_transformers(replace(config, memory=MEMORY_OFF), device, settings.compile)
         speeds = {name: value for name, value in result["peer"].items() if name.endswith("second")}
         tell("greedy, one row: " + ", ".join(f"{name} {value:,.1f}" for name, value in speeds.items()))
     return result
+
+
+def _trained(
+    settings: DecodingBenchmark,
+    folder: Path,
+    device: torch.device,
+    result: dict[str, Any],
+    tell: Callable[[str], None],
+) -> ModelConfig:
+    """Measure prefill and scoring on the run's held-out text; returns its model's configuration."""
+    from lrt.evaluation.held_out import held_out_rows
+    from lrt.training.checkpoint import load_model
+
+    loaded = load_model(folder, device)
+    prompts = held_out_rows(loaded, None, rows=PROMPTS, length=max(settings.lengths)).tokens.to(device)
+    for length in settings.lengths:
+        for cell in prefill_times(loaded.model, prompts[:, :length], MODES, DEFAULT_TOLERANCE):
+            result["prefill"].append(cell)
+            tell(PREFILL_LINE.format(**cell))
+    result["score"] = score_times(loaded.model, prompts, DEFAULT_TOLERANCE)
+    tell(SCORE_LINE.format(**result["score"]))
+    return loaded.config.model
 
 
 def against_transformers(

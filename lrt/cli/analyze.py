@@ -13,7 +13,7 @@ from lrt.config.model import require
 
 
 @dataclass(frozen=True)
-class Analyze:
+class AnalyzeFlags:
     """Where the memory of a run acts: scalars, gates, what is lost without each part, reach, contraction."""
 
     run: Positional[Path]
@@ -32,12 +32,13 @@ class Analyze:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    from lrt.evaluation.bits_per_byte import Rows, held_out_rows
+    from lrt.evaluation.bits_per_byte import Rows
+    from lrt.evaluation.held_out import held_out_rows
     from lrt.evaluation.memory_analysis import analyse, heat_map, tables
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    flags = parse(Analyze, args, "analyze")
+    flags = parse(AnalyzeFlags, args, "analyze")
     require(flags.rows >= 1, f"--rows is {flags.rows}; take at least 1")
     loaded = load_model(flags.run, resolve_device(flags.device))
     rows = held_out_rows(loaded, flags.source, rows=flags.rows, length=loaded.config.train.length)

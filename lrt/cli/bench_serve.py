@@ -15,7 +15,7 @@ from lrt.cli.parse import parse
 
 
 @dataclass(frozen=True)
-class BenchServe:
+class BenchServeFlags:
     """Measure a served model: tokens per second, and time to the first token, by number of clients."""
 
     run: Positional[Path]
@@ -27,7 +27,7 @@ class BenchServe:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    flags = parse(BenchServe, args, "bench serve")
+    flags = parse(BenchServeFlags, args, "bench serve")
     result = measure(flags.run, flags.settings)
     print("\n".join([*lines(result), *([json.dumps(result)] if flags.json else [])]))
     return 0

@@ -13,7 +13,7 @@ from lrt.cli.parse import parse
 
 
 @dataclass(frozen=True)
-class BenchTrain:
+class BenchTrainFlags:
     """Time training steps of every schedule against the plain transformer's."""
 
     settings: Annotated[StepBenchmark, tyro.conf.arg(name="")] = field(default_factory=StepBenchmark)
@@ -23,7 +23,7 @@ class BenchTrain:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    flags = parse(BenchTrain, args, "bench train")
+    flags = parse(BenchTrainFlags, args, "bench train")
     result = measure(flags.settings)
     print("\n".join(lines(result)))
     if flags.json:

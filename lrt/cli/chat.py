@@ -10,14 +10,14 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from lrt.cli.decoding import Decoding
+from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
 from lrt.config.model import require
 from lrt.inference.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatFlags:
     """Talk to a model. Its state is kept between turns, so that nothing is taken in twice.
 
     A model that was trained on plain text continues the conversation as text: a turn is USER: ... BOT: ...
@@ -27,8 +27,8 @@ class Chat:
     """Run folder, or one of its checkpoints."""
     template: str = "USER: {}\nBOT:"
     """What a turn becomes; {} is what you type. Use {} alone to talk in raw text."""
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Decoding(SamplingParams(temperature=0.8, stop=("\nUSER:",)))
+    decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: DecodingFlags(SamplingParams(temperature=0.8, stop=("\nUSER:",)))
     )
 
 
@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    flags = parse(Chat, args, "chat")
+    flags = parse(ChatFlags, args, "chat")
     require("{}" in flags.template, f"--template {flags.template!r} has no place for your text; put {{}} into it")
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
     talk = Conversation(loaded.model, loaded.tokenizer, flags.decoding.prefill)

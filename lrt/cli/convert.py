@@ -14,7 +14,7 @@ from lrt.integrations.convert import Conversion, convert
 
 
 @dataclass(frozen=True)
-class Convert:
+class ConvertFlags:
     """Import a checkpoint of another family, an exported folder or a run as a run, adding memory on the way."""
 
     source: Positional[Path]
@@ -26,7 +26,7 @@ class Convert:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    flags = parse(Convert, args, "convert")
+    flags = parse(ConvertFlags, args, "convert")
     config = convert(flags.source, flags.out, flags.conversion)
     on = "with" if config.memory.on else "without"
     print(f"{flags.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")

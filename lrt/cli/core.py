@@ -14,7 +14,7 @@ from lrt.inference.prefill import DEFAULT_MODE
 
 
 @dataclass(frozen=True)
-class Core:
+class CoreFlags:
     """CORE of a run, decoded with memory, from the published evaluation bundle on this disk."""
 
     run: Positional[Path]
@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     from lrt.utils.hardware import resolve_device
     from lrt.utils.tables import Table
 
-    flags = parse(Core, args, "core")
+    flags = parse(CoreFlags, args, "core")
     require(flags.limit is None or flags.limit >= 1, f"--limit is {flags.limit}; take at least 1 item")
     tasks, loaded = read_bundle(flags.bundle), load_model(flags.run, resolve_device(flags.device))
     result = core(loaded.model, loaded.tokenizer, tasks, limit=flags.limit, mode=flags.mode)

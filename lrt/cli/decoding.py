@@ -12,7 +12,7 @@ from lrt.inference.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingFlags:
     """How text is drawn; shared by `sample` and `chat`."""
 
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(

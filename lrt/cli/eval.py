@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalFlags:
     """Bits per byte of a run on its validation text (or another text), in every mode."""
 
     run: Positional[Path]
@@ -49,11 +49,11 @@ class Eval:
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
-    from lrt.evaluation.bits_per_byte import held_out_rows
+    from lrt.evaluation.held_out import held_out_rows
     from lrt.training.checkpoint import load_model
     from lrt.utils.distributed import join
 
-    flags = parse(Eval, args, "eval")
+    flags = parse(EvalFlags, args, "eval")
     require(flags.rows >= 1, f"--rows is {flags.rows}; score at least 1")
     with join(flags.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(flags.run, world.device)

@@ -13,7 +13,7 @@ from lrt.config.model import require
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportFlags:
     """Write a run as a folder for transformers, or, while its memory is off, as a checkpoint of another family."""
 
     run: Positional[Path]
@@ -33,7 +33,7 @@ def main(args: list[str]) -> int:
     from lrt.integrations.hf.export import fast_tokenizer, save_export, save_tokenizer
     from lrt.training.checkpoint import load_model
 
-    flags = parse(Export, args, "export")
+    flags = parse(ExportFlags, args, "export")
     require(not flags.folder.exists(), f"{flags.folder} exists; remove it or choose another folder")
     loaded = load_model(flags.run)
     tokenizer = fast_tokenizer(loaded)

@@ -13,7 +13,7 @@ INFO_SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", 
 
 
 @dataclass(frozen=True)
-class Info:
+class InfoFlags:
     """Show what a recipe's model costs: parameters by group, FLOPs per token of every schedule, cache bytes."""
 
     model: ModelConfig
@@ -31,14 +31,14 @@ def main(args: list[str]) -> int:
     from lrt.model.flops import describe
 
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
-    flags = parse(Info, args, "info", default=Info(base.model, base.name, base.train.length))
+    flags = parse(InfoFlags, args, "info", default=InfoFlags(base.model, base.name, base.train.length))
     schedules = dict.fromkeys((*INFO_SCHEDULES, base.train.schedule))
     facts = describe(flags.model, flags.length or base.train.length, schedules)
     print(json.dumps({"recipe": flags.recipe} | facts) if flags.json else _info_text(flags, facts))
     return 0
 
 
-def _info_text(flags: Info, facts: dict) -> str:
+def _info_text(flags: InfoFlags, facts: dict) -> str:
     m, p = flags.model, facts["parameters"]
     total, without = p["total"], p["total"] - p["memory"]
     shape = f"{flags.recipe}: depth {m.depth}, width {m.d}, {m.h} heads ({m.k} key/value), vocabulary {m.vocab_size}"

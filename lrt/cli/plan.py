@@ -16,7 +16,7 @@ from lrt.config.run import RunConfig
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanFlags:
     """What a recipe needs on a cluster: memory, time and communication per step, days, for DDP and FSDP.
 
     Every field of the recipe can be overridden, so that sizes without a recipe can be planned, too.
@@ -33,13 +33,13 @@ class Plan:
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
-    flags = parse(Plan, args, "plan", default=Plan(base, recipe=base.name))
+    flags = parse(PlanFlags, args, "plan", default=PlanFlags(base, recipe=base.name))
     facts = plan(flags.config, flags.cluster)
     print(json.dumps(facts) if flags.json else "\n".join(lines(flags, facts)))
     return 0
 
 
-def lines(flags: Plan, facts: dict[str, Any]) -> Iterable[str]:
+def lines(flags: PlanFlags, facts: dict[str, Any]) -> Iterable[str]:
     """The plan as a table for people."""
     m, c, t = flags.config.model, flags.cluster, flags.config.train
     yield (

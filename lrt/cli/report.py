@@ -12,7 +12,7 @@ from lrt.config.model import require
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportFlags:
     """Tables and pictures of what `lrt sweep` recorded: OUT/report.html, and PNGs."""
 
     files: Positional[tuple[Path, ...]]
@@ -31,7 +31,7 @@ def main(args: list[str]) -> int:
     from lrt.experiments.pages import page
     from lrt.experiments.report import ABOUT, markdown, replace_marked, report_blocks
 
-    flags = parse(Report, args, "report")
+    flags = parse(ReportFlags, args, "report")
     require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
     blocks = report_blocks(read_groups(flags.files), flags.baseline)
     intro = f"From {', '.join(f.name for f in flags.files)}. {ABOUT}"

@@ -10,13 +10,13 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from lrt.cli.decoding import Decoding
+from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
 from lrt.config.model import require
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleFlags:
     """Continue a prompt, decoding with memory; the text streams to standard output."""
 
     run: Positional[Path]
@@ -25,7 +25,7 @@ class Sample:
     """The beginning of the document; `-` reads it from standard input."""
     samples: int = 1
     """Continuations, with seeds counting up."""
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(default_factory=Decoding)
+    decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = field(default_factory=DecodingFlags)
 
 
 def main(args: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(args: list[str]) -> int:
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    flags = parse(Sample, args, "sample")
+    flags = parse(SampleFlags, args, "sample")
     require(flags.samples >= 1, f"--samples is {flags.samples}; draw at least 1")
     sampling, mode = flags.decoding.sampling, flags.decoding.prefill
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))

@@ -21,7 +21,7 @@ SWITCH_INTERVAL = 5e-4
 
 
 @dataclass(frozen=True)
-class Serve:
+class ServeFlags:
     """Serve a model: OpenAI-compatible API, a page to write and inspect at /, Prometheus metrics (docs/serving.md)."""
 
     run: tyro.conf.Positional[Path]
@@ -47,7 +47,7 @@ class Serve:
 
 def main(args: list[str]) -> int:
     """Run the server until SIGINT or SIGTERM."""
-    flags = parse(Serve, args, "serve")
+    flags = parse(ServeFlags, args, "serve")
     try:
         import uvicorn
 

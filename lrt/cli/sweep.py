@@ -12,7 +12,7 @@ from lrt.config.model import require
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepFlags:
     """Train every run of a sweep file that is not finished, then write OUT/results.jsonl, one line per run."""
 
     file: Positional[Path]
@@ -31,7 +31,7 @@ def main(args: list[str]) -> int:
     from lrt.experiments.runner import at_once
     from lrt.experiments.sweep import read_sweep, read_toml, run_sweep
 
-    flags = parse(Sweep, args, "sweep")
+    flags = parse(SweepFlags, args, "sweep")
     require(flags.jobs is None or flags.jobs >= 1, f"--jobs is {flags.jobs}; run at least 1 at a time")
     require(
         flags.cluster in (None, "slurm", "local", "debug"), f"--cluster is {flags.cluster}; use slurm, local, debug"

@@ -12,7 +12,7 @@ from lrt.config.run import DataConfig, RunConfig
 
 
 @dataclass(frozen=True)
-class Tokenize:
+class TokenizeFlags:
     """Turn a text source into token shards, as `lrt train` would; prints the folder."""
 
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
@@ -24,7 +24,7 @@ def main(args: list[str]) -> int:
     from lrt.training.logging import Live
     from lrt.training.trainer import prepare_data
 
-    flags = parse(Tokenize, args, "tokenize")
+    flags = parse(TokenizeFlags, args, "tokenize")
     with Live() as live:
         prepared = prepare_data(RunConfig(data=flags.data), [live])
     if isinstance(prepared.train, TaskRows) or isinstance(prepared.val, TaskRows):

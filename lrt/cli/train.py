@@ -15,7 +15,7 @@ from lrt.config.run import RunConfig
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainFlags:
     """Train a recipe on your text. Any field of the recipe can be overridden; --resume continues a run as it was."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -40,7 +40,7 @@ def main(args: list[str]) -> int:
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
     origin = early_value(args, "--init-from", "")
     base = replace(base, **_from_run(base, Path(origin))) if origin else base
-    flags = parse(Train, args, "train", default=Train(config=base, recipe=base.name))
+    flags = parse(TrainFlags, args, "train", default=TrainFlags(config=base, recipe=base.name))
     folder, config = flags.out or Path("runs") / flags.config.name, flags.config
     if flags.resume is not None:
         require(len(args) == 2 or "=" in args[0], "--resume takes its settings from the run; give no other flag")

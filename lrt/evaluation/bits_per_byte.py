@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lrt.data import Loader, RowSource, TaskRows, documents, prepare
+from lrt.data import Loader, RowSource, TaskRows
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.transformer import LRT
 from lrt.schedule import Curriculum, Pass, Schedule
-from lrt.training.checkpoint import Loaded
 from lrt.utils.distributed import World
 
 SWEEPS = 8
@@ -81,39 +79,6 @@ def validation_rows(stream: RowSource | TaskRows, token_bytes: np.ndarray, *, ro
     batch = Loader(stream, batch=max(count, 1), length=length, bos=bos, seed=0).batch(0)
     sizes = torch.from_numpy(token_bytes.astype(np.int64))
     return Rows(batch.tokens, batch.targets, batch.starts, sizes[batch.targets])
-
-
-class _Text(NamedTuple):
-    """Tokens in memory, as a loader reads them."""
-
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.ids[start:stop]
-
-
-def held_out_rows(loaded: Loaded, source: str | None, *, rows: int, length: int) -> Rows:
-    """Rows of the run's validation split, or of another text source read as `lrt train` would."""
-    d, tokenizer = loaded.config.data, loaded.tokenizer
-    if source is None:
-        prepared = prepare(
-            source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
-            vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder),
-        )  # fmt: skip
-        if prepared.tokenizer.hash != tokenizer.hash:
-            raise ValueError(
-                f"{prepared.folder} has another tokenizer than {loaded.run}; its text has changed: give --source"
-            )
-        stream = prepared.val
-    else:
-        enough = rows * length * 16  # bytes; tokens are shorter on average
-        found = documents(source, text_column=d.text_column, max_bytes=enough)
-        ids = [i for text in found for i in (tokenizer.bos, *tokenizer.encode(text))]
-        stream = _Text(np.asarray(ids, dtype=np.int64))
-    return validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
 
 
 def bits_per_byte(nats: Tensor, sizes: Tensor) -> float:

@@ -178,7 +178,7 @@ def _yaml_loader() -> Any:
     """PyYAML's safe loader without what makes a small file large or slow."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class BoundedLoader(yaml.SafeLoader):
         depth = 0
 
         def fetch_flow_collection_start(self, TokenClass: Any) -> None:
@@ -197,7 +197,7 @@ def _yaml_loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             return _once([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
 
-    return Loader
+    return BoundedLoader
 
 
 # --- what may be in them --------------------------------------------------------------------------------------------
