@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS: list[tuple[str, ...]] = [
     # Plain data, and what everybody uses. No torch in schedule and config.
-    ("lrt.utils", "lrt.schedule", "lrt.config"),
+    ("lrt.utils", "lrt.passes", "lrt.schedule", "lrt.config"),
     ("lrt.model",),
     ("lrt.data",),
     ("lrt.inference",),
@@ -114,7 +114,9 @@ def test_nothing_imports_the_command_line():
     assert {name for name in importers if not name.startswith("lrt.cli.")} == {"lrt.__main__"}
 
 
-@pytest.mark.parametrize("name", ["lrt.schedule", "lrt.config.model", "lrt.config.run", "lrt.config.recipes"])
+@pytest.mark.parametrize(
+    "name", ["lrt.passes", "lrt.schedule", "lrt.config.model", "lrt.config.run", "lrt.config.recipes"]
+)
 def test_schedules_and_configurations_need_no_torch(name: str):
     reached, waiting = set(), {name}
     while waiting:
