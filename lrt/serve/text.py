@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
 from lrt.data import Tokenizer
 from lrt.inference.batch import Ranked
+from lrt.inference.chat_template import ChatTemplate
+from lrt.utils.files import read_json
 
 TURN, NEXT = "USER: {}\nBOT:", "\nUSER:"
 """How `lrt chat` writes a turn, and what ends an answer."""
@@ -23,8 +23,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, folder: Path | None = None) -> None:
         """`folder` may hold a chat template: chat_template.jinja, or `chat_template` in tokenizer_config.json."""
         self.tokenizer, self._names = tokenizer, {i: name for name, i in tokenizer.specials.items()}
-        self._template = _chat_template(folder)
-        self._special = re.compile("|".join(re.escape(s) for s in sorted(tokenizer.specials, key=len, reverse=True)))
+        self._template = _chat_template(tokenizer, folder)
 
     def opened(self, text: str) -> list[int]:
         """`text` as the beginning of a document."""
@@ -44,7 +43,10 @@ class Vocabulary:
         """A conversation as a prompt, and the texts that end its answer. ValueError: the template refuses it."""
         if self._template is None:
             return self._plain(messages), (NEXT,)
-        return self._rendered(messages), ()
+        ids = self._template.encode(messages)
+        if not ids:
+            raise ValueError("the model's chat template makes nothing of these messages: send some text")
+        return ids, ()
 
     def _plain(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """As `lrt chat` writes it; every message is encoded by itself, so that an answer keeps its tokens."""
@@ -63,48 +65,23 @@ class Vocabulary:
             ids += self.tokenizer.encode(text)
         return ids
 
-    def _rendered(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """By the tokenizer's template. Contents are put in after rendering: they can never spell a special token."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        places = [f"\ue000{i}\ue001" for i in range(len(messages))]
-        marked = [m | {"content": place} for m, place in zip(messages, places, strict=True)]
-        bos = self._names.get(self.tokenizer.bos, "")
-        try:
-            template = environment.from_string(self._template or "")
-            text = template.render(messages=marked, add_generation_prompt=True, bos_token=bos, eos_token="")
-        except TemplateError as error:
-            raise ValueError(f"messages do not fit the model's chat template: {error}") from None
-        ids: list[int] = []
-        for i, part in enumerate(re.split("\ue000(\\d+)\ue001", text)):
-            ids += self.tokenizer.encode(messages[int(part)]["content"]) if i % 2 else self._with_specials(part)
-        return ids if ids[:1] == [self.tokenizer.bos] else [self.tokenizer.bos, *ids]
-
-    def _with_specials(self, text: str) -> list[int]:
-        ids, at = [], 0
-        for found in self._special.finditer(text) if self.tokenizer.specials else ():
-            ids += [*self.tokenizer.encode(text[at : found.start()]), self.tokenizer.specials[found[0]]]
-            at = found.end()
-        return [*ids, *self.tokenizer.encode(text[at:])]
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _chat_template(folder: Path | None) -> str | None:
+def _chat_template(tokenizer: Tokenizer, folder: Path | None) -> ChatTemplate | None:
+    """From chat_template.jinja, or `chat_template` in tokenizer_config.json: one, or a list of named ones."""
     if folder is None:
         return None
     own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if own.is_file():
-        return own.read_text(encoding="utf-8")
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    return found if isinstance(found, str) else None
+    facts = read_json(config, "tokenizer description") if config.is_file() else {}
+    found = own.read_text(encoding="utf-8") if own.is_file() else facts.get("chat_template")
+    named = [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
+    templates = {str(x["name"]): str(x["template"]) for x in named if "name" in x and "template" in x}
+    if isinstance(found, str):
+        templates = {"default": found}
+    names = {i: name for name, i in tokenizer.specials.items()}
+    specials = {key: value for key, value in facts.items() if key.endswith("_token") and isinstance(value, str)}
+    if tokenizer.bos in names:
+        specials["bos_token"] = names[tokenizer.bos]
+    return ChatTemplate(tokenizer, templates, specials) if templates else None
 
 
 @final

@@ -1,0 +1,189 @@
+"""Chat templates: a conversation as the tokens that transformers' `apply_chat_template` makes of it.
+
+A template may come from anywhere, so it is rendered in a process of its own, in jinja2's sandbox, within limits of
+time, memory and length. It is given the real messages. They can never spell a special token: the renderer tells which
+characters the template wrote, and only those may form one; all others are encoded as text.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import re
+import subprocess
+import sys
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, final
+
+from lrt.data import Tokenizer
+
+WORKER = Path(__file__).with_name("template_worker.py")
+SECONDS = 2.0
+"""How long a template may render."""
+START_SECONDS = 60.0
+"""How long the process that renders may take to start."""
+CHARACTERS = 4_000_000
+"""Most characters that a template may render."""
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
+Runs = Sequence[Sequence[int]]
+"""Runs [start, end) of characters."""
+
+
+@final
+class TemplateRenderer:
+    """The process that renders, started when it is first needed and again after one that had to be ended.
+
+    Any thread may call it; one template is rendered at a time.
+    """
+
+    def __init__(self, seconds: float = SECONDS, characters: int = CHARACTERS) -> None:
+        self.seconds, self.characters = seconds, characters
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, template: str, variables: Mapping[str, Any], specials: Mapping[str, str]) -> tuple[str, Runs]:
+        """The text, and the runs of it that the template wrote. ValueError: the template fails, or takes too much.
+
+        `variables` hold `messages`; `specials` are special tokens by the template's names for them.
+        """
+        request = {"template": template, "variables": variables, "trusted": specials, "most": self.characters}
+        line = json.dumps(request).encode() + b"\n"
+        with self._lock:
+            reply = self._ask(line)
+        if "error" in reply:
+            raise ValueError(f"messages do not fit the model's chat template: {reply['error']}")
+        return reply["text"], reply["own"]
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, line: bytes) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            self._process = self._start()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except OSError:
+            reply = b""
+        else:
+            reply = _line(process, self.seconds)
+        if reply.endswith(b"\n"):
+            return json.loads(reply)
+        self._end()
+        return {"error": f"it takes longer than {self.seconds:g} seconds, or more memory than there is"}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-I", str(WORKER)]
+        started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        if not _line(started, START_SECONDS):
+            started.wait()
+            raise ValueError("chat templates cannot be rendered: is jinja2 3.1.6 or newer installed?")
+        return started
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                stream.close()
+            self._process = None
+
+
+def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+    """What the process writes next; it is killed where that takes longer."""
+    assert process.stdout is not None
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        timer.cancel()
+
+
+@lru_cache(1)
+def shared_renderer() -> TemplateRenderer:
+    """The renderer of this process; it ends with it."""
+    made = TemplateRenderer()
+    atexit.register(made.close)
+    return made
+
+
+@final
+class ChatTemplate:
+    """A tokenizer's chat templates, ready to make prompts."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        templates: Mapping[str, str],
+        specials: Mapping[str, str],
+        renderer: TemplateRenderer | None = None,
+    ) -> None:
+        """`templates` by name: `default`, and `tool_use` where tools are given; `specials` such as `eos_token`."""
+        self.tokenizer, self.templates, self.specials = tokenizer, templates, specials
+        self._renderer = renderer or shared_renderer()
+        self._core = tokenizer.fast() if tokenizer.positions == 1 else None
+        names = sorted(tokenizer.specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def encode(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **variables: Any
+    ) -> list[int]:
+        """The prompt of a conversation; further variables go to the template. ValueError: it does not render."""
+        text, own = self.render(messages, tools, **variables)
+        ids = self._as_transformers(text, own)
+        return self._piecewise(text, own) if ids is None else ids
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **more: Any
+    ) -> tuple[str, Runs]:
+        """The prompt as text, and the runs of it that the template wrote."""
+        named = self.templates.get("tool_use") if tools else None
+        template = named or self.templates.get("default") or next(iter(self.templates.values()))
+        variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": True}
+        return self._renderer.render(template, variables | more, self.specials)
+
+    def _as_transformers(self, text: str, own: Runs) -> list[int] | None:
+        """The tokens of the text with special tokens; None where a message would have spelt one of them."""
+        if self._core is None:
+            return None
+        try:
+            encoding = self._core.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise ValueError("the text holds lone surrogates: replace them before encoding") from None
+        names = {i: name for name, i in self.tokenizer.specials.items()}
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in names:
+                at = text.find(names[token], start, end)  # its white space may be a message's
+                if at < 0 or not _within(own, at, at + len(names[token])):
+                    return None
+        return encoding.ids
+
+    def _piecewise(self, text: str, own: Runs) -> list[int]:
+        """The tokens of the text: special tokens where the template wrote them, all else as text."""
+        ids, at = [], 0
+        for start, end in own:
+            for found in self._special.finditer(text, start, end):
+                ids += [*self._text(text[at : found.start()]), self.tokenizer.specials[found[0]]]
+                at = found.end()
+        return [*ids, *self._text(text[at:])]
+
+    def _text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text) if text else []
+
+
+def _within(own: Runs, start: int, end: int) -> bool:
+    """Whether one of the runs, which are in order, holds all of [start, end)."""
+    at = bisect_right(own, start, key=lambda run: run[0]) - 1
+    return at >= 0 and end <= own[at][1]
