@@ -201,7 +201,7 @@ class MarkingGenerator(CodeGenerator):
         self.write(")))")
 
 
-class Generation(jinja2.ext.Extension):
+class GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}`: marks the assistant's part in training data; here it outputs what it holds."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -248,7 +248,7 @@ class MarkingEnvironment(ImmutableSandboxedEnvironment):
 def environment() -> MarkingEnvironment:
     """The environment that templates are compiled in."""
     made = MarkingEnvironment(
-        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
     )
 
     def raise_exception(message: Any) -> None:
