@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from lrt.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
     from lrt.model.loss import ScheduledLoss
     from lrt.model.transformer import LRT
-    from lrt.schedule import Pass, Schedule, exact_prefix
+    from lrt.passes import Pass, exact_prefix
+    from lrt.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +33,8 @@ _MODULES = {
     "lrt.config.run": ("DataConfig", "OptimConfig", "RunConfig", "TrainConfig"),
     "lrt.model.loss": ("ScheduledLoss",),
     "lrt.model.transformer": ("LRT",),
-    "lrt.schedule": ("Pass", "Schedule", "exact_prefix"),
+    "lrt.passes": ("Pass", "exact_prefix"),
+    "lrt.schedule": ("Schedule",),
 }
 
 

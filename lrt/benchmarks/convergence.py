@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.inference.prefill import PrefillOptions, change_of, finish, solve
+from lrt.config.decoding import PrefillOptions
+from lrt.inference.prefill import change_of, finish, solve
 from lrt.model.kv_cache import KVCache
 from lrt.model.loss import token_nats
 from lrt.model.run_passes import run_passes

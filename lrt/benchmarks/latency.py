@@ -20,21 +20,11 @@ from torch import Tensor
 
 from lrt.benchmarks.convergence import MODES
 from lrt.benchmarks.peer import nanochat
+from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE, PrefillOptions, SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
 from lrt.inference.generate import decode_step, generate, score
-from lrt.inference.prefill import (
-    DEFAULT_MODE,
-    DEFAULT_TOLERANCE,
-    Effort,
-    OneToken,
-    PrefillOptions,
-    advance,
-    compiled,
-    next_logits,
-    solve,
-)
-from lrt.inference.sampling import SamplingParams
+from lrt.inference.prefill import Effort, OneToken, advance, compiled, next_logits, solve
 from lrt.model.kv_cache import KVCache
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.transformer import LRT

@@ -12,8 +12,8 @@ from tyro.conf import Positional
 
 from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
+from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
-from lrt.inference.sampling import SamplingParams
 
 
 @dataclass(frozen=True)

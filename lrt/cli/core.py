@@ -9,8 +9,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
+from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
-from lrt.inference.prefill import DEFAULT_MODE
 
 
 @dataclass(frozen=True)

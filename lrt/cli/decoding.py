@@ -7,8 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lrt.inference.prefill import DEFAULT_MODE
-from lrt.inference.sampling import SamplingParams
+from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
+from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
-from lrt.inference.prefill import DEFAULT_MODE
 from lrt.schedule import Curriculum
 
 if TYPE_CHECKING:

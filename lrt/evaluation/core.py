@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
 from lrt.data import Tokenizer
 from lrt.inference.generate import states
-from lrt.inference.prefill import DEFAULT_MODE
 from lrt.model.loss import token_nats
 from lrt.model.transformer import LRT
 

@@ -12,10 +12,9 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE, SamplingParams
 from lrt.config.model import require
 from lrt.inference.generate import generate, states
-from lrt.inference.prefill import DEFAULT_MODE, DEFAULT_TOLERANCE
-from lrt.inference.sampling import SamplingParams
 from lrt.training.checkpoint import Loaded
 
 Pair = tuple[Any, list[int], list[int]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
 from lrt.config.run import RunConfig
@@ -15,7 +16,6 @@ from lrt.experiments.pages import curves, page, read_run
 from lrt.experiments.record import record
 from lrt.experiments.runner import at_once, run_all
 from lrt.inference.chat import complete
-from lrt.inference.sampling import SamplingParams
 from lrt.model.flops import train_flops_per_token
 from lrt.schedule import Curriculum
 from lrt.training.checkpoint import load_model, write_json

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt import __version__
+from lrt.config.decoding import SamplingParams
 from lrt.config.run import RunConfig, to_dict
 from lrt.data.synthetic import PREFIX, TaskRows
 from lrt.evaluation.bits_per_byte import bits_per_byte
@@ -21,7 +22,6 @@ from lrt.evaluation.held_out import held_out_rows
 from lrt.evaluation.in_context import in_context_score
 from lrt.evaluation.task_accuracy import by_length
 from lrt.inference.generate import generate, score
-from lrt.inference.sampling import SamplingParams
 from lrt.model.flops import decode_flops_per_token, parameters_by_group, scaling_parameters
 from lrt.model.transformer import LRT
 from lrt.training.checkpoint import Loaded, load_model, read_json

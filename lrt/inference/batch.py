@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrt.config.decoding import SamplingParams
 from lrt.inference.history import HistoryState
 from lrt.inference.prefill import OneToken, advance, next_logits
-from lrt.inference.sampling import Drawn, SamplingParams, SamplingTensors, TokenHistory, choose, uniforms
+from lrt.inference.sampling import Drawn, SamplingTensors, TokenHistory, choose, uniforms
 from lrt.inference.streaming import TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.transformer import LRT

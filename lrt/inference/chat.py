@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.data import Tokenizer
 from lrt.inference.generate import generate
-from lrt.inference.prefill import DEFAULT_MODE
-from lrt.inference.sampling import SamplingParams
 from lrt.model.kv_cache import KVCache
 from lrt.model.transformer import LRT
 

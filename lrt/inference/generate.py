@@ -8,22 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.inference.batch import Emission, Request, RunningBatch
-from lrt.inference.prefill import (
+from lrt.config.decoding import (
     DEFAULT_CHUNK,
     DEFAULT_MODE,
     DEFAULT_SWEEPS,
     DEFAULT_TOLERANCE,
-    Effort,
-    OneToken,
     PrefillOptions,
-    advance,
-    next_logits,
+    SamplingParams,
     no_grad_pass,
-    solve,
-    total,
 )
-from lrt.inference.sampling import SamplingParams
+from lrt.inference.batch import Emission, Request, RunningBatch
+from lrt.inference.prefill import Effort, OneToken, advance, next_logits, solve, total
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.loss import token_nats

@@ -8,7 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lrt.inference.sampling import SamplingParams, TokenHistory
+from lrt.config.decoding import SamplingParams
+from lrt.inference.sampling import TokenHistory
 
 
 @final

@@ -8,13 +8,13 @@ What does not settle within the budget is finished exactly, token by token.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lrt.config.decoding import PrefillOptions, no_grad_pass
 from lrt.model.kv_cache import KVCache
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
@@ -22,62 +22,8 @@ from lrt.model.state import Buffer
 from lrt.model.transformer import LRT
 from lrt.schedule import Pass, exact_prefix
 
-DEFAULT_MODE = "interleaved-8"
-"""The fastest that agrees with exact decoding on trained models: measured in docs/decoding.md."""
-DEFAULT_TOLERANCE = 7e-4
-"""The largest at which no measured prompt's logits differed from exact decoding's by 1e-3 (docs/decoding.md)."""
-DEFAULT_CHUNK = 1024
-DEFAULT_SWEEPS = 32
-
 OneToken = Callable[[LRT, Tensor, KVCache, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 """`one_token`, `next_logits`, or what `compiled` returns."""
-
-
-class PrefillOptions(NamedTuple):
-    """How to solve the recurrence over a prompt."""
-
-    stride: int
-    """0: exactly, token by token; 1: Jacobi sweeps; g: interleaved (Gauss-Seidel) sweeps of g subsets."""
-    tolerance: float
-    """Largest change of any position's memory in a sweep, relative to its norm, at which a row has settled."""
-    max_sweeps: int
-    """Sweeps per chunk before the rest is finished exactly."""
-    chunk: int
-    """Positions solved at a time."""
-
-    @staticmethod
-    def parse(
-        mode: str,
-        tolerance: float = DEFAULT_TOLERANCE,
-        max_sweeps: int = DEFAULT_SWEEPS,
-        chunk: int = DEFAULT_CHUNK,
-    ) -> PrefillOptions:
-        """Read `exact`, `jacobi` or `interleaved-G`. ValueError: another mode, or a number out of range."""
-        found = re.fullmatch(r"exact|jacobi|interleaved-([1-9]\d*)", mode)
-        if not found:
-            raise ValueError(
-                f"prefill mode {mode!r} is unknown: use exact, jacobi or interleaved-G, e.g. interleaved-8"
-            )
-        if tolerance < 0 or max_sweeps < 1 or chunk < 1:
-            raise ValueError(
-                f"tolerance {tolerance}, max_sweeps {max_sweeps}, chunk {chunk}: use a tolerance >= 0, the others >= 1"
-            )
-        stride = int(found[1]) if found[1] else int(mode == "jacobi")
-        return PrefillOptions(stride, tolerance, max_sweeps, chunk)
-
-    def __str__(self) -> str:
-        name = "jacobi" if self.stride == 1 else f"interleaved-{self.stride}"
-        return f"sweeps({name}, {self.tolerance:g})" if self.stride else "exact"
-
-    def sweep(self, number: int, length: int) -> list[Pass]:
-        """The passes of sweep `number` (from 1); the first one is a full pass, since it has nothing to read yet."""
-        stride = min(self.stride, length) if number > 1 else 1
-        return [no_grad_pass(range(i, length, stride)) for i in range(stride)]
-
-
-def no_grad_pass(positions: range) -> Pass:
-    """A pass without gradient or loss."""
-    return Pass(positions, weight=0.0, grad=False)
 
 
 class Effort(NamedTuple):

@@ -9,73 +9,13 @@ the largest logit, and every law keeps the most probable token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PENALTIES = (0.01, 100.0)
-"""Smallest and largest repetition penalty: beyond them nothing but an overflow is gained."""
-BIAS = 1e4
-"""Largest size of a logit bias and of a presence or frequency penalty."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one request is continued, and when it ends.
-
-    The laws apply in order: logit bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
-    min-p, each to what the one before left.
-    """
-
-    max_new_tokens: int = 256
-    """Most tokens to generate."""
-    min_new_tokens: int = 0
-    """Tokens before which neither a stop token is drawn nor a stop text looked for."""
-    temperature: float = 1.0
-    """Logits are divided by it; 0 is greedy."""
-    top_k: int | None = None
-    """Keep the k most probable tokens (the lower id first among equals)."""
-    top_p: float = 1.0
-    """Keep the fewest most probable tokens whose probabilities reach p in sum."""
-    min_p: float = 0.0
-    """Keep tokens at least min_p times as probable as the most probable one."""
-    repetition_penalty: float = 1.0
-    """Divide positive and multiply negative logits of tokens in the prompt or the answer by it (CTRL, section 4.1)."""
-    presence_penalty: float = 0.0
-    """Taken from the logit of every token that the answer holds."""
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time that the answer holds it."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids, and what is added to their logits."""
-    seed: int = 0
-    """The same seed gives the same text, whatever else is in the batch."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
-    stop_tokens: tuple[int, ...] | None = None
-    """Tokens that end the answer; they spell no text. None: the model's BOS, which opens the next document."""
-
-    def __post_init__(self) -> None:
-        low, high = PENALTIES
-        size = f"between -{BIAS:g} and {BIAS:g}"
-        for name, fine, range_ in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0; 0 is greedy"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or none"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", low <= self.repetition_penalty <= high, f"between {low:g} and {high:g}"),
-            ("presence_penalty", abs(self.presence_penalty) <= BIAS, size),
-            ("frequency_penalty", abs(self.frequency_penalty) <= BIAS, size),
-            ("logit_bias", all(i >= 0 and abs(b) <= BIAS for i, b in self.logit_bias), f"ids with values {size}"),
-            ("seed", self.seed >= 0, "at least 0"),
-            ("stop", all(self.stop), "texts of at least one character"),
-        ):
-            if not fine:
-                raise ValueError(f"sampling.{name} is {vars(self)[name]}; it must be {range_}")
+from lrt.config.decoding import SamplingParams
 
 
 class SamplingTensors(NamedTuple):

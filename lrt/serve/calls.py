@@ -12,9 +12,9 @@ from typing import Any, final
 from fastapi import Request
 
 from lrt import __version__
+from lrt.config.decoding import SamplingParams
 from lrt.inference.batch import Emission, Ranked
 from lrt.inference.prefill import OneToken, next_logits
-from lrt.inference.sampling import SamplingParams
 from lrt.serve.engine import Answer, BackgroundTask, Busy, Engine, Event, Expired, Failed, Job
 from lrt.serve.http import ApiError, disconnected
 from lrt.serve.inspect import score, trained_without_memory

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from lrt.config.decoding import PrefillOptions, SamplingParams
 from lrt.inference.batch import Emission, Request, RunningBatch
-from lrt.inference.prefill import OneToken, PrefillOptions, next_logits, solve
-from lrt.inference.sampling import SamplingParams
+from lrt.inference.prefill import OneToken, next_logits, solve
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.transformer import LRT

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lrt.inference.sampling import PENALTIES, SamplingParams
+from lrt.config.decoding import PENALTIES, SamplingParams
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]

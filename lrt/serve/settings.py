@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
 from lrt.config.model import require
-from lrt.inference.prefill import DEFAULT_MODE, PrefillOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.run import RunConfig, require_sense, to_dict
 from lrt.data import Batch, Prepared, batches, prefetch, prepare
 from lrt.evaluation.bits_per_byte import BPB, Rows, evaluate, validation_rows
 from lrt.inference.chat import complete
-from lrt.inference.sampling import SamplingParams
 from lrt.model.flops import parameters_by_group, train_flops_per_token
 from lrt.model.loss import LossOutput, ScheduledLoss, step_counts
 from lrt.model.transformer import LRT

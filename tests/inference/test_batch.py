@@ -7,9 +7,9 @@ from helpers import config, fixed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrt.config.decoding import SamplingParams
 from lrt.inference.batch import Request, RunningBatch
 from lrt.inference.generate import generate, prefill
-from lrt.inference.sampling import SamplingParams
 from lrt.model.kv_cache import KVCache
 
 CFG = config()

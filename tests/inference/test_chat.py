@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from helpers import config, randomised
 
+from lrt.config.decoding import SamplingParams
 from lrt.data.tokenizer import ByteTokenizer
 from lrt.inference.chat import Conversation
 from lrt.inference.generate import prefill
-from lrt.inference.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, stop_tokens=())
 TEXT = ByteTokenizer()

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from lrt.benchmarks import convergence
 from lrt.benchmarks import latency as bench
 from lrt.cli.bench_decode import main as bench_decode
+from lrt.config.decoding import SamplingParams
 from lrt.config.model import MEMORY_OFF
 from lrt.inference.generate import decode_step, generate, prefill, score
 from lrt.inference.prefill import advance, compiled, next_logits
-from lrt.inference.sampling import SamplingParams
 from lrt.model.kv_cache import KVCache, positions_held, visible_slots
 from lrt.model.loss import IGNORE
 from lrt.model.reference import reference

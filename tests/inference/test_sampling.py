@@ -7,18 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lrt.config.decoding import BIAS, PENALTIES, SamplingParams
 from lrt.inference.history import HistoryState
-from lrt.inference.sampling import (
-    BIAS,
-    PENALTIES,
-    SamplingParams,
-    SamplingTensors,
-    TokenHistory,
-    adjusted,
-    choose,
-    probabilities,
-    uniforms,
-)
+from lrt.inference.sampling import SamplingTensors, TokenHistory, adjusted, choose, probabilities, uniforms
 from lrt.inference.streaming import TextStream
 
 P = torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15]], dtype=torch.float64)

@@ -15,11 +15,11 @@ import torch
 from helpers import config, randomised
 
 from lrt.cli.main import main
+from lrt.config.decoding import SamplingParams
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import ByteTokenizer, train_bpe
 from lrt.inference.chat import complete
 from lrt.inference.generate import score
-from lrt.inference.sampling import SamplingParams
 from lrt.integrations.convert import convert
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrt.cli.main import main
+from lrt.config.decoding import SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig
 from lrt.data import train_bpe
 from lrt.inference.generate import generate, prefill, score
-from lrt.inference.sampling import SamplingParams
 from lrt.integrations import families
 from lrt.integrations.convert import Conversion, add_memory, convert, save_family
 from lrt.model.transformer import LRT

@@ -10,10 +10,10 @@ import torch
 from helpers import config, randomised
 from torch import Tensor
 
+from lrt.config.decoding import SamplingParams
 from lrt.config.model import ModelConfig
 from lrt.config.run import to_dict
 from lrt.inference.generate import generate, score
-from lrt.inference.sampling import SamplingParams
 from lrt.model.loss import IGNORE, ScheduledLoss
 from lrt.model.transformer import LRT
 from lrt.schedule import Schedule

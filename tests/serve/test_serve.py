@@ -20,8 +20,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from serving import Server, make_run
 
+from lrt.config.decoding import SamplingParams
 from lrt.inference.generate import generate, score
-from lrt.inference.sampling import SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the clients' and the server's libraries
 

@@ -7,9 +7,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE
 from lrt.config.model import ModelConfig, require
 from lrt.config.run import from_dict, to_dict
-from lrt.inference.prefill import DEFAULT_MODE, DEFAULT_TOLERANCE
 from lrt.schedule import Curriculum
 
 MEMORY_LAYER = "lrt_full_attention"

@@ -13,8 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from lrt.config.decoding import PrefillOptions
 from lrt.config.model import require
-from lrt.inference.prefill import PrefillOptions, solve
+from lrt.inference.prefill import solve
 from lrt.integrations.hf.cache import Layer, memory_layer, order, pick, places, state_of, take_back
 from lrt.integrations.hf.config import LRTConfig
 from lrt.model.loss import IGNORE, ScheduledLoss
