@@ -17,10 +17,10 @@ demo: .venv
 	$(BIN)/lrt demo
 
 test: .venv
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --durations=15
 
 test-slow: .venv
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --timeout 1200 --durations=15
 
 check: .venv
 	$(BIN)/ruff check .

@@ -65,6 +65,9 @@ CORNERS = [
 ]
 """What the variants leave out: every option at another value, and no memory at all."""
 
+CODE = "".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400))
+"""A text to train on."""
+
 SCHEDULES = [
     "parallel", "interleaved-1", "interleaved-2", "interleaved-3:settle=1", "refinement-2", "chunked-3", "sequential",
     "settled-0", "settled-2", "interleaved-2:weights=0/1", "refinement-1:detach",

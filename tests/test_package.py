@@ -168,3 +168,24 @@ def test_snippets_run(page: str, demo_run):
             exec(compile(block, page, "exec"), names)
         if server is not None:
             names["client"].close()  # else the socket is found open in a later test
+
+
+# How tests and CI are arranged.
+
+
+def test_tests_stand_in_the_rooms_of_the_package():
+    rooms = {p.name for p in (ROOT / "lrt").iterdir() if p.is_dir()}
+    tested = {p.parent.name for p in (ROOT / "tests").rglob("test_*.py")} - {"tests"}
+    assert tested <= rooms, f"no such room in lrt/: {tested - rooms}"
+
+
+def test_public_ci_runs_what_a_submission_must_pass():
+    import yaml
+
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_memory_that_nobody_has_written_is_nan_in_tests():
+    assert torch.empty(64).isnan().all()

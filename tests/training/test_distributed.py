@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import ALL_REDUCE, BEGUN, COUNTED, DDP, FSDP, GATHER, LAYERS, REDUCE, runs
-from helpers import config, events
+from helpers import CODE, config, events
 
 from lrt.config.run import RunConfig
 from lrt.model.transformer import LRT
@@ -22,7 +22,6 @@ from lrt.training import checkpoint
 from lrt.training.logging import Jsonl
 from lrt.training.trainer import train
 
-TEXT = "".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400))
 PATIENCE = 900
 """Seconds: the machine may be busy."""
 
@@ -54,7 +53,7 @@ def single(chosen: RunConfig, run: Path, **options) -> list[dict]:
 def folder(tmp_path_factory) -> Path:
     """Everything that two processes computed, and one alone beside it (`one-NAME`)."""
     folder = tmp_path_factory.mktemp("distributed")
-    (folder / "text.py").write_text(TEXT, encoding="utf-8")
+    (folder / "text.py").write_text(CODE, encoding="utf-8")
     chosen = runs(folder / "text.py")
     for name, of in chosen.items():
         if name != "adam-reshard":  # the same training as adam-micro

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import events, tiny
-from test_distributed import PATIENCE, TEXT
+from helpers import CODE, events, tiny
+from test_distributed import PATIENCE
 
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import RunConfig
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 def home(tmp_path_factory) -> Path:
     """A text with its shards, and a whole training of twelve steps with a checkpoint after each third."""
     home = tmp_path_factory.mktemp("faults")
-    (home / "text.py").write_text(TEXT, encoding="utf-8")
+    (home / "text.py").write_text(CODE, encoding="utf-8")
     recorded(small(home), home / "whole")
     return home
 

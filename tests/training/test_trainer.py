@@ -6,11 +6,10 @@ import json
 import math
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import events, tiny
+from helpers import CODE, events, tiny
 
 from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
 from lrt.config.run import RunConfig
@@ -19,15 +18,6 @@ from lrt.schedule import Curriculum, Schedule
 from lrt.training import checkpoint
 from lrt.training.logging import Jsonl
 from lrt.training.trainer import horizon, train
-
-TEXT = "".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "text.py"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("base", [cpu_demo, cpu_demo_paper, cpu_demo_plain])
@@ -176,7 +166,7 @@ def test_resume_refuses_other_data(source, tmp_path):
     config = tiny(cpu_demo(), source, steps=2)
     train(config, tmp_path / "run")
     other = tmp_path / "other.py"
-    other.write_text(TEXT.upper(), encoding="utf-8")
+    other.write_text(CODE.upper(), encoding="utf-8")
     with pytest.raises(ValueError, match="other tokens"):
         train(replace(config, data=replace(config.data, source=str(other))), tmp_path / "run", resume=True)
 
@@ -215,14 +205,3 @@ def test_what_serves_nothing_is_refused_before_anything_is_written(base, schedul
     with pytest.raises(ValueError, match=names) as error:
         train(tiny(base(), source, schedule=schedule, **options), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_golden_loss(source, tmp_path):
-    """The loss after 12 steps, written down once: a change of mathematics or of data order shows here."""
-    config = tiny(cpu_demo(), source, steps=12, log_every=12)
-    run = tmp_path / "run"
-    train(config, run, sinks=[Jsonl(run / "metrics.jsonl")])
-    assert events(run, "train")[-1]["loss"] == pytest.approx(GOLDEN, abs=2e-3)
-
-
-GOLDEN = 2.9653
