@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
