@@ -21,12 +21,14 @@ from lrt.model.run_passes import run_passes
 from lrt.model.transformer import LRT
 from lrt.schedule import Pass, Schedule, check
 
+MEMORY = ("projection", "source", "gate_width", "residual", "shift", "start", "blocks")
+
 
 def config(**overrides) -> ModelConfig:
     """A 3-layer model that exercises everything: grouped queries, a window, value embeddings, a middle source layer."""
     memory = MemoryConfig(
         **{"projection": "layerwise", "source": 2, "gate_width": 7}
-        | {k: overrides.pop(k) for k in ("projection", "source", "gate_width", "residual") if k in overrides}
+        | {k: overrides.pop(k) for k in MEMORY if k in overrides}
     )
     full = {
         "depth": 3, "width": 24, "heads": 4, "kv_heads": 2, "context": 64, "vocab_size": 19, "bos": 0,
@@ -53,7 +55,13 @@ QWEN = BackboneConfig(
 OTHER = BackboneConfig(
     head_width=4, mlp_width=10, biases="all", qk_norm="none", rope=RopeScaling(kind="linear", factor=2.5)
 )
+SHIFT = config(source=0, projection="shared")
+"""A token shift without recurrence."""
+BOTH = config(shift=True, source=3)
+"""A token shift beside the recurrence, a W_K, W_V and gamma each."""
 CORNERS = [
+    SHIFT,
+    BOTH,
     config(source=3),
     config(depth=2, loops=2, source=3),
     config(source=1, residual=False, residual_scalars=False, softcap=None, gate_width=None, value_embeddings="all"),
@@ -61,6 +69,13 @@ CORNERS = [
     config(backbone=LLAMA, source=3, softcap=None, residual_scalars=False, value_embeddings="none"),
     config(backbone=QWEN, projection="shared", softcap=None, residual_scalars=False),
     config(backbone=OTHER, source=3, window_pattern="L"),
+    config(source=0, backbone=QWEN, residual_scalars=False),
+    config(shift=True, source=3, depth=2, loops=2),
+    config(shift=True, projection="shared"),
+    config(shift=True, source=3, residual_scalars=False, value_embeddings="all"),
+    config(shift=True, projection="none", source=0.34, softcap=None, backbone=LLAMA, value_embeddings="none"),
+    config(blocks=(2, 3), source=3, projection="shared", depth=4),
+    config(blocks=(2, 2), shift=True, window_pattern="L"),
     replace(config(), memory=MEMORY_OFF),
 ]
 """What the variants leave out: every option at another value, and no memory at all."""
@@ -79,6 +94,7 @@ def label(cfg: ModelConfig) -> str:
     m = cfg.memory
     options = [f"kv{cfg.k}", cfg.window_pattern, cfg.value_embeddings, m.projection, "residual" if m.residual else "-"]
     back = {id(LLAMA): "llama", id(QWEN): "qwen", id(OTHER): "other"}.get(id(cfg.backbone), "nanochat")
+    options += ["shift"] * m.shift + [f"blocks{m.blocks}" if m.blocks else ""]
     return "/".join([*options, f"source{cfg.source}", back])
 
 
@@ -158,9 +174,10 @@ def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[T
     for p in run:
         before, logits = list(memory), []
         for t in p.positions:
-            reads = zero if t == 0 or row[t] == c.bos else before[t - 1]
+            first = t == 0 or row[t] == c.bos
+            reads, token_before = (zero, None) if first else (before[t - 1], row[t - 1])
             seen = [layer[:t] for layer in past]
-            x, memory[t] = _token(w, c, row[t], t, reads, seen)
+            x, memory[t] = _token(w, c, row[t], token_before, t, reads, seen)
             for layer, extended in zip(past, seen, strict=True):
                 layer[t] = extended[t]
             logits.append(_logits(w, c, x))

@@ -154,7 +154,8 @@ def activations(model: ModelConfig, passes: Passes, recompute: bool) -> float:
         n, alone = len(p.positions), causal(p)
         if not p.grad:
             continue
-        pair = 2 * kv if i > 0 and model.memory.projection == "layerwise" else 0
+        pairs = (model.memory.recurrent and i > 0) + model.memory.shifted
+        pair = 2 * kv * pairs if model.memory.projection == "layerwise" else 0
         keys = n if alone else min(length, p.positions[-1] + 1)  # a strided pass joins its keys with the buffer's
         block = n * (WIDTHS * d + GATED * kv * gated + pair) + 2 * kv * keys
         total += model.depth * (n * (d + 2 * kv) if recompute else block) + EDGES * d * n
@@ -179,7 +180,8 @@ def step_flops(config: RunConfig, passes: Passes, devices: int, mode: Parallelis
 def muon_flops(model: ModelConfig) -> float:
     """FLOPs of orthogonalising every matrix of the blocks once: per round two products of m x m with m x M, one m^3."""
     d, kv = model.d, model.k * model.e
-    pairs = {"none": 0, "shared": 1, "layerwise": model.depth}[model.memory.projection]
+    reading = sum(map(model.reads_memory, range(model.depth)))
+    pairs = {"none": 0, "gates": 0, "shared": 1, "layerwise": reading}[model.memory.projection] * model.memory.sources
     shapes: list[tuple[int, int, int]] = [(2 * model.depth, d, d), (2 * (model.depth + pairs), kv, d)]
     shapes.append((2 * model.depth, d, 4 * d))
     return Muon.ROUNDS * sum(n * (4 * a * a * b + 2 * a**3) for n, a, b in shapes)

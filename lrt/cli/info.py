@@ -42,7 +42,7 @@ def _info_text(flags: InfoFlags, facts: dict) -> str:
     m, p = flags.model, facts["parameters"]
     total, without = p["total"], p["total"] - p["memory"]
     shape = f"{flags.recipe}: depth {m.depth}, width {m.d}, {m.h} heads ({m.k} key/value), vocabulary {m.vocab_size}"
-    lines = [shape, f"memory: {m.memory.projection} projections, source block {m.source}", ""]
+    lines = [shape, f"memory: {m.memory_text}", ""]
     lines += [f"{name:<18}{n:>16,}" for name, n in p.items()]
     lines.append(f"{'without memory':<18}{without:>16,}  ({without / 1e9:.3f} B)")
     lines.append(f"{'memory adds':<18}{facts['memory_overhead']:>16.3%}  ({total / 1e9:.3f} B)")

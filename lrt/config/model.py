@@ -13,6 +13,7 @@ MLPKind = Literal["relu2", "swiglu"]
 Biases = Literal["none", "qkv", "attention", "all"]
 QKNorm = Literal["none", "before", "after"]
 RopeKind = Literal["none", "linear", "llama3"]
+MemoryStart = Literal["uniform", "zero"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -35,18 +36,51 @@ class MemoryConfig:
     `gates` has the gates alone, as if the memory were always zero: the control of what gating does by itself."""
     residual: bool = True
     """ResidualInjection: add gamma_l m_{t-1} to the stream before every block."""
-    source: int | None = None
-    """Block (1..L) after which the memory is taken; none means the last one, L."""
+    source: int | float | None = None
+    """Block (1..L) after which the memory is taken; none means the last one, L; a fraction between 0 and 1 means that
+    share of L. 0 is the token shift: the memory is RMSNorm of the previous token's embedding, without recurrence."""
+    shift: bool = False
+    """Read the previous token's embedding beside the recurrent memory, by a W_K, W_V and gamma of its own."""
+    start: MemoryStart = "uniform"
+    """Where W_K and W_V start: `uniform`, as the other matrices, or `zero`."""
+    blocks: tuple[int, int] | None = None
+    """First and last block (1..depth) that read memory; the others have neither gates, projections nor gamma. None
+    means all."""
     gate_width: int | None = None
     """Channels of the attention input that the gates read; none means all of them."""
 
     def __post_init__(self) -> None:
         require_choice("model.memory.projection", self.projection, Projection)
+        require_choice("model.memory.start", self.start, MemoryStart)
+        share = self.source
+        require(
+            not isinstance(share, float) or 0 < share < 1,
+            f"model.memory.source is {share}; write a whole number for a block, or a fraction between 0 and 1",
+        )
+        twice = "model.memory.shift with source 0 would read the previous token's embedding twice; leave one out"
+        require(not (self.shift and self.source == 0), twice)
+        nothing = "model.memory.shift reads nothing without projections and residual; set one of them"
+        require(self.on or not self.shift, nothing)
 
     @property
     def on(self) -> bool:
         """Whether the model reads any memory at all."""
         return self.projection in ("shared", "layerwise") or self.residual
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it reads what a block computed at the previous position: then a parallel pass is not exact."""
+        return self.on and self.source != 0
+
+    @property
+    def shifted(self) -> bool:
+        """Whether it reads the previous token's embedding, which every pass knows."""
+        return self.on and (self.shift or self.source == 0)
+
+    @property
+    def sources(self) -> int:
+        """Memories that are read: each has a W_K, W_V and gamma of its own."""
+        return self.recurrent + self.shifted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +203,14 @@ class ModelConfig:
         require(soft, f"model.softcap is {self.softcap}; it must be positive or none")
         require(0 < self.rope_theta < math.inf, f"model.rope_theta is {self.rope_theta}; it must be positive")
         require_choice("model.value_embeddings", self.value_embeddings, ValueEmbeddings)
-        source, gates = self.memory.source, self.memory.gate_width
+        source, gates, blocks = self.memory.source, self.memory.gate_width, self.memory.blocks
         require(
-            source is None or 1 <= source <= self.layers,
-            f"model.memory.source is block {source}; this model has blocks 1..{self.layers}",
+            source is None or 0 <= source <= self.layers,
+            f"model.memory.source is block {source}; this model has blocks 1..{self.layers}, and 0 is the token shift",
+        )
+        require(
+            blocks is None or 1 <= blocks[0] <= blocks[1] <= self.depth,
+            f"model.memory.blocks is {blocks}; give the first and the last block, within 1..{self.depth}",
         )
         require(
             gates is None or 1 <= gates <= width,
@@ -212,13 +250,32 @@ class ModelConfig:
 
     @property
     def source(self) -> int:
-        """Block whose output is the memory, 1..L, loops counted."""
-        return self.memory.source or self.layers
+        """Block whose output is the memory, 1..L, loops counted; 0 for the token shift."""
+        chosen = self.memory.source
+        if isinstance(chosen, float):
+            return max(1, math.floor(chosen * self.layers + 0.5))
+        return self.layers if chosen is None else chosen
 
     @property
     def gate_width(self) -> int:
         """Channels the gates read, G."""
         return self.memory.gate_width or self.d
+
+    def reads_memory(self, block: int) -> bool:
+        """Whether block `block` (0-based, of the stack) reads memory."""
+        first, last = self.memory.blocks or (1, self.depth)
+        return first <= block + 1 <= last
+
+    @property
+    def memory_text(self) -> str:
+        """The memory in words, for people."""
+        m = self.memory
+        if not m.on:
+            return "none"
+        recurrent = [f"source block {self.source}"] if m.recurrent else []
+        shift = ["the previous token's embedding (token shift)"] if m.shifted else []
+        window = "" if m.blocks is None else f", read by blocks {m.blocks[0]}..{m.blocks[1]}"
+        return f"{m.projection} projections, {' and '.join(recurrent + shift)}{window}"
 
     def windows(self) -> tuple[int | None, ...]:
         """The window of every layer: positions seen including the current one, or None for all of them."""

@@ -32,6 +32,13 @@ def cpu_demo_paper() -> RunConfig:
     return replace(base, name="cpu_demo_paper", model=replace(base.model, memory=PAPER_MEMORY), train=train)
 
 
+def cpu_demo_shift() -> RunConfig:
+    """The demo model with a token shift in place of the recurrence: one pass, ordinary cost."""
+    base = cpu_demo()
+    model = replace(base.model, memory=MemoryConfig(projection="shared", source=0, start="zero"))
+    return replace(base, name="cpu_demo_shift", model=model, train=replace(base.train, schedule="parallel"))
+
+
 def cpu_demo_plain() -> RunConfig:
     """The demo model without memory."""
     base = cpu_demo()
@@ -83,7 +90,7 @@ def d24_paper() -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    f.__name__: f for f in (cpu_demo, cpu_demo_paper, cpu_demo_plain, d4, d8, d12, d20_paper, d24_paper)
+    f.__name__: f for f in (cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift, d4, d8, d12, d20_paper, d24_paper)
 }
 
 

@@ -235,12 +235,12 @@ def require_sense(config: RunConfig) -> None:
 
     Asked where a training begins, not where a configuration is read: what was trained stays readable.
     """
-    t, memory = config.train, config.model.memory.on
+    t, memory = config.train, config.model.memory.recurrent
     runs = [(drawn, drawn.passes(t.length)) for drawn, _ in Curriculum.parse(t.schedule).shares()]
     for drawn, passes in runs:
         require(
             memory or token_forwards(passes, t.length) <= 1,
-            f"the passes of {drawn} repeat one another: the model reads no memory; set train.schedule to parallel",
+            f"the passes of {drawn} repeat one another: the model has no recurrence; set train.schedule to parallel",
         )
         require(passes[-1].weight > 0, f"the last pass of {drawn} has no loss and serves nothing; give it a weight")
     require(
@@ -290,12 +290,17 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Biases": (str,),
     "QKNorm": (str,),
     "RopeKind": (str,),
+    "MemoryStart": (str,),
 }
+_PAIRS: dict[str, tuple[type, ...]] = {"tuple[float, float]": (int, float), "tuple[int, int]": (int,)}
 
 
 def _check_type(where: str, value: Any, annotation: str) -> None:
-    if annotation == "tuple[float, float]":
-        fits = isinstance(value, tuple) and len(value) == 2 and all(type(x) in (int, float) for x in value)
+    pair = annotation.removesuffix(" | None")
+    if pair in _PAIRS and (value is not None or pair == annotation):
+        fits = isinstance(value, tuple) and len(value) == 2 and all(type(x) in _PAIRS[pair] for x in value)
+    elif pair in _PAIRS:
+        fits = True
     else:
         kinds = sum((_TYPES[part.strip()] for part in annotation.split("|")), ())
         fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)

@@ -171,8 +171,8 @@ def _scores(model: LRT, schedule: Schedule, rows: Rows) -> _Scores:
 
 @torch.no_grad()
 def sweep_residuals(model: LRT, tokens: TokensBN, starts: Tensor | None, sweeps: int = SWEEPS) -> list[float]:
-    """Largest relative change of any row's and position's memory in each Jacobi sweep; empty without memory."""
-    if not model.config.memory.on:
+    """Largest relative change of any row's and position's memory in each Jacobi sweep; empty without recurrence."""
+    if not model.config.memory.recurrent:
         return []
     full = range(tokens.shape[1])
     found: list[float] = []

@@ -32,9 +32,9 @@ def layerwise(model: LRT) -> LRT:
     if config.memory.projection == "shared":
         config = replace(config, memory=replace(config.memory, projection="layerwise"))
     copy, weights = LRT.build(config, model.device).to(model.stream_dtype), dict(model.state_dict())
-    for name in [name for name in weights if name.startswith("projection.")]:
+    for name in [name for name in weights if name.startswith(("projection.", "shift_projection."))]:
         shared = weights.pop(name)
-        weights |= {f"blocks.{i}.attention.{name}": shared for i in range(config.depth)}
+        weights |= {f"blocks.{i}.attention.{name}": shared for i in range(config.depth) if config.reads_memory(i)}
     copy.load_state_dict(weights)
     return copy.eval()
 
@@ -45,13 +45,16 @@ def _blocks(model: LRT) -> list[Block]:
 
 def switches(model: LRT) -> dict[str, list[Tensor]]:
     """Weights (or parts of them) that are zeroed to switch something off, by what that is. `model` is `layerwise`."""
-    found: dict[str, list[Tensor]] = {"all memory": [], "ResidualInjection": [], "KVProjection": []}
+    found: dict[str, list[Tensor]] = {"all memory": [], "ResidualInjection": [], "KVProjection": [], "token shift": []}
     for i, block in enumerate(_blocks(model), 1):
-        gamma = [block.injection.gamma.data] if block.injection.gamma is not None else []
-        projection = block.attention.projection
-        matrices = [projection.key.weight.data, projection.value.weight.data] if projection is not None else []
+        injection, attention = block.injection, block.attention
+        gammas = [injection.gamma, injection.shift_gamma]
+        projections = [attention.projection, attention.shift_projection]
+        pairs = [[p.key.weight.data, p.value.weight.data] if p is not None else [] for p in projections]
+        gamma, matrices = [g.data for g in gammas if g is not None], pairs[0] + pairs[1]
         found["ResidualInjection"] += gamma
         found["KVProjection"] += matrices
+        found["token shift"] += pairs[1] + ([gammas[1].data] if gammas[1] is not None else [])
         found[f"layer {i}"] = gamma + matrices
         for head in range(model.config.k if matrices else 0):
             rows = slice(head * model.config.e, (head + 1) * model.config.e)
@@ -106,7 +109,12 @@ def _keeper(kept: list[Tensor]) -> Any:
 
 
 def influence(model: LRT, rows: Rows, reach: int = REACH) -> list[float]:
-    """Norm of the gradient of the last position's loss with respect to m_{t-k}, k = 1.., mean over rows; exact."""
+    """Norm of the gradient of the last position's loss with respect to m_{t-k}, k = 1.., mean over rows; exact.
+
+    Empty without recurrence.
+    """
+    if not model.config.memory.recurrent:
+        return []
     tokens, targets = rows.tokens[:, : 2 * reach], rows.targets[:, : 2 * reach]
     with torch.enable_grad():
         passes = Schedule.parse("sequential").passes(tokens.shape[1])
@@ -127,7 +135,12 @@ def contraction(residuals: Sequence[float]) -> float:
 
 @torch.no_grad()
 def norms(model: LRT, rows: Rows) -> dict[str, float]:
-    """Root mean square of the stream that the memory is normalised from, by position in doubling buckets; decoded."""
+    """Root mean square of the stream that the memory is normalised from, by position in doubling buckets; decoded.
+
+    Empty without recurrence.
+    """
+    if not model.config.memory.recurrent:
+        return {}
     passes, length = Schedule.parse("sequential").passes(rows.tokens.shape[1]), rows.tokens.shape[1]
     loop, block = divmod(model.config.source - 1, model.config.depth)
     streams: list[Tensor] = []
@@ -157,11 +170,11 @@ def analyse(model: LRT, rows: Rows) -> dict[str, Any]:
 def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
     """The findings as tables under headings."""
     layers = [
-        [str(i), *(f"{s[n]:.3f}" if n in s else "" for n in ("alpha", "beta", "gamma"))]
+        [str(i), *(f"{s[n]:.3f}" if n in s else "" for n in ("alpha", "beta", "gamma", "shift_gamma"))]
         + [" ".join(f"{x:.2f}" for x in g.get(n, [])) for n in ("local", "memory", "value")]
         for i, (s, g) in enumerate(zip(found["scalars"], found["gates"], strict=True), 1)
     ]
-    header = ["layer", "alpha", "beta", "gamma", "local gates by head", "memory gates", "value gates"]
+    header = ["layer", "alpha", "beta", "gamma", "shift gamma", "local gates by head", "memory gates", "value gates"]
     changes = [[name, f"{x:+.4f}"] for name, x in found["ablations"].items() if name != "loss"]
     whole = f"nats per token more than {found['ablations']['loss']:.4f}"
     reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(found["influence"], 1)]

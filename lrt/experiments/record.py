@@ -44,6 +44,8 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
         "seed": t.seed,
         "schedule": t.schedule,
         "projection": model.config.memory.projection,
+        "source": model.config.source if model.config.memory.on else None,
+        "shift": model.config.memory.shifted,
         "parameters": sum(parameters_by_group(model.config).values()),
         "memory_parameters": parameters_by_group(model.config)["memory"],
         "scaling_parameters": scaling,

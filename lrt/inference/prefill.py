@@ -80,7 +80,7 @@ def _chunk(model: LRT, tokens: TokensBN, count: Tensor, cache: KVCache, plan: Pr
     begin, sweeps, residual = torch.zeros_like(count), 0, 0.0
     for group in _sweeps(model, tokens, count, cache, plan) if plan.stride else ():
         hidden[group.rows] = group.hidden.to(hidden.dtype)
-        cache = cache.commit(group.buffer, group.rows, group.taken)
+        cache = cache.commit(group.buffer, tokens[group.rows], group.rows, group.taken)
         begin[group.rows] = group.taken
         sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
     cache = _recur(model, tokens, begin, count, cache, hidden)
@@ -99,7 +99,7 @@ def _sweeps(model: LRT, tokens: TokensBN, count: Tensor, cache: KVCache, plan: P
         buffer = _sweep(model, here, passes, buffer)
         new = buffer.memory(range(1, n + 1))
         assert new is not None
-        known = exact_prefix(passes, n, known) if model.config.memory.on else n
+        known = exact_prefix(passes, n, known) if model.config.memory.recurrent else n
         change = change_of(old, new, wanted)
         settled = (change <= plan.tolerance) | (wanted <= known)
         leaving = settled if number < plan.max_sweeps else torch.ones_like(settled)
@@ -163,7 +163,8 @@ def one_token(model: LRT, tokens: Tensor, view: KVCache, active: Tensor | None) 
 
     Returns the head's input [B, D], the rows' memories [B, D] and their lengths [B].
     """
-    written = model(tokens[:, None], view.past(), view.memory[:, None], model.starts(tokens[:, None]))
+    starts, previous = model.starts(tokens[:, None]), view.last_token[:, None]
+    written = model(tokens[:, None], view.past(), view.memory[:, None], starts, previous)
     assert written.hidden is not None
     memory, length = written.source[:, 0].to(view.memory.dtype), view.length + 1
     if active is not None:
@@ -191,7 +192,7 @@ def compiled() -> OneToken:
     def marked(model: LRT, tokens: Tensor, view: KVCache, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         for x in (*view.keys, *view.values):
             torch._dynamo.maybe_mark_dynamic(x, 2)
-        rows = (tokens, *view.keys, *view.values, view.memory, view.length, *(() if active is None else (active,)))
+        rows = (tokens, *view.keys, *view.values, *view.per_row(), *(() if active is None else (active,)))
         for x in rows if len(tokens) > 1 else ():
             torch._dynamo.maybe_mark_dynamic(x, 0)
         return run(model, tokens, view, active)
@@ -212,7 +213,9 @@ def advance(
         if (reached >= cache.capacity).any():
             raise ValueError(f"the state is full: its capacity is {cache.capacity} tokens; give it a larger one")
     out, memory, length = run(model, tokens, cache.view(), active)
-    return out, cache._replace(memory=memory, length=length, longest=min(cache.longest + 1, cache.capacity))
+    last = tokens if active is None else torch.where(active, tokens, cache.last_token)
+    longest = min(cache.longest + 1, cache.capacity)
+    return out, KVCache(cache.keys, cache.values, memory, length, last, longest)
 
 
 def total(parts: list[tuple[int, Effort]]) -> Effort:

@@ -32,7 +32,7 @@ class Conversion:
     """Memory to add to a model without: residual injection alone, or with shared or layerwise projections too. `keep`:
     what the source has, which for another family is none."""
     memory_source: int | None = None
-    """Block (1..L) after which the memory is taken; none means the last one."""
+    """Block (1..L) after which the memory is taken; none means the last one, 0 the token shift."""
     start: Start = "zero"
     """Projections and gamma at 0: the function is unchanged, exactly; `small`: random, `copy`: those of the layer's own
     keys and values, both at `start-scale`, and gamma at it: the function is nearly unchanged."""
@@ -117,9 +117,9 @@ def add_memory(model: LRT, weights: dict[str, Tensor], start: Start, scale: floa
 
 def _local(name: str, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
     """The layer's own matrix that a memory projection starts from; for shared ones, the mean over layers."""
+    kind = name.partition("projection.")[2]
     if name.startswith("blocks."):
-        return weights[name.replace("projection.", "")]
-    kind = name.removeprefix("projection.")
+        return weights[f"{name.partition('.attention.')[0]}.attention.{kind}"]
     return torch.stack([weights[f"blocks.{i}.attention.{kind}"] for i in range(config.depth)]).mean(0)
 
 

@@ -70,7 +70,7 @@ def _seen(positions: range, window: int | None) -> int:
 def forward_flops(config: ModelConfig, positions: range, *, memory: bool, top: bool = True, head: bool = True) -> int:
     """FLOPs of one forward over `positions` of one row: 2 per weight and token, 4 E per query head and visible key.
 
-    Elementwise work (norms, rotary, softmax) is left out, as is customary. `memory`: whether the pass reads any;
+    Elementwise work (norms, rotary, softmax) is left out, as is customary. `memory`: whether recurrent memory is read;
     `top`: whether it runs the blocks above the source; `head`: whether it makes logits.
     """
     d, kv, n = config.d, config.k * config.e, len(positions)
@@ -79,9 +79,12 @@ def forward_flops(config: ModelConfig, positions: range, *, memory: bool, top: b
     weights = blocks * d * (2 * inner + 2 * kv + hidden)
     projection = config.memory.projection
     if projection != "none":
-        rows = sum(3 if config.has_value_embedding(i % config.depth) else 2 for i in range(blocks))
+        reading = [i % config.depth for i in range(blocks) if config.reads_memory(i % config.depth)]
+        rows = sum(3 if config.has_value_embedding(i) else 2 for i in reading)
         weights += rows * config.k * config.gate_width
-        weights += 2 * d * kv * (1 if projection == "shared" else blocks) if memory else 0
+        read = (memory and config.memory.recurrent) + config.memory.shifted
+        pairs = {"gates": 0, "shared": 1, "layerwise": len(reading)}[projection]
+        weights += 2 * d * kv * pairs * read
     weights += d * config.vocab_size if head else 0
     keys = sum(_seen(positions, window) for window in config.windows()[:blocks])
     return 2 * weights * n + 4 * inner * keys
@@ -91,7 +94,7 @@ def passes_flops(config: ModelConfig, passes: Passes) -> int:
     """FLOPs of a list of passes over one row, every pass counted, backward as twice the forward."""
     total = 0
     for i, (p, early) in enumerate(zip(passes, memory_only(passes), strict=True)):
-        reads = config.memory.on and i > 0
+        reads = config.memory.recurrent and i > 0
         once = forward_flops(config, p.positions, memory=reads, top=not early, head=p.weight > 0)
         total += once * round(BACKWARD) if p.grad else once
     return total
@@ -113,8 +116,8 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int
 
 
 def memory_bytes(config: ModelConfig, bytes_per_number: int = 2) -> int:
-    """Bytes of the memory per sequence: one vector of width D."""
-    return config.d * bytes_per_number if config.memory.on else 0
+    """Bytes of the memory per sequence: one vector of width D; of a token shift, the last token (8 bytes)."""
+    return config.d * bytes_per_number * config.memory.recurrent + 8 * config.memory.shifted
 
 
 def describe(config: ModelConfig, length: int, schedules: Iterable[str]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The decoder's state: preallocated keys and values, one memory vector per row; a value that goes in and comes out.
+"""The decoder's state: preallocated keys and values, memory and last token of each row; it goes in and comes out.
 
 Rows stand at lengths of their own, so they can join (`put`), leave, wait (`step(active=..)`) and be forked (`take`)
 between steps. The tensors of keys and values are filled in place; everything else is replaced.
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrt.model.shapes import HeadsBKNE, PositionsN
+from lrt.model.shapes import HeadsBKNE, PositionsN, TokensBN
 from lrt.model.state import Buffer, History, Past
 from lrt.model.transformer import LRT
 
@@ -63,6 +63,8 @@ class KVCache(NamedTuple):
     """m of each row's last token, [B, D]; zero before the first."""
     length: Tensor
     """Tokens each row has seen, int64 [B]; the next token's position."""
+    last_token: Tensor
+    """The newest of them, int64 [B]: what the token shift reads next; negative before the first."""
     longest: int = 0
     """Upper bound of `length` that the host knows without asking the device."""
 
@@ -75,7 +77,12 @@ class KVCache(NamedTuple):
             tuple(like.new_zeros((rows, c.k, r, c.e), dtype=model.stream_dtype) for r in sizes) for _ in range(2)
         )
         memory = like.new_zeros((rows, c.d), dtype=model.stream_dtype)
-        return KVCache(keys, values, memory, torch.zeros(rows, dtype=torch.int64, device=like.device))
+        length = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        return KVCache(keys, values, memory, length, length - 1)
+
+    def per_row(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a row holds beside keys and values: memory, length, last token."""
+        return self.memory, self.length, self.last_token
 
     @property
     def rows(self) -> int:
@@ -110,14 +117,15 @@ class KVCache(NamedTuple):
             return Buffer()
         seen = self.view()
         held = per_size(seen.keys, lambda r: positions_held(self.length, r))
-        return Buffer(history=History(self.length, self.memory, list(zip(seen.keys, seen.values, held, strict=True))))
+        layers = list(zip(seen.keys, seen.values, held, strict=True))
+        return Buffer(history=History(self.length, self.memory, self.last_token, layers))
 
-    def commit(self, buffer: Buffer, rows: Tensor, count: Tensor) -> KVCache:
+    def commit(self, buffer: Buffer, tokens: TokensBN, rows: Tensor, count: Tensor) -> KVCache:
         """Take in what passes wrote: the first `count[i]` positions of the buffer's row i go to row `rows[i]`.
 
-        Both are int64 [b]. Keys and values are filled in place.
+        Both are int64 [b]; `tokens` [b, n] are those of the buffer's rows. Keys and values are filled in place.
         """
-        memory, length = self.memory.clone(), self.length.clone()
+        memory, length, last_token = (x.clone() for x in self.per_row())
         for at, w in buffer.segments:
             offset = torch.arange(at.start, at.stop, at.step, device=count.device)
             last = offset == count[:, None] - 1
@@ -128,7 +136,9 @@ class KVCache(NamedTuple):
                 here, there, slot = places
                 mine[rows[here], :, slot] = new[here, :, there].to(mine.dtype)
         length[rows] += count
-        return self._replace(memory=memory, length=length, longest=int(length.max()))
+        newest = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
+        last_token[rows] = torch.where(count > 0, newest, last_token[rows])
+        return self._replace(memory=memory, length=length, last_token=last_token, longest=int(length.max()))
 
     def _places(self, offset: Tensor, rows: Tensor, count: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which of the positions `offset` [n] a layer of `slots` slots keeps: row, index into `offset`, slot."""
@@ -141,26 +151,29 @@ class KVCache(NamedTuple):
         if n == self.rows:
             return self
         keys, values = (tuple(x[:n] for x in xs) for xs in (self.keys, self.values))
-        return self._replace(keys=keys, values=values, memory=self.memory[:n], length=self.length[:n])
+        memory, length, last_token = (x[:n] for x in self.per_row())
+        return KVCache(keys, values, memory, length, last_token, self.longest)
 
     def with_first(self, part: KVCache) -> KVCache:
         """This state after a step of `first(n)` has made `part`."""
         n = part.rows
         if n == self.rows:
             return part
-        memory, length = torch.cat((part.memory, self.memory[n:])), torch.cat((part.length, self.length[n:]))
-        return self._replace(memory=memory, length=length, longest=part.longest)
+        pairs = zip(part.per_row(), self.per_row(), strict=True)
+        memory, length, last_token = (torch.cat((new, old[n:])) for new, old in pairs)
+        return KVCache(self.keys, self.values, memory, length, last_token, part.longest)
 
     def clear(self, row: int) -> KVCache:
         """This state with one row empty; its slots are not touched: nobody sees what they hold."""
-        memory, length = self.memory.clone(), self.length.clone()
-        memory[row], length[row] = 0, 0
-        return self._replace(memory=memory, length=length)
+        memory, length, last_token = (x.clone() for x in self.per_row())
+        memory[row], length[row], last_token[row] = 0, 0, -1
+        return self._replace(memory=memory, length=length, last_token=last_token)
 
     def take(self, rows: Tensor) -> KVCache:
         """An independent copy whose row i is this state's row `rows[i]`: n samples from one prompt, or a kept state."""
         keys, values = (tuple(x[rows] for x in xs) for xs in (self.keys, self.values))
-        return self._replace(keys=keys, values=values, memory=self.memory[rows], length=self.length[rows])
+        memory, length, last_token = (x[rows] for x in self.per_row())
+        return KVCache(keys, values, memory, length, last_token, self.longest)
 
     def put(self, rows: Tensor, other: KVCache) -> KVCache:
         """This state with row `rows[i]` replaced, in place, by row i of `other`, a state of the same capacity."""
@@ -170,14 +183,14 @@ class KVCache(NamedTuple):
                     f"a state of capacity {other.capacity} cannot join one of {self.capacity}: make both alike"
                 )
             mine[rows] = new
-        memory, length = self.memory.clone(), self.length.clone()
-        memory[rows], length[rows] = other.memory, other.length
-        return self._replace(memory=memory, length=length, longest=max(self.longest, other.longest))
+        pairs = zip(self.per_row(), other.per_row(), strict=True)
+        memory, length, last_token = (mine.index_copy(0, rows, new) for mine, new in pairs)
+        return KVCache(self.keys, self.values, memory, length, last_token, max(self.longest, other.longest))
 
     def save(self, path: Path | str) -> None:
         """Write the state, only the slots in use, as safetensors."""
         used = self.longest
-        tensors = {"memory": self.memory, "length": self.length}
+        tensors = {"memory": self.memory, "length": self.length, "last_token": self.last_token}
         for name, xs in (("keys", self.keys), ("values", self.values)):
             tensors |= {f"{name}.{i}": x[:, :, :used].contiguous() for i, x in enumerate(xs)}
         slots = json.dumps([x.shape[2] for x in self.keys])
@@ -198,7 +211,8 @@ class KVCache(NamedTuple):
         keys, values = (
             tuple(_refill(found[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
         )
-        return KVCache(keys, values, found["memory"], found["length"], int(about["longest"]))
+        last = found.get("last_token", torch.full_like(found["length"], -1))  # older files: no model read it
+        return KVCache(keys, values, found["memory"], found["length"], last, int(about["longest"]))
 
 
 def _refill(used: Tensor, slots: int) -> Tensor:

@@ -94,7 +94,7 @@ class ScheduledLoss(nn.Module):
         return LossOutput(loss, sums / counts[:-1], distance.detach(), passes)
 
     def _run(self, tokens: TokensBN, targets: TokensBN, starts: Tensor | None, passes: Passes) -> _Parts:
-        compared = rewriting(passes) if self.model.config.memory.on else [False] * len(passes)
+        compared = rewriting(passes) if self.model.config.memory.recurrent else [False] * len(passes)
         read = states_read(targets, starts) if any(compared) else None
         hidden, aims, memory_read = [], [], False
         before, distance = None, torch.zeros((), device=targets.device)

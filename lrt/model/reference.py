@@ -66,9 +66,10 @@ def reference(weights: dict[str, Tensor], config: ModelConfig, tokens: list[int]
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
     logits, memories, memory = [], [], torch.zeros(config.d, dtype=weights["embedding.weight"].dtype)
     for t, token in enumerate(tokens):
+        before = None if t == 0 or token == config.bos else tokens[t - 1]
         if token == config.bos:
             memory = torch.zeros_like(memory)
-        x, memory = _token(weights, config, token, t, memory, past)
+        x, memory = _token(weights, config, token, before, t, memory, past)
         logits.append(_logits(weights, config, x))
         memories.append(memory)
     return Trace(torch.stack(logits), torch.stack(memories))
@@ -82,19 +83,25 @@ def _logits(w: dict[str, Tensor], config: ModelConfig, x: Tensor) -> Tensor:
 
 
 def _token(
-    w: dict[str, Tensor], config: ModelConfig, token: int, t: int, memory: Tensor, past: list
+    w: dict[str, Tensor], config: ModelConfig, token: int, before: int | None, t: int, memory: Tensor, past: list
 ) -> tuple[Tensor, Tensor]:
-    back, written = config.backbone, memory
+    """The stream after the last block and m_t; `before` is the token at t-1, None at the start of a document."""
+    back = config.backbone
     x = w["embedding.weight"][token]
+    written = _norm(x, back.norm_eps)
+    shift = torch.zeros_like(x) if before is None else _norm(w["embedding.weight"][before], back.norm_eps)
+    read = {"": memory} if config.memory.source != 0 else {}
+    read |= {"shift_": shift} if config.memory.source == 0 or config.memory.shift else {}
     x = x0 = _norm(x, back.norm_eps) if back.embedding_norm else x
     for layer in range(config.layers):
         name = f"blocks.{layer % config.depth}."
         if config.residual_scalars:
             x = w[name + "injection.alpha"] * x + w[name + "injection.beta"] * x0
-        if config.memory.residual:
-            x = x + w[name + "injection.gamma"] * memory
+        for which, m in read.items():
+            if name + f"injection.{which}gamma" in w:
+                x = x + w[name + f"injection.{which}gamma"] * m
         a = _learned(w, name + "attention_norm", x, back.norm_eps)
-        x = x + _attention(w, config, layer % config.depth, a, token, t, memory, past[layer])
+        x = x + _attention(w, config, layer % config.depth, a, token, t, read, past[layer])
         a = _learned(w, name + "mlp_norm", x, back.norm_eps)
         up = _linear(w, name + "mlp.up", a)
         if back.mlp == "swiglu":
@@ -109,15 +116,18 @@ def _token(
 
 
 def _attention(
-    w: dict[str, Tensor], config: ModelConfig, layer: int, a: Tensor, token: int, t: int, memory: Tensor, past: list
+    w: dict[str, Tensor], config: ModelConfig, layer: int, a: Tensor, token: int, t: int, read: dict, past: list
 ) -> Tensor:
     name, e, heads = f"blocks.{layer}.attention.", config.e, config.k
     q, k, v = (_linear(w, name + part, a) for part in ("query", "key", "value"))
     embedded = w[name + "value_embedding.weight"][token] if config.has_value_embedding(layer) else torch.zeros_like(v)
-    mode = config.memory.projection
-    if mode != "none":
-        where = "projection." if mode == "shared" else name + "projection."
-        mk, mv = (w[where + f"{x}.weight"] @ memory if mode != "gates" else 0.0 for x in ("key", "value"))
+    mode, window = config.memory.projection, config.memory.blocks or (1, config.depth)
+    if mode != "none" and window[0] <= layer + 1 <= window[1]:
+        where, terms = "" if mode == "shared" else name, {} if mode == "gates" else read
+        mk, mv = (
+            sum((w[f"{where}{which}projection.{x}.weight"] @ m for which, m in terms.items()), torch.zeros_like(v))
+            for x in ("key", "value")
+        )
         g = 2 / (1 + torch.exp(-(w[name + "gate.weight"] @ a[: config.gate_width])))
         g = torch.cat((g, torch.ones(heads, dtype=g.dtype))).repeat_interleave(e).split(heads * e)
         k, v, embedded = g[0] * k + g[1] * mk, g[0] * v + g[1] * mv, g[2] * embedded

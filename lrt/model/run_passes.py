@@ -19,25 +19,25 @@ def run_passes(
     passes: Sequence[Pass],
     starts: Tensor | None = None,
     buffer: Buffer | None = None,
-    first: int = 0,
 ) -> Iterator[tuple[Pass, PassOutput, Buffer]]:
     """Run `passes` in order; yield each with what it wrote and the buffer after it.
 
     Args:
-        tokens: int64 [B, T]; column j stands at position `first + j`.
-        passes: over absolute positions in `first .. first + T - 1`.
+        tokens: int64 [B, T], at positions 0..T-1 (counted from where the buffer's history ends).
+        passes: over these positions.
         starts: boolean [B, T], True at the first token of a document, where the memory is reset.
-        buffer: what stands at earlier positions; empty by default.
+        buffer: what earlier passes have written, and what rows have seen before; empty by default.
     """
     buffer = buffer or Buffer()
+    previous = buffer.previous_tokens(tokens) if model.config.memory.shifted else None
     for p, stop_early in zip(passes, memory_only(passes), strict=True):
         at = p.positions
-        cut = slice(at.start - first, at[-1] + 1 - first, at.step)
-        reset = starts[:, cut] if starts is not None else None
+        cut = slice(at.start, at[-1] + 1, at.step)
+        reset, before = (x[:, cut] if x is not None else None for x in (starts, previous))
         blocks = model.config.source if stop_early else model.config.layers
         buffer, memory, past = _opened(buffer, p, blocks, tokens.device)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-            written = model(tokens[:, cut], past, memory, reset, top=not stop_early)
+            written = model(tokens[:, cut], past, memory, reset, before, top=not stop_early)
         buffer = buffer.write(at, written)
         yield p, written, buffer
         del written  # the next pass may rewrite it all: then it need not exist beside it

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.model.ops import split
-from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND
+from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
 from lrt.schedule import intersect, subtract
 
 
@@ -24,7 +24,7 @@ class PassOutput(NamedTuple):
     hidden: StreamBND | None
     """Normalised output of the last block, the head's input; None if the pass stopped at the source block."""
     source: StreamBND
-    """m_t, the memory these positions write: RMSNorm of the stream after the source block."""
+    """m_t, the memory these positions write: RMSNorm of the stream after the source block, of the embedding for 0."""
     keys: tuple[HeadsBKNE, ...]
     """Keys of every block that ran, rotated and normalised."""
     values: tuple[HeadsBKNE, ...]
@@ -79,13 +79,15 @@ class History(NamedTuple):
     """Positions each row has seen, int64 [B]: where its position 0 of the buffer really stands."""
     memory: Tensor
     """m of each row's last position, [B, D]; zero before the first."""
+    last_token: Tensor
+    """Token at each row's last position, int64 [B]; negative before the first."""
     layers: Sequence[tuple[HeadsBKNE, HeadsBKNE, PositionsN]]
     """Per block: keys and values [B, K, M, E] and their positions [B, M]."""
 
     def take(self, rows: Tensor) -> History:
         """The given rows alone, copied."""
         layers = [(k[rows], v[rows], at[rows]) for k, v, at in self.layers]
-        return History(self.length[rows], self.memory[rows], layers)
+        return History(self.length[rows], self.memory[rows], self.last_token[rows], layers)
 
 
 class Past(NamedTuple):
@@ -179,6 +181,11 @@ class Buffer:
         if len(parts) == 1 and len(parts[0][0]) == len(before):
             return parts[0][1]
         return _assemble(before, parts)
+
+    def previous_tokens(self, tokens: TokensBN) -> TokensBN:
+        """The token before each of `tokens` [B, T], which stand at positions 0..T-1; negative before the first."""
+        last = torch.full_like(tokens[:, 0], -1) if self.history is None else self.history.last_token
+        return torch.cat((last[:, None], tokens[:, :-1]), dim=1)
 
     def past(self, at: range, depth: int, device: torch.device) -> Past:
         """What a pass over `at` sees of the buffer: segments it does not itself rewrite, up to its last position.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,16 @@ from lrt.model.state import LayerPast, PassOutput, Past, Segments
 from lrt.utils.dtensor import fill, is_sharded
 
 Pair = tuple[Tensor, Tensor]
-"""Projected memory, (W_K m, W_V m), each [B, N, K, E]."""
+"""Projected memory, (W_K m, W_V m), each [B, N, K, E]; of two memories, the sum."""
+
+
+class Memories(NamedTuple):
+    """What a pass reads of the previous positions, [B, N, D] each; None: not read, or zero everywhere."""
+
+    recurrent: StreamBND | None = None
+    """m_{t-1} of the source block."""
+    shift: StreamBND | None = None
+    """RMSNorm of the embedding of token t-1."""
 
 
 class Norm(nn.Module):
@@ -56,21 +65,43 @@ class MemoryProjection(nn.Module):
         return self.key(memory).unflatten(-1, self.heads), self.value(memory).unflatten(-1, self.heads)
 
 
-class ResidualInjection(nn.Module):
-    """x <- alpha x + beta x0 + gamma m_{t-1}: learned scalars of one block; absent terms have no parameter."""
+def _projections(config: ModelConfig, wanted: bool) -> tuple[MemoryProjection | None, MemoryProjection | None]:
+    """W_K and W_V of the recurrent memory and of the shift, where there is one."""
+    memory = config.memory
+    recurrent = MemoryProjection(config) if wanted and memory.recurrent else None
+    return recurrent, MemoryProjection(config) if wanted and memory.shifted else None
 
-    def __init__(self, config: ModelConfig):
+
+def _projected(memories: Memories, projections: tuple[nn.Module | None, nn.Module | None]) -> Pair | None:
+    """The sum of the projected memories that are there."""
+    there = zip(projections, memories, strict=True)
+    pairs = [project(m) for project, m in there if project is not None and m is not None]
+    return (pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1]) if len(pairs) == 2 else pairs[0] if pairs else None
+
+
+class ResidualInjection(nn.Module):
+    """x <- alpha x + beta x0 + gamma m_{t-1}: learned scalars of one block; absent terms have no parameter.
+
+    A token shift has a gamma of its own, for the embedding of token t-1.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        memory, reads = config.memory, config.memory.residual and config.reads_memory(layer)
         self.alpha = nn.Parameter(torch.empty(())) if config.residual_scalars else None
         self.beta = nn.Parameter(torch.empty(())) if config.residual_scalars else None
-        self.gamma = nn.Parameter(torch.empty(())) if config.memory.residual else None
+        self.gamma = nn.Parameter(torch.empty(())) if reads and memory.recurrent else None
+        self.shift_gamma = nn.Parameter(torch.empty(())) if reads and memory.shifted else None
 
-    def forward(self, x: StreamBND, x0: StreamBND, memory: StreamBND | None) -> StreamBND:
+    def forward(self, x: StreamBND, x0: StreamBND, memories: Memories) -> StreamBND:
+        pairs = ((self.gamma, memories.recurrent), (self.shift_gamma, memories.shift))
+        added = [(gamma, m) for gamma, m in pairs if gamma is not None and m is not None]
         if self.alpha is None or self.beta is None:
-            return x if self.gamma is None or memory is None else torch.addcmul(x, self.gamma, memory)
-        if self.gamma is None or memory is None:
-            return weighted_sum((self.alpha, self.beta), (x, x0))
-        return weighted_sum((self.alpha, self.beta, self.gamma), (x, x0, memory))
+            for gamma, m in added:
+                x = torch.addcmul(x, gamma, m)
+            return x
+        gammas, terms = zip(*added, strict=True) if added else ((), ())
+        return weighted_sum((self.alpha, self.beta, *gammas), (x, x0, *terms))
 
 
 class Attention(nn.Module):
@@ -91,22 +122,22 @@ class Attention(nn.Module):
         embedded = config.has_value_embedding(layer)
         self.value_embedding = nn.Embedding(config.vocab_size, kv) if embedded else None
         rows = 3 if embedded else 2  # local, memory, and the value embedding's
-        gated = memory.projection != "none"
-        self.gate = nn.Linear(config.gate_width, rows * config.k, bias=False) if gated else None
-        self.projection = MemoryProjection(config) if memory.projection == "layerwise" else None
+        gated, reads = memory.projection != "none", config.reads_memory(layer)
+        self.gate = nn.Linear(config.gate_width, rows * config.k, bias=False) if gated and reads else None
+        self.projection, self.shift_projection = _projections(config, memory.projection == "layerwise" and reads)
 
     def forward(
         self,
         a: StreamBND,
         tokens: TokensBN,
-        memory: StreamBND | None,
+        memories: Memories,
         shared: Pair | None,
         rope: Rotary,
         seen: Sight,
         past: LayerPast,
     ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
         q = self.query(a).unflatten(-1, self.heads).transpose(1, 2)
-        k, v = self.keys_values(a, tokens, memory, shared)
+        k, v = self.keys_values(a, tokens, memories, shared)
         q, k = self._turned(q, self.query_norm, rope), self._turned(k.transpose(1, 2), self.key_norm, rope)
         v = v.transpose(1, 2)
         keys, values = past.parts(k, v) if isinstance(seen, tuple) else past.extend(k, v)
@@ -118,7 +149,7 @@ class Attention(nn.Module):
         x = rotate(norm(x) if self.qk_norm == "before" else x, rope)
         return norm(x) if self.qk_norm == "after" else x
 
-    def keys_values(self, a: StreamBND, tokens: TokensBN, memory: StreamBND | None, shared: Pair | None) -> Pair:
+    def keys_values(self, a: StreamBND, tokens: TokensBN, memories: Memories, shared: Pair | None) -> Pair:
         """Local keys and values, gated, with the memory's and the value embedding's terms; [B, N, K, E] each."""
         k, v = (f(a).unflatten(-1, self.kv_heads) for f in (self.key, self.value))
         extra = self.value_embedding(tokens).unflatten(-1, self.kv_heads).to(v.dtype) if self.value_embedding else None
@@ -126,7 +157,8 @@ class Attention(nn.Module):
             return k, v if extra is None else v + extra
         gates = 2 * torch.sigmoid(self.gate(a[..., : self.gate_width]))
         local, recurrent, *embedded = gates.unflatten(-1, (-1, self.kv_heads[0], 1)).unbind(2)
-        pair = self.projection(memory) if self.projection is not None and memory is not None else shared
+        own = _projected(memories, (self.projection, self.shift_projection))
+        pair = shared if own is None else own
         weights, keys, values = [local], [k], [v]
         if pair is not None:
             weights, keys, values = [local, recurrent], [k, pair[0]], [v, pair[1]]
@@ -156,7 +188,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.injection = ResidualInjection(config)
+        self.injection = ResidualInjection(config, layer)
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
         self.attention_norm, self.mlp_norm = (_stream_norm(config) for _ in range(2))
@@ -166,14 +198,14 @@ class Block(nn.Module):
         x: StreamBND,
         x0: StreamBND,
         tokens: TokensBN,
-        memory: StreamBND | None,
+        memories: Memories,
         shared: Pair | None,
         rope: Rotary,
         seen: Sight,
         past: LayerPast,
     ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
-        x = self.injection(x, x0, memory)
-        attended, k, v = self.attention(self.attention_norm(x), tokens, memory, shared, rope, seen, past)
+        x = self.injection(x, x0, memories)
+        attended, k, v = self.attention(self.attention_norm(x), tokens, memories, shared, rope, seen, past)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), k, v
 
@@ -192,7 +224,7 @@ class LRT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.norm = _stream_norm(config)
         self.head = None if config.backbone.tied else nn.Linear(config.d, config.vocab_size, bias=False)
-        self.projection = MemoryProjection(config) if config.memory.projection == "shared" else None
+        self.projection, self.shift_projection = _projections(config, config.memory.projection == "shared")
         self.execution = Execution()
 
     @staticmethod
@@ -210,6 +242,7 @@ class LRT(nn.Module):
         past: Past,
         memory: StreamBND | None = None,
         starts: Tensor | None = None,
+        previous: TokensBN | None = None,
         *,
         top: bool = True,
     ) -> PassOutput:
@@ -220,12 +253,13 @@ class LRT(nn.Module):
             past: the positions, and what their queries see (`Buffer.past` or `KVCache.past`).
             memory: m_{t-1} for each of them, [B, N, D]; None is zero memory.
             starts: boolean [B, N], True at the first token of a document, where the memory is reset.
+            previous: tokens at t-1 for each of them, [B, N], negative where there is none; a token shift needs them.
             top: whether the blocks above the source block run; without them there is no `hidden`.
         """
         eps, x0 = self.config.backbone.norm_eps, self.embedding(tokens)
         x0 = (rms_norm(x0, eps) if self.config.backbone.embedding_norm else x0).to(self.stream_dtype)
-        memory = self._reset(memory, starts)
-        shared = self.projection(memory) if self.projection is not None and memory is not None else None
+        memories = Memories(self._reset(memory, starts), self._shift(previous, starts))
+        shared = _projected(memories, (self.projection, self.shift_projection))
         rope = rotary(past.queries, self.config.e, self.config.rope_theta, x0.dtype, self.config.backbone.rope)
         windows, sights = self.config.windows(), {}
         for window, layer in zip(windows, past.layers, strict=False):
@@ -233,10 +267,10 @@ class LRT(nn.Module):
                 sights[window] = look(past, layer, window, self.execution.backend, x0)
         run, layers = self._runner(past)
         x = x0.clone() if self.execution.compile else x0  # one tensor given twice would be a graph of its own
-        source, keys, values = x0, [], []
+        source, keys, values = x0 if self.config.source else self._normed(tokens), [], []
         for i in range(self.config.layers if top else self.config.source):
             block, seen = self.blocks[i % self.config.depth], sights[windows[i]]
-            x, k, v = run(block, x, x0, tokens, memory, shared, rope, seen, layers[i])
+            x, k, v = run(block, x, x0, tokens, memories, shared, rope, seen, layers[i])
             keys.append(k)
             values.append(v)
             source = rms_norm(x, eps) if i + 1 == self.config.source else source
@@ -272,7 +306,7 @@ class LRT(nn.Module):
         return None if self.config.bos is None else tokens == self.config.bos
 
     def memory_parameters(self) -> list[nn.Parameter]:
-        """Parameters that take part only where memory is read: W_K, W_V and gamma."""
+        """Parameters that take part only where memory is read: W_K, W_V and gamma, a token shift's too."""
         return [p for name, p in self.named_parameters() if "projection." in name or name.endswith("gamma")]
 
     def _runner(self, past: Past) -> tuple[Callable[..., tuple[StreamBND, HeadsBKNE, HeadsBKNE]], Sequence[LayerPast]]:
@@ -284,10 +318,21 @@ class LRT(nn.Module):
         return run, layers
 
     def _reset(self, memory: StreamBND | None, starts: Tensor | None) -> StreamBND | None:
-        if memory is None or not self.config.memory.on:
+        if memory is None or not self.config.memory.recurrent:
             return None
         memory = memory if starts is None else memory.masked_fill(starts[..., None], 0)
         return memory.to(self.stream_dtype)
+
+    def _shift(self, previous: TokensBN | None, starts: Tensor | None) -> StreamBND | None:
+        """The memory of source block 0: what the previous token's embedding says, in every pass alike."""
+        if not self.config.memory.shifted:
+            return None
+        assert previous is not None, "a model with a token shift needs the previous tokens"
+        absent = previous < 0 if starts is None else (previous < 0) | starts
+        return self._normed(previous.clamp(min=0)).masked_fill(absent[..., None], 0)
+
+    def _normed(self, tokens: TokensBN) -> StreamBND:
+        return rms_norm(self.embedding(tokens), self.config.backbone.norm_eps).to(self.stream_dtype)
 
 
 def _called(block: nn.Module, *inputs: Any) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
@@ -316,19 +361,20 @@ def initialise(model: LRT, seed: int) -> None:
     | weights of norms | 1 |
     | other matrices, value embeddings | uniform, deviation 1/sqrt(D) |
     | alpha, beta, gamma | 1, 0.1, 0.1 |
+    | W_K, W_V of the memory, if it starts at `zero` | 0 |
     """
     random = torch.Generator(model.device).manual_seed(seed)
-    bound = math.sqrt(3 / model.config.d)
+    bound, zero = math.sqrt(3 / model.config.d), model.config.memory.start == "zero"
     for name, p in model.named_parameters():
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
         sharded = is_sharded(p)  # then it takes its rows of what one process alone would draw
         x = torch.empty(p.shape, device=p.device, dtype=p.dtype) if sharded else p
-        if kind in ("alpha", "beta", "gamma"):
+        if kind in ("alpha", "beta", "gamma", "shift_gamma"):
             x.fill_(1.0 if kind == "alpha" else 0.1)
         elif kind in ("embedding", "head"):
             wide = kind == "embedding" and not model.config.backbone.tied
             x.normal_(0, 1.0 if wide else 0.02 if kind == "embedding" else 0.001, generator=random)
-        elif kind in ("output", "down", "gate", "bias"):
+        elif kind in ("output", "down", "gate", "bias") or (zero and "projection." in name):
             x.zero_()
         elif kind.endswith("norm"):
             x.fill_(1.0)

@@ -64,6 +64,7 @@ class Served:
         return {
             "name": self.name, "depth": c.depth, "width": c.d, "context": self.context, "source": c.source,
             "memory": c.memory.projection if c.memory.on else None, "residual": c.memory.residual,
+            "shift": c.memory.shifted,
             "schedule": self.config.train.schedule, "trained_without_memory": unaided,
             "max_output": self.longest, "fingerprint": self.fingerprint,
         }  # fmt: skip

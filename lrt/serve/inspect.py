@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrt.evaluation.bits_per_byte import bits_per_byte
 from lrt.inference.batch import Ranked, ranked
 from lrt.inference.generate import states
-from lrt.model.transformer import LRT, Attention, Block, ResidualInjection
+from lrt.model.transformer import LRT, Attention, Block, Memories, ResidualInjection
 from lrt.schedule import Curriculum
 from lrt.serve.engine import Lane
 from lrt.serve.text import Vocabulary
@@ -53,13 +53,12 @@ class Strengths:
     def _seen(self, layer: int):
         def hook(part: nn.Module, inputs: tuple[Any, ...]) -> None:
             if isinstance(part, ResidualInjection):
-                x, x0, memory = inputs
-                self._record(layer, "residual", part.forward(x, x0, memory), part.forward(x, x0, None))
+                x, x0, memories = inputs
+                self._record(layer, "residual", part.forward(x, x0, memories), part.forward(x, x0, Memories()))
             elif isinstance(part, Attention):
-                a, tokens, memory, shared = inputs[:4]
-                pairs = zip(
-                    part.keys_values(a, tokens, memory, shared), part.keys_values(a, tokens, None, None), strict=True
-                )
+                a, tokens, memories, shared = inputs[:4]
+                with_memory, without = (memories, shared), (Memories(), None)
+                pairs = zip(*(part.keys_values(a, tokens, *read) for read in (with_memory, without)), strict=True)
                 for kind, (with_memory, without) in zip(("key", "value"), pairs, strict=True):
                     self._record(layer, kind, with_memory.flatten(2), without.flatten(2))
 

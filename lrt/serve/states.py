@@ -39,9 +39,9 @@ class StoredState(NamedTuple):
         """`cache` with its row in this state, as it was after `mark` tokens."""
         for mine, new in zip((*cache.keys, *cache.values), (*self.keys, *self.values), strict=True):
             mine[row, :, : new.shape[1]] = new
-        memory, length = cache.memory.clone(), cache.length.clone()
-        memory[row], length[row] = self.marks[mark], mark
-        return cache._replace(memory=memory, length=length, longest=max(cache.longest, mark))
+        memory, length, last = (x.clone() for x in cache.per_row())
+        memory[row], length[row], last[row] = self.marks[mark], mark, int(self.tokens[mark - 1])
+        return KVCache(cache.keys, cache.values, memory, length, last, max(cache.longest, mark))
 
 
 @final

@@ -65,7 +65,7 @@ def peak_rates(model: LRT, config: OptimConfig) -> dict[nn.Parameter, Peak]:
     for kind, group in parameter_groups(model).items():
         for name, p in group.items():
             if kind == "scalar":
-                lr, usual = scalars[name.rpartition(".")[2]], config.scalar_lr
+                lr, usual = scalars[name.rpartition(".")[2].removeprefix("shift_")], config.scalar_lr
             elif kind == "matrix":
                 lr, usual = config.memory_lr if id(p) in memory else None, config.matrix_lr
             else:

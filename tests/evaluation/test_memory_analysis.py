@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import config, fixed, randomised, tokens
+from helpers import BOTH, SHIFT, config, fixed, randomised, tokens
 
 from lrt.cli.main import main
 from lrt.config.model import MEMORY_OFF, ModelConfig
 from lrt.evaluation.bits_per_byte import Rows
-from lrt.evaluation.memory_analysis import ablations, analyse, contraction, gates, influence, layerwise, norms, switches
+from lrt.evaluation.memory_analysis import (
+    ablations,
+    analyse,
+    contraction,
+    gates,
+    influence,
+    layerwise,
+    norms,
+    switches,
+    tables,
+)
 from lrt.inference.generate import decode_step, score
 from lrt.model.kv_cache import KVCache
+from lrt.model.transformer import LRT
 
 CONFIG = config(projection="shared", source=3, window_pattern="L", kv_heads=2)
 
@@ -79,7 +91,7 @@ def test_influence_is_the_gradient_of_the_loss():
             memory = cache.memory.clone()
             memory[0, channel] += sign * 1e-5
             moved = KVCache(tuple(k.clone() for k in cache.keys), tuple(v.clone() for v in cache.values), memory,
-                          cache.length, cache.longest)  # fmt: skip
+                          cache.length, cache.last_token, cache.longest)  # fmt: skip
             logits, _ = decode_step(model, ids[:, 11], moved)
             gradient[channel] += sign * -torch.log_softmax(logits[0].double(), 0)[rows.targets[0, 11]].item() / 2e-5
     one = Rows(*(x[:1] for x in rows))
@@ -105,6 +117,21 @@ def test_the_streams_size_is_that_of_the_next_blocks_input_as_decoded():
 def test_contraction_is_the_factor_per_sweep():
     assert contraction([0.8, 0.4, 0.2, 0.1]) == pytest.approx(0.5)
     assert contraction([0.3]) == 0.0
+
+
+@pytest.mark.parametrize(("cfg", "columns"), [(SHIFT, 1), (BOTH, 2)], ids=["shift", "both"])
+def test_a_token_shift_is_analysed_too(cfg: ModelConfig, columns: int):
+    model, rows = fixed(cfg), some_rows(cfg)
+    found = analyse(model, rows)
+    assert len(found["scalars"][0]) == 2 + columns
+    assert abs(found["ablations"]["token shift"]) > 1e-6
+    assert bool(found["influence"]) == bool(found["sweep_residuals"]) == cfg.memory.recurrent
+    whole = found["ablations"]["loss"] + found["ablations"]["all memory"]
+    gates = replace(cfg, memory=replace(cfg.memory, projection="gates", residual=False, shift=False))
+    control = LRT(gates).double()
+    control.load_state_dict({k: v for k, v in model.state_dict().items() if k in control.state_dict()})
+    assert whole == pytest.approx(float(score(control, rows.tokens, rows.targets).nats.mean()), abs=1e-9)
+    assert all(heading for heading, _ in tables(found))
 
 
 def test_a_model_without_memory_is_refused():

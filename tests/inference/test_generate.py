@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from helpers import PLAIN_OPTIONS, VARIANTS, config, randomised, tokens
+from helpers import BOTH, PLAIN_OPTIONS, SHIFT, VARIANTS, config, randomised, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +47,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cfg", VARIANTS, ids=IDS)
+@pytest.mark.parametrize("cfg", [*VARIANTS, SHIFT, BOTH], ids=[*IDS, "shift", "both"])
 def test_any_split_equals_the_reference(cfg, mode):
     """Ragged prompts in chunks, then another prompt on the kept state, then steps; documents start inside rows."""
     model, rows = randomised(cfg), tokens(cfg, 3, 21)
@@ -67,7 +67,7 @@ def test_any_split_equals_the_reference(cfg, mode):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.sampled_from([config(source=s, window=w) for s in (2, 3) for w in (1, 4, 9)]),
+    st.sampled_from([config(source=s, window=w, shift=s == 3) for s in (0, 2, 3) for w in (1, 4, 9)]),
     st.lists(st.integers(1, 18), min_size=1, max_size=4),
     st.integers(1, 20),
     st.integers(1, 7),
@@ -115,11 +115,11 @@ def test_a_row_does_not_depend_on_how_fast_the_others_settle():
         close(together.logits[i : i + 1], prefill(model, row[None], mode="interleaved-4", tolerance=1e-2).logits)
 
 
-def test_without_memory_one_sweep_is_exact():
-    cfg = config(projection="none", residual=False)
+@pytest.mark.parametrize("cfg", [config(projection="none", residual=False, source=3), SHIFT], ids=["none", "shift"])
+def test_without_recurrence_one_pass_is_exact(cfg):
     model, rows = randomised(cfg), tokens(cfg, 2, 20)
     found = prefill(model, rows)
-    assert (found.effort.sweeps, found.effort.residual) == (1, 0.0)
+    assert (found.effort.sweeps, found.effort.residual, found.effort.forwards) == (1, 0.0, 1.0)
     close(found.logits, truth(model, rows)[:, -1])
 
 
@@ -160,8 +160,9 @@ def test_waiting_rows_keep_their_state_even_when_full(model):
         decode_step(model, rows[:, 6], cache)
 
 
-def test_fork_join_save_and_restore(model, tmp_path):
-    rows = tokens(CFG, 2, 20)
+@pytest.mark.parametrize("cfg", [CFG, SHIFT, BOTH], ids=["memory", "shift", "both"])
+def test_fork_join_save_and_restore(cfg, tmp_path):
+    model, rows = randomised(cfg), tokens(cfg, 2, 20)
     expected = truth(model, rows)
     cache = prefill(model, rows[:, :9], capacity=20, mode="exact").cache
     forked = cache.take(torch.tensor([1, 0, 1]))

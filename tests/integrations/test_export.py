@@ -51,7 +51,8 @@ def run(request, tmp_path_factory) -> Path:
     """A run whose every parameter is drawn, with a tokenizer, and a recorded evaluation."""
     folder = tmp_path_factory.mktemp("runs") / request.param
     words = ByteTokenizer() if request.param == "bytes" else train_bpe(["the quick brown fox\n"] * 50, 290)
-    model = config(vocab_size=words.vocab_size, bos=words.bos, context=96)
+    shift = request.param == "bpe"
+    model = config(vocab_size=words.vocab_size, bos=words.bos, context=96, shift=shift)
     settings = RunConfig(name="small", model=model, train=TrainConfig(length=64, schedule="interleaved-2"))
     words.save(folder / "tokenizer")
     checkpoint.save(folder, 7, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)

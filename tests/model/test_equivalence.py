@@ -14,8 +14,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import (
+    BOTH,
     CORNERS,
     SCHEDULES,
+    SHIFT,
     VARIANTS,
     Outcome,
     config,
@@ -33,6 +35,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrt.config.model import MEMORY_OFF, ModelConfig
+from lrt.model.kv_cache import KVCache
 from lrt.model.reference import reference
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer
@@ -43,7 +46,8 @@ TOLERANCE = 1e-10
 FULL, LAST = config(), config(source=3, projection="shared")
 models = pytest.mark.parametrize("cfg", VARIANTS + CORNERS, ids=label)
 with_memory = pytest.mark.parametrize("cfg", VARIANTS + CORNERS[:-1], ids=label)
-few = pytest.mark.parametrize("cfg", [FULL, LAST], ids=label)
+recurrent = pytest.mark.parametrize("cfg", [c for c in VARIANTS + CORNERS if c.memory.recurrent], ids=label)
+few = pytest.mark.parametrize("cfg", [FULL, LAST, BOTH], ids=label)
 
 
 def near(a: Tensor, b: Tensor) -> bool:
@@ -142,6 +146,30 @@ def test_settled_passes_have_the_values_of_refinement(cfg: ModelConfig):
         assert same(outcome(model, ids, passes(text, 8)), refined)
 
 
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_a_token_shift_alone_is_exact_in_every_pass(text: str):
+    """No recurrence: each pass over each slice computes what decoding does, the first one too."""
+    model, ids = fixed(SHIFT), packed(SHIFT, 2, 8)
+    exact = outcome(model, ids, passes("sequential", 8)).hidden
+    assert near(outcome(model, ids, passes(text, 8)).hidden, exact)
+    for p, written, _ in run_passes(model, ids, passes(text, 8), model.starts(ids)):
+        assert written.hidden is None or near(written.hidden, exact[:, list(p.positions)])
+
+
+@pytest.mark.parametrize("cfg", [SHIFT, BOTH], ids=label)
+def test_a_token_shift_reads_the_previous_token_alone_and_nothing_across_a_start(cfg: ModelConfig):
+    """Another embedding of the token at 1 reaches the first layer's key at 2 through the shift, and no other's."""
+    model, ids = deepcopy(fixed(cfg)), torch.arange(1, 9)[None].repeat(2, 1)
+    ids[1, 2] = 0  # row 1: a document begins where row 0 reads the token before
+    starts = model.starts(ids)
+    before = next(run_passes(model, ids, [Pass(range(8))], starts))[1].keys[0]
+    with torch.no_grad():
+        model.embedding.weight[2] += 1.0
+    after = next(run_passes(model, ids, [Pass(range(8))], starts))[1].keys[0]
+    moved = (after - before).abs().amax((1, 3)) > 1e-6
+    assert moved.tolist() == [[t in (1, 2) for t in range(8)], [t == 1 for t in range(8)]]
+
+
 def test_without_memory_every_schedule_computes_the_plain_transformer():
     cfg = CORNERS[-1]
     model, ids = fixed(cfg), packed(cfg, 2, 8)
@@ -150,15 +178,21 @@ def test_without_memory_every_schedule_computes_the_plain_transformer():
         assert near(outcome(model, ids, passes(text, 8)).hidden, plain.hidden)
 
 
-def test_a_row_may_begin_anywhere():
-    """`first`: the same passes over a row in two halves, the second against the first's buffer."""
-    model, ids = fixed(FULL), packed(FULL, 2, 8)
-    starts = model.starts(ids)
-    run = [Pass(range(4)), Pass(range(4, 8)), Pass(range(5, 8, 2))]
+@pytest.mark.parametrize("cfg", [FULL, LAST, SHIFT, BOTH], ids=label)
+@pytest.mark.parametrize("half", [1, 3, 4])
+def test_passes_may_begin_where_a_cache_ends(half: int, cfg: ModelConfig):
+    """The same passes over a row in two parts, the second against what a cache holds of the first."""
+    model, ids = fixed(cfg), packed(cfg, 2, 8)
+    starts, late = model.starts(ids), range(8 - half)
+    second = [range(late.stop), range(1, late.stop), range(1, late.stop, 2)]
+    run = [Pass(range(half)), *(Pass(range(r.start + half, 8, r.step)) for r in second)]
     whole = list(run_passes(model, ids, run, starts))
-    buffer = next(run_passes(model, ids[:, :4], run[:1], starts[:, :4]))[2]
-    halves = list(run_passes(model, ids[:, 4:], run[1:], starts[:, 4:], buffer, first=4))
-    for (_, a, _), (_, b, _) in zip(whole[1:], halves, strict=True):
+    with torch.no_grad():
+        first, both = ids[:, :half], torch.arange(2)
+        buffer = next(run_passes(model, first, run[:1], starts[:, :half]))[2]
+        cache = KVCache.empty(model, 2, 8).commit(buffer, first, both, torch.full((2,), half))
+        parts = list(run_passes(model, ids[:, half:], [Pass(r) for r in second], starts[:, half:], cache.buffer()))
+    for (_, a, _), (_, b, _) in zip(whole[1:], parts, strict=True):
         assert near(a.hidden, b.hidden)
         assert near(a.source, b.source)
 
@@ -250,7 +284,7 @@ def test_rows_are_independent(text: str, cfg: ModelConfig):
 # Documents.
 
 
-@with_memory
+@recurrent
 @pytest.mark.parametrize("at", [range(8), range(1, 8, 2), range(4, 5)])
 def test_a_document_reads_no_memory_of_the_one_before(at: range, cfg: ModelConfig):
     """Perturb the memory that stands in the buffer before a document's start: nothing changes. Elsewhere it does."""
@@ -272,7 +306,7 @@ def test_a_document_reads_no_memory_of_the_one_before(at: range, cfg: ModelConfi
     assert (change[1] > 1e-6) == (4 in at)
 
 
-@with_memory
+@recurrent
 def test_no_gradient_reaches_the_memory_before_a_document(cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 1, 8)  # BOS at position 3
     starts = ids == 0
@@ -324,13 +358,12 @@ def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(cfg: ModelCon
         assert near(outcome(model, ids, passes(text, 8)).hidden, outcome(plain, ids, passes("parallel", 8)).hidden)
 
 
-@with_memory
+@recurrent
 def test_absent_memory_is_zero_memory(cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 2, 8)
-    past = Buffer().past(range(8), cfg.layers, ids.device)
+    past, previous = Buffer().past(range(8), cfg.layers, ids.device), Buffer().previous_tokens(ids)
     zero = torch.zeros(2, 8, cfg.d, dtype=torch.float64)
-    absent, given_zero = model(ids, past), model(ids, past, zero)
-    some = model(ids, past, zero + 0.1)
+    absent, given_zero, some = (model(ids, past, m, previous=previous) for m in (None, zero, zero + 0.1))
     assert near(absent.hidden, given_zero.hidden)
     assert differ(absent.hidden, some.hidden).min() > 1e-6
 

@@ -145,6 +145,29 @@ def test_memory_costs_its_products_only_where_it_is_read():
         assert extra == 2 * 8 * layers * 2 * 24 * 12
 
 
+def test_a_token_shift_costs_its_products_in_every_pass_and_nothing_else():
+    plain = replace(config(projection="shared"), memory=replace(config().memory, projection="gates", residual=False))
+    shift = config(projection="shared", source=0)
+    parallel = passes_flops(shift, passes("parallel", 8))
+    assert parallel - passes_flops(plain, passes("parallel", 8)) == 3 * 2 * 8 * 2 * 24 * 12
+    assert parallel == 3 * decode_total(shift)
+    both = config(projection="shared", shift=True)
+    more = [forward_flops(both, range(8), memory=m) - forward_flops(plain, range(8), memory=False) for m in (0, 1)]
+    assert more == [2 * 8 * 2 * 24 * 12, 2 * 2 * 8 * 2 * 24 * 12]
+    assert parameters_by_group(both)["memory"] - parameters_by_group(shift)["memory"] == 2 * 24 * 12 + 3
+
+
+def decode_total(cfg: ModelConfig) -> int:
+    return sum(decode_flops_per_token(cfg, t) for t in range(8))
+
+
+def test_blocks_outside_the_window_have_no_memory():
+    inside = config(blocks=(2, 3), value_embeddings="none")
+    assert parameters_by_group(inside)["memory"] == 2 * (2 * 24 * 12 + 2 * 2 * 7 + 1)
+    extra = forward_flops(inside, range(8), memory=True) - forward_flops(inside, range(8), memory=False)
+    assert extra == 2 * 8 * 2 * 2 * 24 * 12
+
+
 def test_every_pass_is_counted_and_backward_is_twice_forward():
     cfg = config()
     first = forward_flops(cfg, range(8), memory=False)
@@ -183,6 +206,8 @@ def test_cache_bytes():
     assert cache_bytes_per_token(recipe("d20_paper").model) == 2 * 20 * 1280 * 2
     assert memory_bytes(config()) == 48
     assert memory_bytes(CORNERS[-1]) == 0
+    assert memory_bytes(config(source=0)) == 8
+    assert memory_bytes(config(shift=True)) == 56
 
 
 def test_description_holds_every_schedule_and_adds_up():

@@ -26,6 +26,9 @@ MODELS = [
     config(**SMALL, source=1),
     config(**SMALL | {"kv_heads": 2, "window_pattern": "L"}, source=2, projection="shared", value_embeddings="none"),
     config(**SMALL, source=2, projection="none", value_embeddings="all"),
+    config(**SMALL, source=0),
+    config(**SMALL, source=2, shift=True, projection="shared"),
+    config(**SMALL | {"depth": 3}, source=2, shift=True, blocks=(2, 3)),
 ]
 UNDETACHED = [
     "parallel", "interleaved-2", "interleaved-3:weights=0/1", "refinement-2:weights=0.1/0.3/0.6", "chunked-2",
@@ -57,11 +60,12 @@ def record(model: LRT, ids: Tensor, run: tuple[Pass, ...]) -> list[Step]:
 def promised_loss(model: LRT, ids: Tensor, targets: Tensor, steps: list[Step]) -> Tensor:
     """The function whose gradient a schedule promises: recorded numbers stand where it cuts."""
     buffer, losses, weights, starts = Buffer(), [], [], model.starts(ids)
+    previous = buffer.previous_tokens(ids)
     for p, early, frozen, written in steps:
         if p.grad:
             read, at = frozen if p.detach else buffer, list(p.positions)
             past = read.past(p.positions, model.config.source if early else model.config.depth, ids.device)
-            written = model(ids[:, at], past, read.memory(p.positions), starts[:, at], top=not early)
+            written = model(ids[:, at], past, read.memory(p.positions), starts[:, at], previous[:, at], top=not early)
             if p.weight > 0:
                 losses.append(token_nats(model, written.hidden, targets[:, at]).mean())
                 weights.append(p.weight)

@@ -126,10 +126,12 @@ def test_history_stands_before_position_0_in_every_layer():
     length = torch.tensor([3, 5])
     before = torch.arange(6).expand(2, -1) - 1
     layers = [(torch.full((2, 2, 6, 2), 7.0), torch.full((2, 2, 6, 2), 8.0), before)] * LAYERS
-    buffer = Buffer(history=History(length, torch.full((2, WIDTH), -5.0), layers))
+    buffer = Buffer(history=History(length, torch.full((2, WIDTH), -5.0), torch.tensor([4, 6]), layers))
     buffer = buffer.write(range(2), written(range(2), 1))
     assert buffer.memory(range(3))[0, :, 0].tolist() == [-5, 100, 101]
     assert buffer.memory(range(1, 3))[0, :, 0].tolist() == [100, 101]
+    assert buffer.previous_tokens(torch.tensor([[7, 8], [9, 1]])).tolist() == [[4, 7], [6, 9]]
+    assert Buffer().previous_tokens(torch.tensor([[7, 8], [9, 1]])).tolist() == [[-1, 7], [-1, 9]]
     past = buffer.past(range(2, 4), LAYERS, CPU)
     assert past.queries.tolist() == [[5, 6], [7, 8]]
     assert not past.causal

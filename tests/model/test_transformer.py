@@ -21,14 +21,17 @@ WIDE = ModelConfig(depth=2, width=128, heads=2, vocab_size=300, value_embeddings
 
 
 def parallel(model: LRT, ids: Tensor, **options):
-    return model(ids, Buffer().past(range(ids.shape[1]), model.config.layers, ids.device), **options)
+    past = Buffer().past(range(ids.shape[1]), model.config.layers, ids.device)
+    return model(ids, past, previous=Buffer().previous_tokens(ids), **options)
 
 
 # Initialisation: the table of `initialise`.
 
 
-def expected_start(name: str, d: int) -> tuple[float, float]:
+def expected_start(name: str, d: int, start: str = "uniform") -> tuple[float, float]:
     """Mean and standard deviation by parameter."""
+    if start == "zero" and "projection." in name:
+        return 0.0, 0.0
     if name.endswith(("alpha", "beta", "gamma")):
         return (1.0 if name.endswith("alpha") else 0.1), 0.0
     if name in ("embedding.weight", "head.weight"):
@@ -37,11 +40,13 @@ def expected_start(name: str, d: int) -> tuple[float, float]:
     return 0.0, 0.0 if zero else 1 / math.sqrt(d)
 
 
+@pytest.mark.parametrize("start", ["uniform", "zero"])
 @pytest.mark.parametrize("projection", ["layerwise", "shared", "none"])
-def test_initialisation_table(projection):
-    model = LRT.build(replace(WIDE, memory=MemoryConfig(projection=projection, source=1)))
+def test_initialisation_table(projection, start):
+    memory = MemoryConfig(projection=projection, source=1, shift=True, start=start)
+    model = LRT.build(replace(WIDE, memory=memory))
     for name, p in model.named_parameters():
-        mean, deviation = expected_start(name, 128)
+        mean, deviation = expected_start(name, 128, start)
         slack = 5 * deviation / math.sqrt(p.numel())
         assert abs(p.mean().item() - mean) <= slack + 1e-7, name
         assert abs(p.std(correction=0).item() - deviation) <= slack, name
@@ -86,13 +91,18 @@ def test_large_models_are_constructed_without_memory(name: str, billions: float)
 def test_parameters_are_there_only_where_an_option_needs_them(cfg: ModelConfig):
     names = set(fixed(cfg).state_dict())
     memory = cfg.memory
-    assert any("gamma" in n for n in names) == memory.residual
+    for gamma, there in (("injection.gamma", memory.recurrent), ("shift_gamma", memory.shifted)):
+        assert any(gamma in n for n in names) == (memory.residual and there)
     assert any("alpha" in n or "beta" in n for n in names) == cfg.residual_scalars
-    assert ("projection.key.weight" in names) == (memory.projection == "shared")
+    for name, there in (("projection.key.weight", memory.recurrent), ("shift_projection.key.weight", memory.shifted)):
+        assert (name in names) == (memory.projection == "shared" and there)
     for i in range(cfg.depth):
         own = {n.removeprefix(f"blocks.{i}.attention.") for n in names if n.startswith(f"blocks.{i}.attention.")}
-        assert ("projection.value.weight" in own) == (memory.projection == "layerwise")
-        assert ("gate.weight" in own) == (memory.projection != "none")
+        reads = memory.blocks is None or memory.blocks[0] <= i + 1 <= memory.blocks[1]
+        for name, there in (("projection", memory.recurrent), ("shift_projection", memory.shifted)):
+            assert (f"{name}.value.weight" in own) == (memory.projection == "layerwise" and reads and there)
+        assert ("gate.weight" in own) == (memory.projection != "none" and reads)
+        assert (f"blocks.{i}.injection.gamma" in names) == (memory.residual and reads and memory.recurrent)
         assert ("value_embedding.weight" in own) == cfg.has_value_embedding(i)
 
 
@@ -104,7 +114,7 @@ def test_memory_parameters_are_those_that_a_pass_without_memory_does_not_use(cfg
     model.logits(written.hidden.detach()).sum().backward()
     unused = {name for name, p in model.named_parameters() if p.grad is None}
     listed = {id(p) for p in model.memory_parameters()}
-    assert unused == {name for name, p in model.named_parameters() if id(p) in listed}
+    assert unused == {name for name, p in model.named_parameters() if id(p) in listed and "shift" not in name}
 
 
 def test_windows_and_value_embeddings_by_layer():

@@ -17,6 +17,7 @@ from lrt.serve.text import Listing, Vocabulary
 
 FULL = config(window_pattern="L")
 WINDOWED = config()
+SHIFT, BOTH = (config(window_pattern="L", **memory) for memory in ({"source": 0}, {"shift": True}))
 
 
 def taken_in(model, ids: list[int], marks: list[int]) -> tuple[KVCache, dict[int, torch.Tensor]]:
@@ -29,7 +30,7 @@ def taken_in(model, ids: list[int], marks: list[int]) -> tuple[KVCache, dict[int
     return cache, found
 
 
-@pytest.mark.parametrize("cfg", [FULL, WINDOWED], ids=["full", "windowed"])
+@pytest.mark.parametrize("cfg", [FULL, WINDOWED, SHIFT, BOTH], ids=["full", "windowed", "shift", "both"])
 def test_a_state_goes_on_from_its_marks_in_a_used_row(cfg):
     """With windows that have wrapped only the end is left; without, the earlier mark too."""
     model, ids = fixed(cfg), tokens(cfg, 1, 20)[0].tolist()

@@ -3,6 +3,7 @@ reorders, repeats and resets it with them; and the ways between such a cache and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,31 +17,39 @@ from lrt.model.shapes import HeadsBKNE, PositionsN
 
 
 class _Memory:
-    """m of each row's last token, [B, D], beside what the other base keeps; None before the first."""
+    """m of each row's last token, [B, D], and that token, [B], beside what the other base keeps; None before it."""
 
     m: Tensor | None = None
+    last_token: Tensor | None = None
     is_croppable = False
 
-    def keep(self, m: Tensor) -> None:
-        """Take in the newest memory, in place where one is held: a compiled step knows its address."""
-        if self.m is None:
-            self.m = m.detach().clone()
+    def keep(self, m: Tensor, last_token: Tensor) -> None:
+        """Take in the newest memory and token, in place where some are held: a compiled step knows their addresses."""
+        if self.m is None or self.last_token is None:
+            self.m, self.last_token = m.detach().clone(), last_token.clone()
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.m)
+                torch._dynamo.mark_static_address(self.last_token)
         else:
             self.m.copy_(m)
+            self.last_token.copy_(last_token)
 
     def reset(self) -> None:
         super().reset()  # pyright: ignore[reportAttributeAccessIssue]
-        if self.m is not None:
+        if self.m is not None and self.last_token is not None:
             self.m.zero_()
+            self.last_token.fill_(-1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # pyright: ignore[reportAttributeAccessIssue]
         self._pick(beam_idx)
 
     def _pick(self, rows: Tensor) -> None:
-        self.m = None if self.m is None else self.m[rows.to(self.m.device)]
+        self._map(lambda x: x[rows.to(x.device)])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.m is not None and self.last_token is not None:
+            self.m, self.last_token = change(self.m), change(self.last_token)
 
 
 class MemoryDynamicLayer(_Memory, DynamicLayer):
@@ -49,12 +58,12 @@ class MemoryDynamicLayer(_Memory, DynamicLayer):
     _layer_type = MEMORY_LAYER
     is_croppable = False
 
-    def keep(self, m: Tensor) -> None:
-        self.m = m.detach().clone()
+    def keep(self, m: Tensor, last_token: Tensor) -> None:
+        self.m, self.last_token = m.detach().clone(), last_token.clone()
 
     def reset(self) -> None:
         super().reset()
-        self.m = None
+        self.m = self.last_token = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: an earlier position's memory is not kept."""
@@ -63,7 +72,7 @@ class MemoryDynamicLayer(_Memory, DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.m = None if self.m is None else self.m.repeat_interleave(repeats, dim=0)
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -131,15 +140,17 @@ def state_of(cache: Cache | None, model: ModelConfig, seen: Tensor, room: int, l
     (rows, used), length = seen.shape, seen.sum(1)
     shape = (rows, model.k, used + room + 1, model.e)
     keys, values = ([like.new_zeros(shape) for _ in range(model.layers)] for _ in range(2))
-    memory = like.new_zeros(rows, model.d)
+    memory, last_token = like.new_zeros(rows, model.d), torch.full_like(length, -1)
     if cache is not None and used:
         index = order(seen)
         layers: list[Any] = cache.layers
         for i, layer in enumerate(layers):
             for mine, theirs in ((keys[i], layer.keys), (values[i], layer.values)):
                 mine[:, :, :used] = pick(theirs[:, :, :used], index, 2)
-        memory = memory_layer(cache, model.layers).m.clone()  # pyright: ignore[reportOptionalMemberAccess]
-    return KVCache(tuple(keys), tuple(values), memory, length, int(length.max()))
+        kept = memory_layer(cache, model.layers)
+        assert kept.m is not None and kept.last_token is not None
+        memory, last_token = kept.m.clone(), kept.last_token.clone()
+    return KVCache(tuple(keys), tuple(values), memory, length, last_token, int(length.max()))
 
 
 def take_back(cache: Cache, state: KVCache, before: Tensor, new: Tensor) -> None:
@@ -150,4 +161,4 @@ def take_back(cache: Cache, state: KVCache, before: Tensor, new: Tensor) -> None
     layers: list[Any] = cache.layers
     for layer, k, v in zip(layers, state.keys, state.values, strict=True):
         layer.update(pick(k, slot, 2), pick(v, slot, 2))
-    memory_layer(cache, len(cache.layers)).keep(state.memory)
+    memory_layer(cache, len(cache.layers)).keep(state.memory, state.last_token)

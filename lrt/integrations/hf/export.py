@@ -100,14 +100,13 @@ def flat(module: str) -> str:
 def card(loaded: Loaded, prefill: str) -> str:
     """The model card: what it is, how it is run, and the figures that the run recorded, each with its mode."""
     model, train = loaded.model.config, loaded.config.train
-    source = f"block {model.source}, {model.memory.projection} projections" if model.memory.on else "none"
     heads = f"{model.h} heads ({model.k} key/value)"
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [lrt, recurrent-memory]", "---",
         f"# {loaded.config.name}", "",
         "A Latent Recurrent Transformer: a high block's state at the previous token is the memory of the next.", "",
         f"- model: {model.depth} blocks of width {model.d}, {heads}, vocabulary {model.vocab_size}",
-        f"- memory: {source}",
+        f"- memory: {model.memory_text}",
         f"- context: {model.context} tokens",
         f"- trained on `{loaded.config.data.source}` by the schedule `{train.schedule}`, step {loaded.step}",
         f"- a forward over several tokens computes the recurrence by `prefill={prefill!r}` (config.json), and so every",

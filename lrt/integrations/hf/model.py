@@ -118,10 +118,10 @@ class LRTModel(LRTPreTrainedModel):
             keys = places(mask)
             queries = mask.long().sum(1, keepdim=True) - 1
         past = Past(queries, False, [Layer(one, keys) for one in cache.layers])
-        assert layer.m is not None
+        assert layer.m is not None and layer.last_token is not None
         memory = None if self.config.prefill == "zero_memory" else layer.m[:, None]
-        written = self.core(tokens, past, memory, self.core.starts(tokens))
-        layer.keep(written.source[:, 0])
+        written = self.core(tokens, past, memory, self.core.starts(tokens), layer.last_token[:, None])
+        layer.keep(written.source[:, 0], tokens[:, 0])
         assert written.hidden is not None
         return written.hidden
 
@@ -159,10 +159,11 @@ class LRTModel(LRTPreTrainedModel):
         """One parallel pass of the plain transformer; the only forward of a whole sequence that carries a gradient."""
         full, buffer = range(tokens.shape[1]), state.buffer()
         past = buffer.past(full, self.core.config.layers, tokens.device)
-        written = self.core(tokens, past, None, self.core.starts(tokens))
+        previous = buffer.previous_tokens(tokens)
+        written = self.core(tokens, past, None, self.core.starts(tokens), previous)
         rows = torch.arange(len(tokens), device=tokens.device)
         with torch.no_grad():
-            state = state.commit(buffer.write(full, written).detach(), rows, count)
+            state = state.commit(buffer.write(full, written).detach(), tokens, rows, count)
         return written.hidden, state
 
 
