@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import CODE, events, tiny
 
-from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
+from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
 from lrt.model.flops import scaling_parameters, train_flops_per_token
 from lrt.schedule import Curriculum, Schedule
@@ -21,7 +21,7 @@ from lrt.training.logging import Jsonl
 from lrt.training.trainer import horizon, train
 
 
-@pytest.mark.parametrize("base", [cpu_demo, cpu_demo_paper, cpu_demo_plain])
+@pytest.mark.parametrize("base", [cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift])
 def test_training_lowers_the_loss_and_records_everything(base, source, tmp_path):
     run = tmp_path / "run"
     result = train(tiny(base(), source, steps=40), run, sinks=[Jsonl(run / "metrics.jsonl")])
@@ -194,7 +194,9 @@ def test_a_widening_live_gap_is_said_aloud(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("base", "schedule", "options", "names"),
     [
-        (cpu_demo_plain, "settled-2", {}, "reads no memory.*parallel"), (cpu_demo_plain, "interleaved-2", {}, "repeat"),
+        (cpu_demo_plain, "settled-2", {}, "has no recurrence.*parallel"),
+        (cpu_demo_plain, "interleaved-2", {}, "repeat"),
+        (cpu_demo_shift, "settled-1", {}, "has no recurrence.*parallel"),
         (cpu_demo_plain, "parallel@0.5,hop-1", {}, "hop-1 repeat"),
         (cpu_demo, "refinement-1:weights=1/0", {}, "last pass of refinement-1:weights=1/0"),
         (cpu_demo, "parallel", {"consistency": 1.0}, "train.consistency is 1.0.*parallel"),
