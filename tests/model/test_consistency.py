@@ -105,8 +105,9 @@ def _last(model: LRT, row: list[int], held: list[Tensor]) -> list[Tensor]:
     past: list[list] = [[] for _ in range(c.layers)]
     found = []
     for t, token in enumerate(row):
-        reads = torch.zeros(c.d, dtype=torch.float64) if t == 0 or token == c.bos else held[-2][t - 1]
-        found.append(_token(w, c, token, t, reads, past)[1])
+        first = t == 0 or token == c.bos
+        reads, before = (torch.zeros(c.d, dtype=torch.float64), None) if first else (held[-2][t - 1], row[t - 1])
+        found.append(_token(w, c, token, before, t, reads, past)[1])
     return [*held[:-1], torch.stack(found)]
 
 

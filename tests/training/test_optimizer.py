@@ -63,19 +63,19 @@ def test_rates_by_group_scale_with_width():
 
 
 def test_the_memorys_and_the_scalars_rates_of_their_own():
-    model = LRT.build(config(projection="shared"))
+    model = LRT.build(config(projection="shared", shift=True))
     chosen = OptimConfig(memory_lr=0.002, alpha_lr=0.005, beta_lr=0.5, gamma_lr=0.25)
     found = {name: peak_rates(model, chosen)[p] for name, p in model.named_parameters()}
     for name, (lr, warming) in found.items():
-        own = {"alpha": 0.005, "beta": 0.5, "gamma": 0.25}.get(name.rpartition(".")[2])
+        own = {"alpha": 0.005, "beta": 0.5, "gamma": 0.25, "shift_gamma": 0.25}.get(name.rpartition(".")[2])
         assert not warming
-        if name.startswith("projection."):
+        if name.startswith(("projection.", "shift_projection.")):
             assert lr == 0.002
         elif own is not None:
             assert lr == own
         else:
             assert lr == peak_rates(model, OptimConfig())[dict(model.named_parameters())[name]].lr
-    assert sum(lr == 0.002 for lr, _ in found.values()) == 2
+    assert sum(lr == 0.002 for lr, _ in found.values()) == 4
 
 
 def test_rates_that_repeat_the_defaults_change_no_bit():
