@@ -30,7 +30,8 @@ def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     from lrt.integrations.convert import save_family
     from lrt.integrations.families import FAMILIES
-    from lrt.integrations.hf.export import fast_tokenizer, save_export, save_tokenizer
+    from lrt.integrations.hf.export import save_export
+    from lrt.integrations.hf.fast_tokenizer import fast_tokenizer, save_tokenizer
     from lrt.training.checkpoint import load_model
 
     flags = parse(ExportFlags, args, "export")

@@ -64,8 +64,11 @@ def _from_run(base: RunConfig, run: Path) -> dict[str, Any]:
 
     found = open_checkpoint(run)
     length = min(base.train.length, found.config.model.context)
+    schedule = (
+        base.train.schedule if found.config.model.memory.on else "parallel"
+    )  # sweeps would have nothing to settle
     return {
         "model": found.config.model,
         "data": replace(base.data, tokenizer=str(found.folder.parent.parent / "tokenizer")),
-        "train": replace(base.train, init_from=str(run), length=length),
+        "train": replace(base.train, init_from=str(run), length=length, schedule=schedule),
     }

@@ -101,7 +101,10 @@ def prepare(
         write_shards(
             text.texts(), made, home, validation=validation, progress=lambda done: report(done, total, "tokenizing")
         )
-    return _open(home, verify)
+    prepared = _open(home, verify)
+    if given is not None:  # the shards may have been made with the same tokens and other templates
+        prepared.tokenizer.config = given.config
+    return prepared
 
 
 def _open(home: Path, verify: str) -> Prepared:

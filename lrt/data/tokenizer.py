@@ -17,6 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from lrt.data.tokenizer_config import CONFIG, TokenizerConfig, read_json_object, read_tokenizer_config, token_text
+
 BOS = "<|bos|>"
 PAUSE = "<|pause|>"
 # Foreign tokenizers are searched in this order: a token that opens documents, else one that separates them.
@@ -37,6 +39,7 @@ class Tokenizer(ABC):
         bos: the id put in front of each document; text alone never encodes to it.
         hash: sha256 hex of the canonical content; equal hashes mean equal encodings.
         specials: the special tokens' names and ids; no text encodes to them, so who wants one puts its id.
+        config: the other special tokens' roles, and chat templates; kept when it is saved, no part of the hash.
     """
 
     positions = 1
@@ -47,18 +50,34 @@ class Tokenizer(ABC):
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
         self._spellings = spellings
         self.specials: dict[str, int] = {}
+        self.config = TokenizerConfig()
+
+    @property
+    def eos(self) -> int:
+        """The id that ends a document; BOS, which opens the next one, where there is none."""
+        return self.bos if self.config.eos is None else self._id(self.config.eos)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end an answer: of a document, of a turn, and BOS."""
+        return tuple(dict.fromkeys([self.eos, *map(self._id, self.config.stops), self.bos]))
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode documents without BOS; special tokens written out in a text are text. ValueError: lone surrogates."""
 
     @abstractmethod
-    def save(self, folder: Path | str) -> None:
-        """Write the tokenizer into `folder` (made if need be), so that `load_tokenizer(folder)` gives its equal."""
+    def content(self) -> dict[str, Any]:
+        """What its tokenizer.json holds."""
 
     @abstractmethod
     def fast(self) -> tokenizers.Tokenizer:
         """The same in the tokenizers format, putting BOS in front of what it encodes."""
+
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer into `folder` (made if need be), so that `load_tokenizer(folder)` gives its equal."""
+        _write_json(Path(folder) / "tokenizer.json", self.content())
+        self.config.write(Path(folder), self._bos_name())
 
     def encode(self, text: str) -> list[int]:
         """Encode one document without BOS; special tokens written out in the text are text."""
@@ -85,6 +104,17 @@ class Tokenizer(ABC):
         self._spellings += [b""] * (size - self.vocab_size)
         self.vocab_size = size
 
+    def vocabulary(self) -> dict[str, int]:
+        """Tokens that have a name, special ones among them, to their ids."""
+        return dict(self.specials)
+
+    def _id(self, name: str) -> int:
+        return self.specials[name]
+
+    def _bos_name(self) -> str | None:
+        """BOS by its text, where tokenizer.json does not imply it."""
+        return None
+
     def _spell(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
             raise ValueError(
@@ -106,12 +136,8 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
 
-    def save(self, folder: Path | str) -> None:
-        _write_json(Path(folder) / "tokenizer.json", self._content)
-
     def content(self) -> dict[str, Any]:
-        """What another tokenizer's file needs to hold of this one."""
-        return {"inner": self._content, "bos": None}
+        return self._content
 
     def fast(self) -> tokenizers.Tokenizer:
         core = tokenizers.Tokenizer(models.BPE(_byte_of_character(), []))
@@ -170,14 +196,19 @@ class BPETokenizer(Tokenizer):
         text = super().decode(ids)
         return text.removeprefix(" ") if self._space_in_front else text
 
-    def save(self, folder: Path | str) -> None:
-        _write_json(Path(folder) / "tokenizer.json", json.loads(self._core.to_str()))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self._bos_text}
-        _write_json(Path(folder) / "tokenizer_config.json", config)
-
     def content(self) -> dict[str, Any]:
-        """What another tokenizer's file needs to hold of this one."""
-        return {"inner": json.loads(self._core.to_str()), "bos": self._bos_text}
+        return json.loads(self._core.to_str())
+
+    def _bos_name(self) -> str:
+        return self._bos_text
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._core.get_vocab(with_added_tokens=True)
+
+    def _id(self, name: str) -> int:
+        token = self._core.token_to_id(name)
+        assert token is not None
+        return token
 
     def fast(self) -> tokenizers.Tokenizer:
         return _opening(tokenizers.Tokenizer.from_str(self._core.to_str()), self._bos_text)
@@ -203,10 +234,11 @@ class PausingTokenizer(Tokenizer):
 
     def __init__(self, inner: ByteTokenizer | BPETokenizer) -> None:
         self._inner, self.pause = inner, inner.vocab_size
-        self._content = {"type": "pausing", "version": 1} | inner.content()
+        self._content = {"type": "pausing", "version": 1, "inner": inner.content(), "bos": inner._bos_name()}
         spellings = [*inner.spellings(), b""]
         super().__init__(spellings=spellings, bos=inner.bos, canonical=json.dumps(self._content, sort_keys=True))
         self.specials = inner.specials | {PAUSE: self.pause}
+        self.config = inner.config
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[i for token in ids for i in (token, self.pause)] for ids in self._inner.encode_batch(texts)]
@@ -214,8 +246,14 @@ class PausingTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._inner.decode(token for token in ids if token < self.pause)
 
-    def save(self, folder: Path | str) -> None:
-        _write_json(Path(folder) / "tokenizer.json", self._content)
+    def content(self) -> dict[str, Any]:
+        return self._content
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._inner.vocabulary() | self.specials
+
+    def _id(self, name: str) -> int:
+        return self._inner._id(name)
 
     def fast(self) -> tokenizers.Tokenizer:
         raise ValueError("a tokenizer with pauses has no form in the tokenizers library: train without +pauses")
@@ -251,7 +289,13 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"{file}: no such tokenizer: name a folder with tokenizer.json in it, or such a file")
-    content = _read_json(file)
+    content = read_json_object(file)
+    tokenizer = _load(file, content)
+    tokenizer.config = read_tokenizer_config(file.parent, tokenizer.vocabulary(), tokenizer.specials)
+    return tokenizer
+
+
+def _load(file: Path, content: dict[str, Any]) -> Tokenizer:
     if content.get("type") == "bytes":
         return _load_bytes(file, content)
     if content.get("type") == "pausing":
@@ -286,9 +330,9 @@ def _load_bytes(file: Path, content: dict[str, Any]) -> ByteTokenizer:
 
 def _find_bos(core: tokenizers.Tokenizer, file: Path) -> str:
     """The token that opens documents: the configured BOS, else a well-known name, else the configured EOS."""
-    config_file = file.with_name("tokenizer_config.json")
-    config = _read_json(config_file) if config_file.is_file() else {}
-    candidates = (_token_text(config, "bos_token"), *BOS_NAMES, *SEPARATOR_NAMES, _token_text(config, "eos_token"))
+    config_file = file.with_name(CONFIG)
+    config = read_json_object(config_file) if config_file.is_file() else {}
+    candidates = (token_text(config, "bos_token"), *BOS_NAMES, *SEPARATOR_NAMES, token_text(config, "eos_token"))
     for text in candidates:
         if text and core.token_to_id(text) is not None:
             return text
@@ -296,13 +340,6 @@ def _find_bos(core: tokenizers.Tokenizer, file: Path) -> str:
         f"no BOS token and no document separator (looked for bos_token and eos_token in {config_file.name}, then "
         f"{BOS_NAMES[1]}, <s>, <|endoftext|>, </s>, ...): name one as bos_token in {config_file.name}"
     )
-
-
-def _token_text(config: dict[str, Any], key: str) -> str | None:
-    """The text of a token in tokenizer_config.json, where it is a string or an object with `content`."""
-    token = config.get(key)
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _opening(core: tokenizers.Tokenizer, bos: str) -> tokenizers.Tokenizer:
@@ -339,16 +376,6 @@ def _byte_of_character() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({_one_line(error)}): save the tokenizer again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no JSON object: save the tokenizer again")
-    return content
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

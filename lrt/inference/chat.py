@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,12 +20,18 @@ def complete(
 ) -> Iterator[str]:
     """Continue `prompt` as the beginning of a document; yields text as it becomes certain.
 
+    It ends at the tokenizer's `ends`, unless `sampling` names other tokens.
     ValueError if the prompt does not fit the model's context.
     """
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     require_room(model, len(ids))
-    for step in generate(model, [ids], sampling, decode_bytes=tokenizer.decode_bytes, mode=mode):
+    for step in generate(model, [ids], ending(sampling, tokenizer), decode_bytes=tokenizer.decode_bytes, mode=mode):
         yield step.emissions[0].text
+
+
+def ending(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """The same sampling, with the tokens that end an answer named."""
+    return sampling if sampling.stop_tokens is not None else replace(sampling, stop_tokens=tokenizer.ends)
 
 
 def require_room(model: LRT, tokens: int) -> None:
@@ -65,7 +71,8 @@ class Conversation:
         cache = self.cache or KVCache.empty(self.model, 1, self.model.config.context)
         self.ended, before, said, decode = (), None, [], self.tokenizer.decode_bytes
         shown = ""
-        for step in generate(self.model, [prompt], sampling, decode_bytes=decode, cache=cache, mode=self.mode):
+        laws = ending(sampling, self.tokenizer)
+        for step in generate(self.model, [prompt], laws, decode_bytes=decode, cache=cache, mode=self.mode):
             if before is None and sampling.stop:
                 before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
             emission = step.emissions[0]

@@ -3,7 +3,6 @@ from; memory is added on the way in such a way that the function is unchanged, o
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,13 @@ from torch import Tensor
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
+from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.integrations import families
 from lrt.model.transformer import LRT
 from lrt.training import checkpoint
 
 Memory = Literal["keep", "none", "residual", "shared", "layerwise"]
 Start = Literal["zero", "small", "copy"]
-TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class ConversionSource:
     config: ModelConfig
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
-    template: str | None
     train: TrainConfig
 
 
@@ -75,15 +73,22 @@ def convert(folder: Path, out: Path, how: Conversion = Conversion()) -> ModelCon
         name=out.name,
         model=config,
         data=DataConfig(tokenizer=str(out / "tokenizer")),
-        train=replace(source.train, length=length, device="auto", dtype="auto", init_from=None),
+        train=replace(
+            source.train, schedule=_schedule(source, config), length=length, device="auto", dtype="auto", init_from=None
+        ),
     )
     source.tokenizer.save(out / "tokenizer")
-    if source.template is not None:
-        (out / "tokenizer" / TEMPLATE).write_text(source.template, encoding="utf-8")
     checkpoint.write_json(out / "config.json", to_dict(run))
     origin = {"converted_from": folder.name, "start": how.start if how.memory != "keep" else None}
     checkpoint.save(out, 0, run, model, {}, origin, keep=1)
     return config
+
+
+def _schedule(source: ConversionSource, config: ModelConfig) -> str:
+    """The source's, unless memory has come or there is none that passes could settle."""
+    if not config.memory.on:
+        return "parallel"
+    return source.train.schedule if source.config.memory.on else TrainConfig().schedule
 
 
 def _memory(how: Conversion) -> MemoryConfig:
@@ -130,11 +135,12 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
         loaded = checkpoint.load_model(folder)
         words = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
         weights = dict(loaded.model.state_dict())
-        return ConversionSource(
-            loaded.model.config, weights, words, template_of(loaded.run / "tokenizer"), loaded.config.train
-        )
+        return ConversionSource(loaded.model.config, weights, words, loaded.config.train)
     facts = checkpoint.read_json(folder / "config.json", "model description")
     words = load_tokenizer(tokenizer or folder)
+    if tokenizer and words.config.eos is None:  # the checkpoint still says what ends a text
+        own = read_tokenizer_config(folder, words.vocabulary(), words.specials)
+        words.config = replace(words.config, eos=own.eos, stops=own.stops)
     bos = words.bos if words.bos < facts.get("vocab_size", 0) else None
     weights = _weights(folder)
     if facts.get("model_type") == "lrt":
@@ -142,10 +148,10 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
         prefix = "model.core."
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
         train = from_dict(TrainConfig, facts.get("training") or {}, f"{folder / 'config.json'}: training")
-        return ConversionSource(config, weights, words, template_of(folder), train)
+        return ConversionSource(config, weights, words, train)
     config = families.model_config(facts, bos)
     require(words.vocab_size <= config.vocab_size, _sizes(words, config))
-    return ConversionSource(config, families.imported(weights, config), words, template_of(folder), TrainConfig())
+    return ConversionSource(config, families.imported(weights, config), words, TrainConfig())
 
 
 def _sizes(words: Tokenizer, config: ModelConfig) -> str:
@@ -173,15 +179,6 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as safetensors ({error}); download it again") from None
 
 
-def template_of(folder: Path) -> str | None:
-    """The chat template of a tokenizer folder, from its own file or from tokenizer_config.json."""
-    if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
-    return found if isinstance(found, str) else None
-
-
 def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
     """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
     weights = dict(loaded.model.state_dict())
@@ -189,7 +186,11 @@ def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
     active = [name for name, value in weights.items() if name.endswith(silent) and value.any()]
     require(not active, f"{loaded.run} uses its memory ({active[:1]}), which a {kind} model has not; use --to hf")
     config = replace(loaded.model.config, memory=MEMORY_OFF)
-    facts = families.family_config(kind, config)
+    words = loaded.tokenizer
+    ends = [i for i in words.ends if i != words.bos] or [words.bos]
+    roles = {"bos_token_id": words.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    facts = families.family_config(kind, config) | roles
     folder.mkdir(parents=True)
+    checkpoint.write_json(folder / "generation_config.json", roles)
     save_file(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
     checkpoint.write_json(folder / "config.json", facts)

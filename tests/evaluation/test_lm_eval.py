@@ -86,7 +86,8 @@ def test_both_routes_give_the_same_numbers(run: Path, prefill: str, tmp_path: Pa
     from lm_eval.models.huggingface import HFLM
 
     from lrt.evaluation.lm_eval import Harness
-    from lrt.integrations.hf.export import fast_tokenizer, wrapped
+    from lrt.integrations.hf.export import wrapped
+    from lrt.integrations.hf.fast_tokenizer import fast_tokenizer
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

@@ -6,13 +6,12 @@ The code that travels with it is made from this package's own sources, flattened
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from lrt.config.run import to_dict
-from lrt.integrations.convert import template_of
+from lrt.integrations.hf.fast_tokenizer import with_pad
 from lrt.training.checkpoint import Loaded, read_json
 
 ENTRY = "lrt.integrations.hf.model"
@@ -43,37 +42,24 @@ def wrapped(loaded: Loaded, prefill: str = "sweeps") -> Any:
 
     from lrt.integrations.hf import LRTConfig, LRTForCausalLM
 
-    bos, t = loaded.tokenizer.bos, loaded.config.train
+    words, t = loaded.tokenizer, loaded.config.train
+    core, pad = with_pad(words)
+    roles = {
+        "bos_token_id": words.bos,
+        "pad_token_id": None if pad is None else core.token_to_id(pad),
+        "eos_token_id": words.eos,
+    }
     config = LRTConfig(
         lrt=to_dict(loaded.model.config), prefill=prefill, schedule=t.schedule, seed=t.seed, training=to_dict(t),
-        bos_token_id=bos, eos_token_id=bos, pad_token_id=bos, dtype="float32",
+        dtype="float32", **roles,
     )  # fmt: skip
     config.auto_map = AUTO
     model = LRTForCausalLM(config).eval()
     model.to(device=loaded.model.device)  # pyright: ignore[reportCallIssue]
     model.model.core.load_state_dict(loaded.model.state_dict())
-    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
+    ends = words.ends[0] if len(words.ends) == 1 else list(words.ends)
+    model.generation_config = GenerationConfig(**roles | {"eos_token_id": ends})
     return model
-
-
-def fast_tokenizer(loaded: Loaded) -> Any:
-    """The run's tokenizer for transformers; it opens texts with BOS, as `lrt sample` does."""
-    from transformers import PreTrainedTokenizerFast
-
-    core = loaded.tokenizer.fast()
-    bos = core.id_to_token(loaded.tokenizer.bos)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=bos, eos_token=bos, pad_token=bos,
-        chat_template=template_of(loaded.run / "tokenizer"), model_max_length=loaded.model.config.context,
-    )  # fmt: skip
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write `fast_tokenizer`'s in the usual files; the class is called by the name that older readers know too."""
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    about = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def sources() -> dict[str, str]:
