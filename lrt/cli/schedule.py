@@ -21,13 +21,13 @@ def main(args: list[str]) -> int:
         Args:
             name: such as interleaved-4, refinement-3, chunked-8, sequential, settled-1..3, interleaved-2:weights=0/1.
             length: positions of the row.
-            out: write an SVG there too.
+            out: write a picture there too: .svg, .png or .pdf.
         """
         require(1 <= length <= 512, f"--length is {length}; a drawing takes 1 to 512 positions")
         found = Curriculum.parse(name).at_largest()
-        print(draw.as_text(found, length))
         if out is not None:
-            out.write_text(draw.as_svg(found, length), encoding="utf-8")
+            draw.save(found, length, out)
+        print(draw.as_text(found, length))
 
     parse(draw_schedule, args, "schedule")
     return 0

@@ -1,16 +1,23 @@
-"""A schedule drawn: passes down, positions across, the exact prefix marked; as text and as SVG."""
+"""A schedule drawn: passes down, positions across, the exact prefix marked; as text, and as a picture by matplotlib."""
 
 from __future__ import annotations
 
-from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lrt.schedule import Pass, Passes, Schedule, effective_forwards, exact_prefix, memory_only, token_forwards
+from lrt.schedule import Pass, Schedule, effective_forwards, exact_prefix, memory_only, token_forwards
 
-LOSS, GRADIENT, SILENT, ABSENT = "█", "▓", "░", "·"
-LEGEND = {LOSS: "gradient and loss", GRADIENT: "gradient, no loss", SILENT: "no gradient (settles the memory)"}
-COLOURS = {LOSS: "#2f6fde", GRADIENT: "#9dbcf2", SILENT: "#c9c9c9", ABSENT: "none"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOSS, GRADIENT, SETTLING, ABSENT = "█", "▓", "░", "·"
+LEGEND = {LOSS: "gradient and loss", GRADIENT: "gradient, no loss", SETTLING: "no gradient (settles the memory)"}
+COLOURS = {ABSENT: "#f3f4f6", LOSS: "#2f6fde", GRADIENT: "#9dbcf2", SETTLING: "#b8bcc4"}
+PREFIX = "#d9822b"
 MOST = 40
 """Passes drawn; the rest are counted."""
+FORMATS = ("svg", "png", "pdf")
 
 
 def figures(schedule: Schedule, length: int) -> str:
@@ -26,19 +33,19 @@ def mark(p: Pass, position: int) -> str:
     """How `p` treats a position."""
     if position not in p.positions:
         return ABSENT
-    return LOSS if p.weight > 0 else GRADIENT if p.grad else SILENT
+    return LOSS if p.weight > 0 else GRADIENT if p.grad else SETTLING
 
 
 def as_text(schedule: Schedule, length: int) -> str:
     """The drawing for a terminal."""
     passes = schedule.passes(length)
     early = memory_only(passes)
-    width = max(len(str(p)) for p in passes)
+    width = max(len("positions"), *(len(str(p)) for p in passes))
     tens = "".join(str(t // 10 % 10) if t % 10 == 0 else " " for t in range(length))
     lines = [
         f"{schedule} over {length} positions: {figures(schedule, length)}",
         "",
-        f"{'pass':>4}  {'positions':<{width}}  {tens}",
+        f"{'pass':>4}  {'positions':<{width}}  {tens}".rstrip(),
     ]
     lines.append(" " * (8 + width) + "".join(str(t % 10) for t in range(length)))
     for i, p in enumerate(passes[:MOST]):
@@ -51,50 +58,62 @@ def as_text(schedule: Schedule, length: int) -> str:
     return "\n".join([*lines, "", "  ".join(f"{sign} {text}" for sign, text in LEGEND.items() if sign in used)])
 
 
-def as_svg(schedule: Schedule, length: int, cell: int = 18) -> str:
-    """The drawing as an SVG document that suits light and dark pages."""
+def save(schedule: Schedule, length: int, out: Path) -> None:
+    """Write the picture to `out`, in the format of its name; ValueError for a name that ends in none of FORMATS."""
+    import matplotlib
+
+    if out.suffix[1:].lower() not in FORMATS:
+        raise ValueError(f"{out} does not say which format; let it end in {', '.join('.' + x for x in FORMATS)}")
+    fixed: dict[Any, str] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": str(schedule),
+    }  # the same schedule gives the same file
+    dated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[out.suffix[1:].lower()]
+    with matplotlib.rc_context(fixed):
+        picture(schedule, length).savefig(out, dpi=150, metadata=dated)
+
+
+def picture(schedule: Schedule, length: int) -> Figure:
+    """The drawing as a figure: a row per pass, a column per position."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
     passes = schedule.passes(length)
-    shown = passes[:MOST]
-    left, top, cost = 150, 66, figures(schedule, length)
-    width, height = max(left + length * cell, 12 + 7 * len(cost)) + 20, top + len(shown) * cell + 62
-    body = [_text(12, 20, f"{schedule} over {length} positions", 14), _text(12, 38, cost, 11)]
-    for i, p in enumerate(shown):
-        y = top + i * cell
-        body.append(_text(12, y + cell - 5, f"{i}   {p}", 11))
-        body += [_cell(left + t * cell, y, cell, COLOURS[mark(p, t)]) for t in range(length)]
-    body += _axis(length, left, top, cell)
-    foot = top + len(shown) * cell
-    body += _prefix(exact_prefix(passes, length), left, foot, cell)
-    body += _legend(passes, left, foot + 34)
-    style = "text{font-family:ui-monospace,monospace;fill:#222}@media(prefers-color-scheme:dark){text{fill:#ddd}}"
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{"".join(body)}</svg>\n'
+    shown, signs = passes[:MOST], list(COLOURS)
+    cells = [[signs.index(mark(p, t)) for t in range(length)] for p in shown]
+    side = min(0.26, 14 / length)  # of a cell, in inches
+    figure = Figure(figsize=(2.9 + side * max(length, 16), 1.9 + 0.26 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    colours = ListedColormap([COLOURS[sign] for sign in signs])
+    axes.pcolormesh(cells, cmap=colours, vmin=-0.5, vmax=len(signs) - 0.5, edgecolors="white", linewidth=6 * side)
+    axes.plot([0.05, exact_prefix(passes, length) - 0.05], [len(shown) + 0.3] * 2, color=PREFIX, linewidth=3)
+    axes.set(xlim=(0, length), ylim=(len(shown) + 0.6, 0))
+    axes.set_title(f"{schedule} over {length} positions\n{figures(schedule, length)}", fontsize=10, loc="left")
+    _label(axes, [_named(i, p, early) for i, (p, early) in enumerate(zip(shown, memory_only(passes), strict=False))])
+    _legend(figure, {mark(p, p.positions[0]) for p in passes}, len(passes) - len(shown))
+    return figure
 
 
-def _text(x: float, y: float, text: str, size: int) -> str:
-    return f'<text x="{x}" y="{y}" font-size="{size}">{escape(text)}</text>'
+def _named(number: int, p: Pass, stops_early: bool) -> str:
+    return f"pass {number}: {p}{', blocks 1..s' if stops_early else ''}"
 
 
-def _cell(x: int, y: int, cell: int, colour: str) -> str:
-    side = cell - 3
-    return f'<rect x="{x}" y="{y}" width="{side}" height="{side}" rx="3" fill="{colour}" stroke="#8888" />'
+def _label(axes: Axes, rows: list[str]) -> None:
+    """Positions above, passes beside; no frame."""
+    length = int(axes.get_xlim()[1])
+    every = 1 if length <= 32 else 8 if length <= 128 else 32
+    axes.set_xticks([t + 0.5 for t in range(0, length, every)], [str(t) for t in range(0, length, every)], fontsize=8)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=9)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
-def _axis(length: int, left: int, top: int, cell: int) -> list[str]:
-    every = 1 if length <= 32 else 8
-    return [_text(left + t * cell + 2, top - 6, str(t), 9) for t in range(0, length, every)]
+def _legend(figure: Figure, used: set[str], left_out: int) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-
-def _prefix(prefix: int, left: int, y: int, cell: int) -> list[str]:
-    line = f'<rect x="{left}" y="{y + 2}" width="{prefix * cell - 3}" height="3" fill="#d9822b" />'
-    return [line, _text(12, y + 11, "exact prefix", 11)]
-
-
-def _legend(passes: Passes, left: int, y: int) -> list[str]:
-    used = {mark(p, p.positions[0]) for p in passes}
-    parts, x = [], 12
-    for sign, text in LEGEND.items():
-        if sign in used:
-            parts += [_cell(x, y - 10, 16, COLOURS[sign]), _text(x + 20, y + 1, text, 11)]
-            x += 40 + 7 * len(text)
-    return parts
+    handles: list[Patch | Line2D] = [Patch(color=COLOURS[sign], label=LEGEND[sign]) for sign in LEGEND if sign in used]
+    handles.append(Line2D([], [], color=PREFIX, linewidth=3, label="exact prefix"))
+    title = f"and {left_out} more passes" if left_out else None
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8, frameon=False, title=title)
