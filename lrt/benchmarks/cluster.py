@@ -6,9 +6,10 @@ docs/scaling.md derives them and compares them with measurements.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from lrt.config.benchmarks import Cluster
 from lrt.config.model import ModelConfig, require
 from lrt.config.run import Parallelism, RunConfig
 from lrt.model.flops import BACKWARD, cache_bytes_per_token, memory_bytes, parameters_by_group, passes_flops
@@ -23,36 +24,6 @@ GATED = 2.25
 """Numbers of width K E that gating adds."""
 EDGES = 3.0
 """Numbers of width D per token outside the blocks: embedding, source, hidden state and its gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """The machines."""
-
-    devices: int = 8
-    """Devices in all."""
-    per_node: int = 8
-    """Devices of one machine."""
-    memory: float = 80e9
-    """Bytes of one device."""
-    flops: float = 989e12
-    """Peak FLOP/s of one device in the training's number type (H100, dense bfloat16; for a CPU, measure it)."""
-    efficiency: float = 0.4
-    """Share of the peak that the passes reach; what `lrt bench train` calls MFU."""
-    within: float = 450e9
-    """Bytes/s that a device sends inside its machine."""
-    across: float = 50e9
-    """Bytes/s that a device sends to other machines."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            require(value > 0, f"--cluster.{name} is {value}; it must be positive")
-        require(self.efficiency <= 1, f"--cluster.efficiency is {self.efficiency}; it is a share, at most 1")
-
-    @property
-    def speed(self) -> float:
-        """Bytes/s of the slowest link of a ring over all devices."""
-        return self.within if self.devices <= self.per_node else self.across
 
 
 def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lrt.benchmarks.convergence import MODES
 from lrt.benchmarks.peer import nanochat
+from lrt.config.benchmarks import DecodingBenchmark
 from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE, PrefillOptions, SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
@@ -43,30 +44,6 @@ PREFILL_LINE = (
 )
 SCORE_LINE = "score {rows} x {length}: {speedup:.2f} x exact, loss {loss_diff:+.1e} relative"
 X = TypeVar("X")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodingBenchmark:
-    """What is measured."""
-
-    recipe: str = "d12"
-    """Model of the latency figures; its weights are random, which latency does not mind."""
-    checkpoint: Path | None = None
-    """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
-    batches: tuple[int, ...] = (1, 8, 32)
-    """Rows of the latency figures."""
-    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
-    """Tokens already in the cache, filled synthetically."""
-    lengths: tuple[int, ...] = (256, 1024)
-    """Prompt lengths."""
-    steps: int = 15
-    """Timed pairs per latency figure; the median is reported."""
-    compile: bool = True
-    """Compile the step."""
-    peer: bool = False
-    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
 
 
 def run(settings: DecodingBenchmark, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from lrt.benchmarks.peer import PEER, nanochat
 from lrt.benchmarks.profile import parts
-from lrt.config.model import MEMORY_OFF, Backend, Execution, MemoryConfig, ModelConfig, require
+from lrt.config.benchmarks import StepBenchmark
+from lrt.config.model import MEMORY_OFF, Execution, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
-from lrt.config.run import Dtype, OptimConfig
+from lrt.config.run import OptimConfig
 from lrt.data import Loader
 from lrt.model.flops import passes_flops
 from lrt.model.loss import ScheduledLoss
@@ -40,54 +41,6 @@ Timing = tuple[float, float]
 LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The loss of tokens, targets and starts."""
 PLAIN = "plain"
-SCHEDULES = (
-    "interleaved-2", "interleaved-4", "interleaved-8", "refinement-1", "refinement-3",
-    "settled-1", "settled-2", "settled-3",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepBenchmark:
-    """Time training steps of every schedule against the plain transformer's."""
-
-    device: str = "auto"
-    """`cpu`, `cuda` or `auto`."""
-    recipe: str | None = None
-    """Take model and length from a recipe; by default depth 4, width 256, vocabulary 4096, shared projections."""
-    depth: int | None = None
-    """Blocks, in place of the recipe's."""
-    width: int | None = None
-    """Model width, in place of the recipe's."""
-    vocab_size: int | None = None
-    """Vocabulary, in place of the recipe's."""
-    batch: int = 16
-    """Rows of a step."""
-    length: int | None = None
-    """Positions of a row; by default 512, or the recipe's."""
-    dtype: Dtype = "auto"
-    """Autocast type; `auto`: bfloat16 where the device multiplies it natively."""
-    schedules: tuple[str, ...] = SCHEDULES
-    """Rows beside the plain one."""
-    repeats: int = 5
-    """Timed steps per row; the median counts."""
-    compile: bool = False
-    """Compile the blocks, the plain model's too."""
-    attention: Backend = "auto"
-    """Attention of strided passes: `masked`, `merged` or `auto`."""
-    recompute: bool = False
-    """Compute blocks again in the backward pass."""
-    memory: bool = True
-    """Also take each row's peak memory, in a process of its own."""
-    profile: bool = False
-    """Also divide each row's step among its parts."""
-    peer: bool = False
-    """Also time transformers' own nanochat model of the same sizes (its whole step with fused AdamW alone)."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "repeats"):
-            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in self.schedules:
-            require(Schedule.parse(name) == Schedule.parse(name).at_largest(), f"schedule {name} has a range; fix it")
 
 
 def shape(settings: StepBenchmark) -> tuple[ModelConfig, int]:

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from lrt.benchmarks.latency import DecodingBenchmark, run
 from lrt.cli.parse import parse
+from lrt.config.benchmarks import DecodingBenchmark
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class BenchDecodeFlags:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    from lrt.benchmarks.latency import run
+
     flags = parse(BenchDecodeFlags, args, "bench decode")
     result = run(flags.settings, partial(print, flush=True))
     if flags.json:

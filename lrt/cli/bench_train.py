@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from lrt.benchmarks.training_step import StepBenchmark, lines, measure
 from lrt.cli.parse import parse
+from lrt.config.benchmarks import StepBenchmark
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class BenchTrainFlags:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    from lrt.benchmarks.training_step import lines, measure
+
     flags = parse(BenchTrainFlags, args, "bench train")
     result = measure(flags.settings)
     print("\n".join(lines(result)))

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
-from lrt.integrations.convert import Conversion, convert
+from lrt.config.conversion import Conversion
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class ConvertFlags:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    from lrt.integrations.convert import convert
+
     flags = parse(ConvertFlags, args, "convert")
     config = convert(flags.source, flags.out, flags.conversion)
     on = "with" if config.memory.on else "without"

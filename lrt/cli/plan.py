@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from lrt.benchmarks.cluster import Cluster, plan
 from lrt.cli.parse import early_value, parse
+from lrt.config.benchmarks import Cluster
 from lrt.config.recipes import recipe
 from lrt.config.run import RunConfig
 
@@ -32,6 +32,8 @@ class PlanFlags:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    from lrt.benchmarks.cluster import plan
+
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
     flags = parse(PlanFlags, args, "plan", default=PlanFlags(base, recipe=base.name))
     facts = plan(flags.config, flags.cluster)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lrt.config.conversion import Conversion, Start
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
@@ -19,30 +20,7 @@ from lrt.integrations import families
 from lrt.model.transformer import LRT
 from lrt.training import checkpoint
 
-Memory = Literal["keep", "none", "residual", "shared", "layerwise"]
-Start = Literal["zero", "small", "copy"]
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What is added to a model on its way, and what its source lacks."""
-
-    memory: Memory = "keep"
-    """Memory to add to a model without: residual injection alone, or with shared or layerwise projections too. `keep`:
-    what the source has, which for another family is none."""
-    memory_source: int | None = None
-    """Block (1..L) after which the memory is taken; none means the last one, 0 the token shift."""
-    start: Start = "zero"
-    """Projections and gamma at 0: the function is unchanged, exactly; `small`: random, `copy`: those of the layer's own
-    keys and values, both at `start-scale`, and gamma at it: the function is nearly unchanged."""
-    start_scale: float = 0.02
-    """Size of the projections under `small` (times 1/sqrt(width)) and `copy` (times the layer's own), and of gamma."""
-    tokenizer: Path | None = None
-    """Tokenizer folder or tokenizer.json, where the source has none."""
-    context: int | None = None
-    """Longest sequence of the new run; by default the source's."""
-    seed: int = 0
-    """Of `small`."""
+UNCHANGED = Conversion()
 
 
 @dataclass(frozen=True)
@@ -55,7 +33,7 @@ class ConversionSource:
     train: TrainConfig
 
 
-def convert(folder: Path, out: Path, how: Conversion = Conversion()) -> ModelConfig:
+def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig:
     """Write what `folder` holds as the run folder `out`; returns its model's configuration.
 
     ValueError: what cannot be converted.

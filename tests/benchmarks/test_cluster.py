@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import config
 
-from lrt.benchmarks.cluster import Cluster, activations, fitting, gathers, matrices, muon_flops, plan, row, traffic
+from lrt.benchmarks.cluster import activations, fitting, gathers, matrices, muon_flops, plan, row, traffic
 from lrt.cli.main import main
+from lrt.config.benchmarks import Cluster
 from lrt.config.model import Execution, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe
 from lrt.config.run import OptimConfig, RunConfig, TrainConfig

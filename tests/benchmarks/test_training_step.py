@@ -10,9 +10,10 @@ import torch
 
 from lrt.benchmarks.peer import PEER, nanochat
 from lrt.benchmarks.profile import PARTS
-from lrt.benchmarks.training_step import PLAIN, StepBenchmark, SteppedModel, ideal, shape
+from lrt.benchmarks.training_step import PLAIN, SteppedModel, ideal, shape
 from lrt.cli.bench_train import main
 from lrt.cli.main import main as lrt_main
+from lrt.config.benchmarks import StepBenchmark
 from lrt.schedule import Schedule
 
 TINY = "--device cpu --depth 2 --width 16 --vocab-size 30 --batch 2 --length 16 --repeats 1 --dtype float32"

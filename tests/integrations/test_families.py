@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrt.cli.main import main
+from lrt.config.conversion import Conversion
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig
 from lrt.data import train_bpe
 from lrt.inference.generate import generate, prefill, score
 from lrt.integrations import families
-from lrt.integrations.convert import Conversion, add_memory, convert, save_family
+from lrt.integrations.convert import add_memory, convert, save_family
 from lrt.model.transformer import LRT
 from lrt.training.checkpoint import load_model
 

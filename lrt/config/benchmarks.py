@@ -1,0 +1,113 @@
+"""What is measured or planned, and on what machines. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrt.config.model import Backend, require
+from lrt.config.run import Dtype
+from lrt.schedule import Schedule
+
+TIMED_SCHEDULES = (
+    "interleaved-2", "interleaved-4", "interleaved-8", "refinement-1", "refinement-3",
+    "settled-1", "settled-2", "settled-3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBenchmark:
+    """Time training steps of every schedule against the plain transformer's."""
+
+    device: str = "auto"
+    """`cpu`, `cuda` or `auto`."""
+    recipe: str | None = None
+    """Take model and length from a recipe; by default depth 4, width 256, vocabulary 4096, shared projections."""
+    depth: int | None = None
+    """Blocks, in place of the recipe's."""
+    width: int | None = None
+    """Model width, in place of the recipe's."""
+    vocab_size: int | None = None
+    """Vocabulary, in place of the recipe's."""
+    batch: int = 16
+    """Rows of a step."""
+    length: int | None = None
+    """Positions of a row; by default 512, or the recipe's."""
+    dtype: Dtype = "auto"
+    """Autocast type; `auto`: bfloat16 where the device multiplies it natively."""
+    schedules: tuple[str, ...] = TIMED_SCHEDULES
+    """Rows beside the plain one."""
+    repeats: int = 5
+    """Timed steps per row; the median counts."""
+    compile: bool = False
+    """Compile the blocks, the plain model's too."""
+    attention: Backend = "auto"
+    """Attention of strided passes: `masked`, `merged` or `auto`."""
+    recompute: bool = False
+    """Compute blocks again in the backward pass."""
+    memory: bool = True
+    """Also take each row's peak memory, in a process of its own."""
+    profile: bool = False
+    """Also divide each row's step among its parts."""
+    peer: bool = False
+    """Also time transformers' own nanochat model of the same sizes (its whole step with fused AdamW alone)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "repeats"):
+            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in self.schedules:
+            require(Schedule.parse(name) == Schedule.parse(name).at_largest(), f"schedule {name} has a range; fix it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingBenchmark:
+    """What is measured."""
+
+    recipe: str = "d12"
+    """Model of the latency figures; its weights are random, which latency does not mind."""
+    checkpoint: Path | None = None
+    """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Rows of the latency figures."""
+    contexts: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
+    """Tokens already in the cache, filled synthetically."""
+    lengths: tuple[int, ...] = (256, 1024)
+    """Prompt lengths."""
+    steps: int = 15
+    """Timed pairs per latency figure; the median is reported."""
+    compile: bool = True
+    """Compile the step."""
+    peer: bool = False
+    """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines."""
+
+    devices: int = 8
+    """Devices in all."""
+    per_node: int = 8
+    """Devices of one machine."""
+    memory: float = 80e9
+    """Bytes of one device."""
+    flops: float = 989e12
+    """Peak FLOP/s of one device in the training's number type (H100, dense bfloat16; for a CPU, measure it)."""
+    efficiency: float = 0.4
+    """Share of the peak that the passes reach; what `lrt bench train` calls MFU."""
+    within: float = 450e9
+    """Bytes/s that a device sends inside its machine."""
+    across: float = 50e9
+    """Bytes/s that a device sends to other machines."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value > 0, f"--cluster.{name} is {value}; it must be positive")
+        require(self.efficiency <= 1, f"--cluster.efficiency is {self.efficiency}; it is a share, at most 1")
+
+    @property
+    def speed(self) -> float:
+        """Bytes/s of the slowest link of a ring over all devices."""
+        return self.within if self.devices <= self.per_node else self.across
