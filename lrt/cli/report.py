@@ -30,13 +30,14 @@ def main(args: list[str]) -> int:
     from lrt.experiments.groups import read_groups
     from lrt.experiments.pages import page
     from lrt.experiments.report import ABOUT, markdown, replace_marked, report_blocks
+    from lrt.utils.files import write_text
 
     flags = parse(ReportFlags, args, "report")
     require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
     blocks = report_blocks(read_groups(flags.files), flags.baseline)
     intro = f"From {', '.join(f.name for f in flags.files)}. {ABOUT}"
     flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "report.html").write_text(page("lrt report", intro, blocks), encoding="utf-8")
+    write_text(flags.out / "report.html", page("lrt report", intro, blocks))
     pictures = flags.out if flags.into is None else flags.into.parent / "img"
     text = markdown(blocks, pictures, "img/" if flags.into else "")
     if flags.into is not None:

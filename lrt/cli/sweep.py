@@ -29,7 +29,7 @@ class SweepFlags:
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     from lrt.experiments.runner import at_once
-    from lrt.experiments.sweep import read_sweep, read_toml, run_sweep
+    from lrt.experiments.sweep import read_sweep, run_sweep, sweep_tables
 
     flags = parse(SweepFlags, args, "sweep")
     require(flags.jobs is None or flags.jobs >= 1, f"--jobs is {flags.jobs}; run at least 1 at a time")
@@ -37,6 +37,6 @@ def main(args: list[str]) -> int:
         flags.cluster in (None, "slurm", "local", "debug"), f"--cluster is {flags.cluster}; use slurm, local, debug"
     )
     runs, out = read_sweep(flags.file), flags.out or Path("runs/sweeps") / flags.file.stem
-    resources = read_toml(flags.file).get("cluster", {}) if flags.cluster else {}
+    resources = sweep_tables(flags.file).get("cluster", {}) if flags.cluster else {}
     print(run_sweep(runs, out, flags.jobs or at_once(), flags.cluster, **resources))
     return 0

@@ -7,7 +7,6 @@ its tokens), the tokenizer, and `manifest.json`. It is written aside and renamed
 import bisect
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO, final
 import numpy as np
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.files import one_line, parse_json, read_bytes, write_json
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -64,12 +64,12 @@ class Manifest:
         if not file.is_file():
             raise ValueError(f"{file}: no such file, so these are no complete token shards: prepare the data again")
         try:
-            return _checked_manifest(json.loads(file.read_bytes()))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: {' '.join(str(error).split())}: {AGAIN}") from None
+            return _checked_manifest(parse_json(read_bytes(file, "manifest"), "this manifest"))
+        except ValueError as error:
+            raise ValueError(f"{file}: {one_line(error, 200)}: {AGAIN}") from None
 
     def save(self, folder: Path | str) -> None:
-        (Path(folder) / "manifest.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(folder) / "manifest.json", asdict(self))
 
     def tokens(self, split: str) -> int:
         """Number of ids in a split."""

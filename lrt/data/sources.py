@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lrt.utils.files import parse_json
+
 WHOLE = 1_000_000  # bytes: a text file up to this size is one document
 PIECE = 64 * 1024  # characters: a larger one becomes documents of about this size
 BLOCK = 256 * 1024  # bytes read at a time
@@ -225,11 +227,7 @@ def _jsonl_texts(file: Path, text_column: str) -> Iterator[str]:
             if not line.strip():
                 continue
             place = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                why = " ".join(str(error).split())
-                raise ValueError(f"{place}: not valid JSON ({why}): mend or remove the line") from None
+            row = parse_json(line, place, loose=True)
             if not isinstance(row, dict):
                 raise ValueError(f'{place}: holds no JSON object: each line must be one, like {{"text": "..."}}')
             yield _text_in(row, text_column, place)

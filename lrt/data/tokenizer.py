@@ -17,9 +17,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lrt.data.tokenizer_config import CONFIG, TokenizerConfig, read_json_object, read_tokenizer_config, token_text
+from lrt.data.tokenizer_config import CONFIG, TokenizerConfig, read_tokenizer_config, token_text
+from lrt.utils.files import read_json, write_json
 
 BOS = "<|bos|>"
+MOST_BYTES = 2**28  # of a tokenizer file
 PAUSE = "<|pause|>"
 # Foreign tokenizers are searched in this order: a token that opens documents, else one that separates them.
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
@@ -289,7 +291,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"{file}: no such tokenizer: name a folder with tokenizer.json in it, or such a file")
-    content = read_json_object(file)
+    content = read_json(file, "tokenizer", most=MOST_BYTES)
     tokenizer = _load(file, content)
     tokenizer.config = read_tokenizer_config(file.parent, tokenizer.vocabulary(), tokenizer.specials)
     return tokenizer
@@ -331,7 +333,7 @@ def _load_bytes(file: Path, content: dict[str, Any]) -> ByteTokenizer:
 def _find_bos(core: tokenizers.Tokenizer, file: Path) -> str:
     """The token that opens documents: the configured BOS, else a well-known name, else the configured EOS."""
     config_file = file.with_name(CONFIG)
-    config = read_json_object(config_file) if config_file.is_file() else {}
+    config = read_json(config_file, "tokenizer's settings") if config_file.exists() else {}
     candidates = (token_text(config, "bos_token"), *BOS_NAMES, *SEPARATOR_NAMES, token_text(config, "eos_token"))
     for text in candidates:
         if text and core.token_to_id(text) is not None:
@@ -380,7 +382,7 @@ def _byte_of_character() -> dict[str, int]:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, content)
 
 
 def _one_line(error: BaseException) -> str:

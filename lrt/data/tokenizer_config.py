@@ -5,14 +5,13 @@ The files are those of transformers, so that a folder of either kind is read, an
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lrt.utils.files import one_line, read_text
+from lrt.utils.files import MOST_SETTINGS, read_json, read_text, write_json, write_text
 
 CONFIG, TEMPLATE, OTHER_TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 MODEL_FILES = ("generation_config.json", "config.json")
@@ -55,7 +54,8 @@ class TokenizerConfig:
         }  # fmt: skip
         facts = {name: value for name, value in named.items() if value is not None}
         if facts:
-            _write(folder / CONFIG, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | facts, indent=2) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"} | facts)
         for name, text in self.chat_templates.items():
             _write(folder / (TEMPLATE if name == DEFAULT else f"{OTHER_TEMPLATES}/{name}.jinja"), text)
 
@@ -66,7 +66,7 @@ def read_tokenizer_config(folder: Path, vocabulary: Mapping[str, int], specials:
     `vocabulary` maps a token's text to its id; `specials` are the special ones.
     ValueError: a file that is not a JSON object, or a template whose name is no file name; it is named.
     """
-    facts = read_json_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    facts = read_json(folder / CONFIG, "tokenizer's settings") if (folder / CONFIG).exists() else {}
     name_of = {i: text for text, i in vocabulary.items()}
     ends = [name_of[i] for i in _ending_ids(folder) if i in name_of]
     named = (token_text(facts, "eos_token"), next(iter(ends), None))
@@ -92,8 +92,8 @@ def token_text(config: Mapping[str, Any], key: str) -> str | None:
 def _ending_ids(folder: Path) -> list[int]:
     """The ids by which a model beside its tokenizer ends a text."""
     for name in MODEL_FILES:
-        if (folder / name).is_file():
-            ids = read_json_object(folder / name).get("eos_token_id")
+        if (folder / name).exists():
+            ids = read_json(folder / name, "model's settings").get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             found = [i for i in ids if isinstance(i, int) and not isinstance(i, bool)]
             if found:
@@ -103,9 +103,12 @@ def _ending_ids(folder: Path) -> list[int]:
 
 def _chat_templates(folder: Path, facts: Mapping[str, Any]) -> dict[str, str]:
     """By name, from files of their own or from tokenizer_config.json, where one is a text and several are a list."""
-    own = {path.stem: read_text(path, "chat template") for path in sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))}
-    if (folder / TEMPLATE).is_file():
-        return {DEFAULT: read_text(folder / TEMPLATE, "chat template")} | own
+    own = {
+        path.stem: read_text(path, "chat template", MOST_SETTINGS)
+        for path in sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))
+    }
+    if (folder / TEMPLATE).exists():
+        return {DEFAULT: read_text(folder / TEMPLATE, "chat template", MOST_SETTINGS)} | own
     listed = facts.get("chat_template")
     if isinstance(listed, str):
         return {DEFAULT: listed} | own
@@ -118,17 +121,6 @@ def _chat_templates(folder: Path, facts: Mapping[str, Any]) -> dict[str, str]:
     return found | own
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a tokenizer's file. ValueError: it is none."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({one_line(error)}): save the tokenizer again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no JSON object: save the tokenizer again")
-    return content
-
-
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_text(file, text)

@@ -18,9 +18,10 @@ from lrt.experiments.runner import at_once, run_all
 from lrt.inference.chat import complete
 from lrt.model.flops import train_flops_per_token
 from lrt.schedule import Curriculum
-from lrt.training.checkpoint import load_model, write_json
+from lrt.training.checkpoint import load_model
 from lrt.training.logging import Jsonl, Live
 from lrt.training.trainer import Sink, horizon, prepare_data, train
+from lrt.utils.files import write_json, write_text
 from lrt.utils.hardware import resolve_device
 from lrt.utils.tables import Table
 
@@ -103,7 +104,7 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     samples = {f"sample: {row['name']}": row["sample"] for row in rows}
     blocks = [("bits per byte", Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
     html = page("lrt demo", about, blocks)
-    (out / "report.html").write_text(html, encoding="utf-8")
+    write_text(out / "report.html", html)
     write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about})
     texts = [f"--- {name}\n{text}" for name, text in samples.items()]
     return "\n\n".join(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lrt.utils.files import read_jsonl
 
 Record = dict[str, Any]
 Measure = Callable[[Record], float]
@@ -46,21 +47,14 @@ def read_groups(files: Sequence[Path]) -> list[RunGroup]:
     """Runs recorded in JSON-lines files, grouped, in the files' order. ValueError: a line that is no record."""
     found: dict[tuple[str, str, str], list[Record]] = {}
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist; give the results.jsonl that lrt sweep wrote")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            record = _record(line, f"{file}:{number}")
+        for number, record in read_jsonl(file, "records", loose=True):
+            _require_record(record, f"{file}:{number}")
             sweep = file.parent.name if file.name == "results.jsonl" else file.stem
             point = ", ".join(f"{name} {value}" for name, value in record["grid"].items())
             found.setdefault((sweep, point, record["arm"]), []).append(record)
     return [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in found.items()]
 
 
-def _record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        record = None
-    if not isinstance(record, dict) or not {"arm", "grid", "seed", "bpb"} <= set(record):
+def _require_record(record: Record, where: str) -> None:
+    if not {"arm", "grid", "seed", "bpb"} <= set(record):
         raise ValueError(f"{where} is not the record of a run; remove the line")
-    return record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from lrt.utils.files import read_jsonl
 from lrt.utils.tables import Table
 
 AXES = {
@@ -38,13 +38,8 @@ def read_run(folder: Path, name: str | None = None) -> Recorded:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run")
-    events = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}:{number} is not JSON; remove the line") from None
-    kinds = {kind: [e for e in events if e["kind"] == kind] for kind in ("train", "eval")}
+    events = [event for _, event in read_jsonl(path, "metrics", loose=True, torn=True)]
+    kinds = {kind: [e for e in events if e.get("kind") == kind] for kind in ("train", "eval")}
     return Recorded(name or folder.name, kinds["train"], kinds["eval"])
 
 

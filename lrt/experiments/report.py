@@ -13,6 +13,7 @@ from lrt.experiments import plots
 from lrt.experiments.groups import RunGroup, seeds_and_mean
 from lrt.experiments.pages import COLOURS, png
 from lrt.experiments.plots import decoded
+from lrt.utils.files import read_text, write_text
 from lrt.utils.tables import Table
 
 HEADER = (
@@ -118,7 +119,7 @@ def markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
 def replace_marked(page: Path, text: str) -> None:
     """Put `text` between a page's MARKS. ValueError: no such page, or no marks."""
     require(page.is_file(), f"{page} does not exist; write it, with the lines {' and '.join(MARKS)}")
-    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    before, begin, rest = read_text(page, "page").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     require(bool(begin and end), f"{page} lacks the lines {' and '.join(MARKS)} between which the report goes")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{after}")

@@ -32,14 +32,9 @@ from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training import checkpoint
-from lrt.training.checkpoint import read_json, write_json
 from lrt.training.logging import Jsonl, Live
 from lrt.training.trainer import Sink, prepare_data, train
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+from lrt.utils.files import read_json, read_toml, write_json, write_jsonl
 
 RECORD = "record.json"
 KEYS: dict[str, type] = {"recipe": str, "seeds": list, "base": dict, "grid": dict, "arms": dict, "cluster": dict}
@@ -59,7 +54,7 @@ class Run:
 
 def read_sweep(path: Path) -> list[Run]:
     """The runs of a sweep file: for each combination of the grid, for each seed, every arm. ValueError: bad files."""
-    data = read_toml(path)
+    data = sweep_tables(path)
     seeds: list[Any] = data.get("seeds", [0])
     arms: dict[str, Any] = data.get("arms", {"run": {}})
     require(bool(seeds) and all(type(s) is int for s in seeds), f"{path}: seeds are {seeds!r}; give a list of numbers")
@@ -77,13 +72,10 @@ def read_sweep(path: Path) -> list[Run]:
     return runs
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def sweep_tables(path: Path) -> dict[str, Any]:
     """The tables of a sweep file. ValueError: no TOML, or other tables than KEYS."""
     require(path.is_file(), f"sweep file {path} does not exist; see sweeps/ for examples")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+    data = read_toml(path, "sweep file")
     for key, value in data.items():
         require(key in KEYS, f"{path}: unknown {key}; use {', '.join(KEYS)}")
         require(isinstance(value, KEYS[key]), f"{path}: {key} is {value!r}; it must be a {KEYS[key].__name__}")
@@ -200,6 +192,5 @@ def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
             del found["settings"]
             lines.append({"arm": run.arm, "grid": run.grid} | found)
     out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (out / "results.jsonl").write_text(text, encoding="utf-8")
+    write_jsonl(out / "results.jsonl", lines)
     return lines

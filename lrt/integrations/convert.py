@@ -19,6 +19,7 @@ from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.integrations import families
 from lrt.model.transformer import LRT
 from lrt.training import checkpoint
+from lrt.utils.files import one_line, read_json, write_json
 
 UNCHANGED = Conversion()
 
@@ -56,7 +57,7 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
         ),
     )
     source.tokenizer.save(out / "tokenizer")
-    checkpoint.write_json(out / "config.json", to_dict(run))
+    write_json(out / "config.json", to_dict(run))
     origin = {"converted_from": folder.name, "start": how.start if how.memory != "keep" else None}
     checkpoint.save(out, 0, run, model, {}, origin, keep=1)
     return config
@@ -114,7 +115,7 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
         words = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
         weights = dict(loaded.model.state_dict())
         return ConversionSource(loaded.model.config, weights, words, loaded.config.train)
-    facts = checkpoint.read_json(folder / "config.json", "model description")
+    facts = read_json(folder / "config.json", "model description")
     words = load_tokenizer(tokenizer or folder)
     if tokenizer and words.config.eos is None:  # the checkpoint still says what ends a text
         own = read_tokenizer_config(folder, words.vocabulary(), words.specials)
@@ -141,7 +142,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names: dict[str, Any] = checkpoint.read_json(index, "index").get("weight_map", {})
+        names: dict[str, Any] = read_json(index, "index").get("weight_map", {})
         files = [folder / Path(name).name for name in sorted(set(names.values()))]
     require(bool(files), f"{folder} holds no .safetensors; save the model with save_pretrained, pickle is not read")
     found: dict[str, Tensor] = {}
@@ -154,7 +155,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except Exception as error:  # the library raises bare SafetensorError, OSError and others
-        raise ValueError(f"{file} cannot be read as safetensors ({error}); download it again") from None
+        raise ValueError(f"{file} cannot be read as safetensors ({one_line(error, 120)}); download it again") from None
 
 
 def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
@@ -169,6 +170,6 @@ def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
     roles = {"bos_token_id": words.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     facts = families.family_config(kind, config) | roles
     folder.mkdir(parents=True)
-    checkpoint.write_json(folder / "generation_config.json", roles)
+    write_json(folder / "generation_config.json", roles)
     save_file(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
-    checkpoint.write_json(folder / "config.json", facts)
+    write_json(folder / "config.json", facts)

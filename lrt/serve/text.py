@@ -10,7 +10,7 @@ from typing import Any, final
 from lrt.data import Tokenizer
 from lrt.inference.batch import Ranked
 from lrt.inference.chat_template import ChatTemplate
-from lrt.utils.files import read_json
+from lrt.utils.files import MOST_SETTINGS, read_json, read_text
 
 TURN, NEXT = "USER: {}\nBOT:", "\nUSER:"
 """How `lrt chat` writes a turn, and what ends an answer."""
@@ -71,8 +71,8 @@ def _chat_template(tokenizer: Tokenizer, folder: Path | None) -> ChatTemplate | 
     if folder is None:
         return None
     own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    facts = read_json(config, "tokenizer description") if config.is_file() else {}
-    found = own.read_text(encoding="utf-8") if own.is_file() else facts.get("chat_template")
+    facts = read_json(config, "tokenizer description") if config.exists() else {}
+    found = read_text(own, "chat template", MOST_SETTINGS) if own.exists() else facts.get("chat_template")
     named = [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
     templates = {str(x["name"]): str(x["template"]) for x in named if "name" in x and "template" in x}
     if isinstance(found, str):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
 from lrt.model.transformer import LRT
 from lrt.utils.dtensor import fill
+from lrt.utils.files import read_json, write_json
 
 FORMAT = 1
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
@@ -66,30 +66,6 @@ class Checkpoint:
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name."""
         return _tensors(self.folder / OPTIMIZER)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON aside, sync it, and put it in place at once."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, allow_nan=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file; anything else raises ValueError naming the file."""
-    if not path.is_file():
-        raise ValueError(f"{what} {path} does not exist; give the folder of a run or of one of its checkpoints")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{what} {path} is not valid JSON ({error}); restore it or use another checkpoint") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{what} {path} is not a JSON object; restore it or use another checkpoint")
-    return data
 
 
 def save(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lrt.utils.files import parse_json, to_json
 
 Event = dict[str, Any]
 RECORDED = ("start", "train", "eval", "sample", "warning", "checkpoint")
@@ -31,7 +32,7 @@ class Jsonl:
         if event["kind"] in RECORDED:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(to_json(event) + "\n")
 
     def _rewind(self, step: int) -> None:
         kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _until(line, step)]
@@ -43,7 +44,7 @@ class Jsonl:
 def _until(line: bytes, step: int) -> bool:
     """Whether a recorded line is whole, and of no later step."""
     try:
-        event = json.loads(line)
+        event = parse_json(line, "metrics", loose=True)
         return line.endswith(b"\n") and event.get("step", 0) <= step
     except (ValueError, AttributeError, TypeError):
         return False

@@ -30,6 +30,7 @@ from lrt.training.optimizer import Optimizer, clip, memory_rate, rate
 from lrt.training.parallel import Parallel
 from lrt.utils.distributed import World, join
 from lrt.utils.dtensor import whole
+from lrt.utils.files import write_json
 from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory, resolve_device, resolve_dtype
 
 Sink = Callable[[dict[str, Any]], None]
@@ -168,7 +169,7 @@ class Session:
     def _begin(self) -> None:
         if self.world.first:
             self.run.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(self.run / "config.json", to_dict(self.config))
+            write_json(self.run / "config.json", to_dict(self.config))
             self.prepared.tokenizer.save(self.run / "tokenizer")
         groups = parameters_by_group(self.config.model)
         tell(
@@ -370,7 +371,7 @@ class Session:
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
         result["peak_memory_bytes"] = peak_memory(self.device)
         if self.world.first:
-            checkpoint.write_json(self.run / "result.json", result)
+            write_json(self.run / "result.json", result)
         return Result(self.model.eval(), self.prepared, self.progress, bpb, self.world.first)
 
 

@@ -2,7 +2,7 @@
 
 Every reader takes regular files alone (a pipe or a device would never end), UTF-8 without a byte order mark, and a size
 and depth that fit. What comes out are plain values: objects with string keys that each occur once, lists, strings,
-numbers of at most 64 bits, true, false, null. Everything else raises ValueError naming the file, place and remedy.
+numbers of at most 128 bits, true, false, null. Everything else raises ValueError naming file, place and remedy.
 """
 
 from __future__ import annotations
@@ -105,20 +105,20 @@ def _decoded(content: bytes, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}); {RESTORE}") from None
 
 
-def read_json(path: Path | str, what: str, *, most: int = MOST_JSON, nan: bool = False) -> dict[str, Any]:
-    """The object of a JSON file. `nan`: whether NaN and infinities may stand in it. ValueError: see the module."""
-    return require_kind(parse_json(read_bytes(path, what, most), f"{what} {path}", nan=nan), dict, f"{what} {path}")
+def read_json(path: Path | str, what: str, *, most: int = MOST_JSON, loose: bool = False) -> dict[str, Any]:
+    """The object of a JSON file. `loose`: whether NaN, infinities and half characters may stand in it."""
+    return require_kind(parse_json(read_bytes(path, what, most), f"{what} {path}", loose=loose), dict, f"{what} {path}")
 
 
-def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
-    """The plain value that a JSON text stands for; `where` names it in errors. `nan`: see `read_json`."""
+def parse_json(text: str | bytes, where: str, *, loose: bool = False) -> Any:
+    """The plain value that a JSON text stands for; `where` names it in errors. `loose`: see `read_json`."""
     text = _decoded(text, where) if isinstance(text, bytes) else text
     with _named(where, "JSON", RecursionError, ValueError):
-        return _plain(json.loads(text, object_pairs_hook=_once), nan)
+        return _plain(json.loads(text, object_pairs_hook=_once), loose)
 
 
 def read_jsonl(
-    path: Path | str, what: str, *, nan: bool = False, torn: bool = False
+    path: Path | str, what: str, *, loose: bool = False, torn: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and objects of a JSON-lines file; empty lines are passed over.
 
@@ -135,7 +135,7 @@ def read_jsonl(
             if not line or (torn and not line.endswith(b"\n")):
                 return
             if line.strip():
-                yield number, require_kind(parse_json(line, where, nan=nan), dict, where)
+                yield number, require_kind(parse_json(line, where, loose=loose), dict, where)
 
 
 def read_csv(path: Path | str, what: str, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -161,7 +161,7 @@ def read_toml(path: Path | str, what: str) -> dict[str, Any]:
         parts = re.split(r"[=,\[\]{}#]", "".join(text.split(" ")).replace("\t", "").replace("\n", "#"))
         if any(part.count(".") > DEPTH for part in parts):  # the parser takes quadratic time for such a key
             raise ValueError(f"a key of more than {DEPTH} parts")
-        return _plain(tomllib.loads(text), nan=False)
+        return _plain(tomllib.loads(text), loose=False)
 
 
 def read_yaml(path: Path | str, what: str) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def read_yaml(path: Path | str, what: str) -> dict[str, Any]:
 
     text = read_text(path, what, MOST_SETTINGS)
     with _named(f"{what} {path}", "YAML", yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError):
-        data = _plain(yaml.load(text, Loader=_yaml_loader()), nan=False)
+        data = _plain(yaml.load(text, Loader=_yaml_loader()), loose=False)
     return require_kind(data, dict, f"{what} {path}")
 
 
@@ -228,7 +228,7 @@ def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     return made
 
 
-def _plain(data: Any, nan: bool) -> Any:
+def _plain(data: Any, loose: bool) -> Any:
     """`data`, once every level of it has been looked at; no recursion, so no depth is too much for it."""
     level, depth = [data], 0
     while level:
@@ -241,20 +241,20 @@ def _plain(data: Any, nan: bool) -> Any:
             elif isinstance(value, list):
                 below += value
             else:
-                _require_plain(value, nan)
+                _require_plain(value, loose)
         level, depth = below, depth + 1
         _require_depth(depth if below else 0)
     return data
 
 
-def _require_plain(value: Any, nan: bool) -> None:
+def _require_plain(value: Any, loose: bool) -> None:
     if not isinstance(value, PLAIN):
         raise ValueError(f"a {type(value).__name__}: only texts, numbers, true, false and null are read")
-    if isinstance(value, float) and not nan and not math.isfinite(value):
+    if isinstance(value, float) and not loose and not math.isfinite(value):
         raise ValueError(f"{value}, which is no number")
-    if isinstance(value, int) and value.bit_length() > 64:
-        raise ValueError("a whole number of more than 64 bits")
-    if isinstance(value, str) and SURROGATE.search(value):
+    if isinstance(value, int) and value.bit_length() > 128:  # 10^30 is what tokenizers call unlimited
+        raise ValueError("a whole number of more than 128 bits")
+    if isinstance(value, str) and not loose and SURROGATE.search(value):
         raise ValueError("half a character (a lone surrogate)")
 
 
@@ -269,7 +269,7 @@ def _named(where: str, form: str, *errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         said = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 160)
-        raise ValueError(f"{where} is not the {form} that is read here ({said}); {RESTORE}") from None
+        raise ValueError(f"{where} is not valid {form} ({said}); {RESTORE}") from None
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -277,7 +277,8 @@ def _named(where: str, form: str, *errors: type[Exception]) -> Iterator[None]:
 
 def to_json(data: Any, indent: int | None = None) -> str:
     """`data` as JSON; what is no finite number is written as null, since JSON has no NaN."""
-    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+    text = json.dumps(_finite(data), indent=indent, allow_nan=False, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # half characters, of file names, have no UTF-8 form
 
 
 def _finite(data: Any) -> Any:

@@ -218,10 +218,10 @@ def test_foreign_tokenizers_that_cannot_serve_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "not readable as JSON"),
-        (b"[1]", "holds no JSON object"),
-        (b"\xff\xfe", "not readable as JSON"),
-        (b"[" * 100_000, "not readable as JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[1]", "it must be an object"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"[" * 100_000, "is not valid JSON"),
         (b"{}", "not in the tokenizers format"),
         (b'{"type": "bytes", "version": 2}', "another version"),
     ],

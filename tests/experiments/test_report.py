@@ -71,7 +71,7 @@ def test_what_is_no_record_is_named(records, capsys):
     (records / "bad.jsonl").write_text('{"arm": 1}\n', encoding="utf-8")
     for arguments, said in (
         ([str(records / "bad.jsonl")], "bad.jsonl:1 is not the record of a run"),
-        ([str(records / "none.jsonl")], "does not exist; give the results.jsonl"),
+        ([str(records / "none.jsonl")], "none.jsonl does not exist"),
         ([], "give at least one file"),
     ):
         assert main(["report", *arguments, "--out", str(records / "out")]) == 2

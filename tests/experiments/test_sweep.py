@@ -71,7 +71,7 @@ def test_a_file_is_a_grid_of_runs_and_an_arm_wins_over_the_grid(tmp_path):
         ("colour = 1", "unknown colour"),
         ("grid.train.batch = 3", "grid.train.batch is 3; give a list"),
         ('[arms."a b"]\n[arms."a-b"]', "would be run twice"),
-        ("= 3", "is not TOML"),
+        ("= 3", "is not valid TOML"),
         ("[arms.a]\ntrain.schedule = 'settled'", "settled takes a size"),
     ],
 )

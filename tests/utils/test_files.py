@@ -52,7 +52,7 @@ BAD = {
     "json": {
         "nothing": "", "cut off": '{"a": [1, 2', "a list": "[1]", "a number": "3",
         "twice": '{"a": 1, "b": {"c": 1, "c": 2}}', "nan": '{"a": [NaN]}', "infinity": '{"a": -Infinity}',
-        "overflow": '{"a": 1e999}', "long number": '{"a": 1' + "0" * 30 + "}", "endless number": '{"a": 1' + "0" * 9000,
+        "overflow": '{"a": 1e999}', "long number": '{"a": 1' + "0" * 40 + "}", "endless number": '{"a": 1' + "0" * 9000,
         "deep": "[" * DEEP + "]" * DEEP, "deep objects": '{"a":' * DEEP,
         "just too deep": '{"a": ' + "[" * 64 + "1" + "]" * 64 + "}", "half a character": '{"a": "\\ud800"}',
         "half a name": '{"\\udfff": 1}',
@@ -151,8 +151,8 @@ def test_any_bytes_are_a_value_or_a_value_error(kind: str, content: bytes, tmp_p
 
 
 def test_nan_where_it_is_allowed():
-    assert math.isnan(parse_json('{"a": NaN}', "here", nan=True)["a"])
-    assert parse_json('{"a": -1e999}', "here", nan=True) == {"a": -math.inf}
+    assert math.isnan(parse_json('{"a": NaN}', "here", loose=True)["a"])
+    assert parse_json('{"a": -1e999}', "here", loose=True) == {"a": -math.inf}
 
 
 def test_a_torn_last_line_is_left_out_where_asked(tmp_path: Path):

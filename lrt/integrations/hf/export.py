@@ -12,7 +12,8 @@ from typing import Any
 
 from lrt.config.run import to_dict
 from lrt.integrations.hf.fast_tokenizer import with_pad
-from lrt.training.checkpoint import Loaded, read_json
+from lrt.training.checkpoint import Loaded
+from lrt.utils.files import read_json
 
 ENTRY = "lrt.integrations.hf.model"
 NAMES = {

@@ -60,5 +60,4 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write `fast_tokenizer`'s in the usual files; the class is called by the name that older readers know too."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    about = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(file, read_json(file, "tokenizer's settings") | {"tokenizer_class": "PreTrainedTokenizerFast"})
