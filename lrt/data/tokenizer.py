@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lrt.data.tokenizer_config import CONFIG, TokenizerConfig, read_tokenizer_config, token_text
-from lrt.utils.files import read_json, write_json
+from lrt.utils.files import one_line, read_json, write_json
 
 BOS = "<|bos|>"
 MOST_BYTES = 2**28  # of a tokenizer file
@@ -316,7 +316,7 @@ def _load_core(file: Path, content: dict[str, Any], bos: str | None) -> BPEToken
     try:
         core = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file}: not in the tokenizers format ({_one_line(error)}): save it as such") from None
+        raise ValueError(f"{file}: not in the tokenizers format ({one_line(error, 120)}): save it as such") from None
     try:
         return BPETokenizer(core, bos or _find_bos(core, file))
     except ValueError as error:
@@ -383,7 +383,3 @@ def _byte_of_character() -> dict[str, int]:
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, content)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

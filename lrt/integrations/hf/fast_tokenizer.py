@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from lrt.data import Tokenizer
 from lrt.training.checkpoint import Loaded
+from lrt.utils.files import read_json, write_json
 
 PAD = "<|pad|>"
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>")
