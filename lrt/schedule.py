@@ -6,13 +6,8 @@ Training, prefill and decoding all are such a list, run by one forward against o
 
 from __future__ import annotations
 
-import math
-import random
 import re
-from bisect import bisect
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from lrt.passes import (
     NO_GRAD_COST,
@@ -23,9 +18,11 @@ from lrt.passes import (
     exact_prefix,
     intersect,
     memory_only,
+    rewriting,
     subtract,
     token_forwards,
 )
+from lrt.span import NONE, SPAN_OPTIONS, Span, numbers, slashed
 
 __all__ = [
     "KINDS", "NO_GRAD_COST", "Curriculum", "Pass", "Passes", "Schedule", "Span", "check", "effective_forwards",
@@ -47,60 +44,6 @@ _SWEPT = {"settled", "hop"}
 
 
 @dataclass(frozen=True)
-class Span:
-    """A size that is fixed (low = high) or drawn per step, uniformly or with probabilities of its own."""
-
-    low: int
-    high: int
-    p: tuple[float, ...] = ()
-    """Probability of every size from low to high; empty: all are equally likely."""
-
-    @staticmethod
-    def parse(text: str, least: int, what: str) -> Span:
-        """Read `4` or `1..3`."""
-        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
-        if not found:
-            raise ValueError(f"{what} {text!r} is not a number or a range such as 1..3")
-        span = Span(int(found[1]), int(found[2] or found[1]))
-        if not least <= span.low <= span.high:
-            raise ValueError(f"{what} {text!r} must rise from at least {least}")
-        return span
-
-    def weighted(self, text: str, what: str) -> Span:
-        """The same range with the probabilities `text`, such as `0.8/0.1/0.1`."""
-        p, count = _numbers(text), self.high - self.low + 1
-        if count == 1 or len(p) != count or abs(sum(p) - 1) > 1e-9 or not (p[0] and p[-1]):
-            raise ValueError(
-                f"{what}: p={text} must give each of the {count} sizes {self.low}..{self.high} a probability; they add "
-                f"up to 1, the ends are above 0: settled-1..3:p=0.8/0.1/0.1"
-            )
-        return replace(self, p=p)
-
-    def __str__(self) -> str:
-        sizes = str(self.low) if self.low == self.high else f"{self.low}..{self.high}"
-        return sizes + (f":p={_slashed(self.p)}" if self.p else "")
-
-    @property
-    def fixed(self) -> bool:
-        """Whether there is nothing to draw."""
-        return self.low == self.high
-
-    def draw(self, key: str) -> Span:
-        """One size, a function of the key alone: the same on every rank and after every resume."""
-        if self.p:
-            size = self.low + bisect(list(accumulate(self.p[:-1])), random.Random(key).random())
-        else:
-            size = random.Random(key).randint(self.low, self.high)
-        return Span(size, size)
-
-    def shares(self) -> list[tuple[Span, float]]:
-        """Every size that `draw` can give, with its probability."""
-        count = self.high - self.low + 1
-        shares = zip(range(self.low, self.high + 1), self.p or [1 / count] * count, strict=True)
-        return [(Span(size, size), share) for size, share in shares if share > 0]
-
-
-@dataclass(frozen=True)
 class Schedule:
     """A family of pass lists, one per row length; parsed from text such as `interleaved-2:weights=0/1` by `parse`."""
 
@@ -108,7 +51,7 @@ class Schedule:
     """One of KINDS."""
     size: Span | None = None
     """S, K, C or r; possibly a range drawn per step."""
-    settle: Span = Span(0, 0)
+    settle: Span = NONE
     """Full sweeps without gradient or loss before the first pass."""
     weights: tuple[float, ...] = ()
     """Loss weights of the passes with gradient; the last one repeats; empty means all 1."""
@@ -117,7 +60,7 @@ class Schedule:
 
     @staticmethod
     def parse(text: str) -> Schedule:
-        """Read KIND[-SIZE][:p=..][:weights=a/b/..][:settle=r[:p=..]][:detach]; p gives the range before it."""
+        """Read KIND[-SIZE][:weights=a/b/..][:settle=r][:detach]; options of a range (`Span`) stand right after it."""
         head, *options = text.strip().split(":")
         kind, _, size = head.partition("-")
         if kind not in KINDS:
@@ -132,40 +75,66 @@ class Schedule:
 
     @staticmethod
     def _with_options(schedule: Schedule, options: list[str], text: str) -> Schedule:
-        before = ""  # the option before this one
+        span = "size" if schedule.size else ""  # the range that the next option may belong to
         for option in options:
             key, _, value = option.partition("=")
+            if key in SPAN_OPTIONS and span:
+                given = schedule.settle if span == "settle" else schedule.size
+                assert given is not None
+                schedule = replace(schedule, **{span: given.with_option(key, value, f"schedule {text!r}")})
+                continue
+            span = "settle" if key == "settle" else ""
             if key == "weights":
                 schedule = replace(schedule, weights=_parse_weights(value, text))
             elif key == "settle":
                 schedule = replace(schedule, settle=Span.parse(value, 0, f"settle of schedule {text!r}"))
-            elif key == "p" and before in ("", "settle") and (before or schedule.size):
-                schedule = schedule._with_p(before or "size", value, text)
             elif option == "detach":
                 schedule = replace(schedule, detach=True)
             else:
                 raise ValueError(
-                    f"schedule {text!r}: unknown option {option!r}; use weights=a/b, settle=r, detach, or p=a/b right "
-                    "after the range that it belongs to"
+                    f"schedule {text!r}: unknown option {option!r}; use weights=a/b, settle=r, detach, or "
+                    "right after a range p=a/b, tolerance=x, budget=r"
                 )
-            before = key
-        if schedule.kind == "hop" and schedule.detach:
-            raise ValueError(f"schedule {text!r}: detach cuts the gradient that a hop is for; write settled instead")
+        schedule._require_sense(text)
         return schedule
 
-    def _with_p(self, name: str, p: str, text: str) -> Schedule:
-        span = self.settle if name == "settle" else self.size
-        assert span is not None
-        return replace(self, **{name: span.weighted(p, f"schedule {text!r}")})
+    def _require_sense(self, text: str) -> None:
+        if self.kind == "hop" and self.detach:
+            raise ValueError(f"schedule {text!r}: detach cuts the gradient that a hop is for; write settled instead")
+        if self.adaptive is None:
+            return
+        if self.settle.tolerance is None and self.kind not in _SWEPT:
+            raise ValueError(f"schedule {text!r}: only sweeps adapt: the size of settled and hop, or settle=1..3")
+        if self.size and self.size.tolerance and self.settle.tolerance:
+            raise ValueError(f"schedule {text!r} has two ranges that adapt; give one of them a fixed size")
+        if not any(rewriting(self.sized(self.adaptive.low).at_largest().passes(4))):
+            raise ValueError(
+                f"schedule {text!r}: with {self.adaptive.low} sweeps no pass writes memory in place of some that it "
+                "read, so there is no residual to adapt to; begin the range at 1"
+            )
+
+    @property
+    def adaptive(self) -> Span | None:
+        """The range whose size is chosen from the measured residual; None if there is none."""
+        spans = (self.size, self.settle)
+        return next((span for span in spans if span is not None and span.tolerance is not None), None)
+
+    def sized(self, sweeps: int) -> Schedule:
+        """The schedule with its adaptive range at so many sweeps."""
+        name = "settle" if self.settle.tolerance is not None else "size"
+        return replace(self, **{name: Span(sweeps, sweeps)})
 
     def __str__(self) -> str:
         parts = [self.kind + (f"-{self.size}" if self.size else "")]
         parts += [f"settle={self.settle}"] if self.settle.high else []
-        parts += [f"weights={_slashed(self.weights)}"] if self.weights else []
+        parts += [f"weights={slashed(self.weights)}"] if self.weights else []
         return ":".join([*parts, *(["detach"] if self.detach else [])])
 
     def draw(self, seed: int, step: int) -> Schedule:
-        """This step's schedule, its ranges drawn: a function of (seed, step), never of the rank."""
+        """This step's schedule, its ranges drawn: a function of (seed, step), never of the rank.
+
+        ValueError: a range adapts to what training measures; say `sized(sweeps)` first.
+        """
         size = self.size.draw(f"size-{seed}-{step}") if self.size else None
         return replace(self, size=size, settle=self.settle.draw(f"settle-{seed}-{step}"))
 
@@ -254,21 +223,8 @@ class Curriculum:
         return [(drawn, share * p) for draws, share in parts for drawn, p in draws]
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    """The numbers of `0.1/0.3/0.6`; none unless all are finite and at least 0."""
-    try:
-        numbers = tuple(float(part) for part in text.split("/"))
-    except ValueError:
-        return ()
-    return numbers if all(0 <= x < math.inf for x in numbers) else ()
-
-
-def _slashed(numbers: Iterable[float]) -> str:
-    return "/".join(str(x).removesuffix(".0") for x in numbers)
-
-
 def _parse_weights(text: str, schedule: str) -> tuple[float, ...]:
-    weights = _numbers(text)
+    weights = numbers(text)
     if sum(weights) == 0:
         raise ValueError(
             f"schedule {schedule!r}: weights {text!r} must be numbers >= 0, not all 0, such as 0.1/0.3/0.6"

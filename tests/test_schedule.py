@@ -59,7 +59,10 @@ def test_subtract_leaves_one_slice_a_subset(stride: int, length: int):
 
 @st.composite
 def spans(draw, lows: st.SearchStrategy[int], most: int = 5) -> Span:
-    """Fixed sizes, uniform ranges, and ranges whose sizes have probabilities (some of them 0 between the ends)."""
+    """Fixed sizes, uniform ranges, and ranges whose sizes have probabilities (some of them 0 between the ends).
+
+    Adaptive ones cannot be drawn: test_adaptive.py.
+    """
     low, more = draw(lows), draw(st.integers(0, most))
     if not more or draw(st.booleans()):
         return Span(low, low + more)
@@ -103,6 +106,8 @@ def test_text_round_trip(schedule: Schedule):
         ("settled-1..3:p=0.8/0.1/0.1", "settled-1..3:p=0.8/0.1/0.1"),
         ("settled-1..3:p=.5/0/.5:detach", "settled-1..3:p=0.5/0/0.5:detach"),
         ("hop-0..2:p=0.7/0.2/0.1", "hop-0..2:p=0.7/0.2/0.1"),
+        ("settled-1..3:tolerance=.1:budget=1.30", "settled-1..3:tolerance=0.1:budget=1.3"),
+        ("parallel:settle=1..9:tolerance=1e-3:detach", "parallel:settle=1..9:tolerance=0.001:detach"),
         ("hop-1..2:p=.5/.5:settle=0..1:p=1e-3/0.999", "hop-1..2:p=0.5/0.5:settle=0..1:p=0.001/0.999"),
     ],
 )
@@ -123,9 +128,16 @@ def test_text_forms(text: str, canonical: str):
         ("parallel:", "option"),
         ("settled-1..3:p=0.8/0.2", "each of the 3 sizes 1..3"), ("settled-1..3:p=0.8/0.1/0.2", "add up to 1"),
         ("settled-1..3:p=1/0/0", "ends are above 0"), ("settled-1..2:p=2/-1", "add up to 1"),
-        ("settled-1..2:p=a/b", "p=a/b"), ("settled-1..2:p=nan/nan", "p=nan/nan"), ("settled-2:p=1", "each of the 1"),
+        ("settled-1..2:p=a/b", "p=a/b"), ("settled-1..2:p=nan/nan", "p=nan/nan"), ("settled-2:p=1", "fixed size 2"),
         ("parallel:p=0.5/0.5", "right after the range"), ("settled-1..2:detach:p=0.5/0.5", "right after the range"),
         ("hop", "hop-2"), ("hop-0:detach", "settled"),
+        ("settled-1..3:tolerance=0", "tolerance=0 is not understood"), ("settled-1..3:tolerance=x", "tolerance=x"),
+        ("settled-1..3:budget=2", "give a tolerance"), ("settled-2:tolerance=0.1", "fixed size 2"),
+        ("settled-1..3:tolerance=0.1:budget=4", "1..3:tolerance=0.1:budget=2"),
+        ("settled-1..3:p=1/0/1:tolerance=1", "add up to 1"), ("settled-1..2:p=0.5/0.5:tolerance=1", "tolerance=1"),
+        ("settled-1..2:tolerance=1:p=0.5/0.5", "nothing adapts"), ("interleaved-2..3:tolerance=1", "only sweeps adapt"),
+        ("settled-0..3:tolerance=1", "begin the range at 1"), ("chunked-2:settle=0..1:tolerance=1", "begin the range"),
+        ("settled-1..2:tolerance=1:settle=1..2:tolerance=1", "two ranges that adapt"),
     ],
 )  # fmt: skip
 def test_bad_text_gets_one_line_with_a_remedy(text: str, names: str):

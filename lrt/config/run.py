@@ -115,7 +115,8 @@ class TrainConfig:
 
     schedule: str = "settled-1..3"
     """Passes per step: parallel, interleaved-S, refinement-K, chunked-C, sequential, settled-R, hop-R (see
-    `lrt schedule`), sizes fixed or drawn (1..3:p=0.8/0.1/0.1); or one after the other: parallel@0.5,settled-1..3."""
+    `lrt schedule`), sizes fixed, drawn (1..3:p=0.8/0.1/0.1) or adaptive (1..3:tolerance=0.1:budget=1.5); or one after
+    the other: parallel@0.5,settled-1..3."""
     consistency: float = 0.0
     """Weight of the consistency term: the mean squared distance of the memory that passes write from what they read."""
     batch: int = 32

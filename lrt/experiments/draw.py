@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrt.schedule import Pass, Schedule, effective_forwards, exact_prefix, memory_only, token_forwards
+from lrt.passes import Pass, exact_prefix, memory_only, token_forwards
+from lrt.schedule import Curriculum, Schedule, effective_forwards, raw_forwards
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +26,20 @@ def figures(schedule: Schedule, length: int) -> str:
     passes = schedule.passes(length)
     return (
         f"{len(passes)} passes, {token_forwards(passes, length):.2f} token forwards, "
-        f"{effective_forwards(schedule, length):.2f} effective, exact prefix {exact_prefix(passes, length)}"
+        f"{effective_forwards(schedule, length):.2f} effective at most, exact prefix {exact_prefix(passes, length)}"
     )
+
+
+def draws(plan: Curriculum, length: int) -> str:
+    """One line on what a step costs in the mean, and how often each schedule is drawn; empty if there is only one."""
+    shares = plan.shares()
+    if len(shares) == 1:
+        return ""
+    often = ", ".join(f"{drawn} {share:.0%}" for drawn, share in shares[:MOST])
+    means = f"{raw_forwards(plan, length):.2f} token forwards, {effective_forwards(plan, length):.2f} effective"
+    adapts = any(schedule.adaptive for schedule, _ in plan.stages)
+    which = "mean of the draws" + (", if every budget is used up" if adapts else "")
+    return f"{which}: {means} at most ({often}{', ..' if len(shares) > MOST else ''})"
 
 
 def mark(p: Pass, position: int) -> str:

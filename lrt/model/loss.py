@@ -67,6 +67,7 @@ class ScheduledLoss(nn.Module):
         starts: Tensor | None = None,
         step: int = 0,
         counts: Tensor | None = None,
+        passes: Passes | None = None,
     ) -> LossOutput:
         """The schedule's loss on a batch.
 
@@ -76,8 +77,9 @@ class ScheduledLoss(nn.Module):
             step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
             counts: what the means run over, [P + 1] (see `step_counts`); give the whole step's when accumulating
                 micro-batches or training on several processes. By default this batch's.
+            passes: the step's, where they are not a function of (seed, step): an adaptive schedule's.
         """
-        passes = self.passes(step, tokens.shape[1])
+        passes = self.passes(step, tokens.shape[1]) if passes is None else passes
         starts = self.model.starts(tokens) if starts is None else starts
         counts = (step_counts(targets, starts, passes) if counts is None else counts).clamp(min=1)
         parts = self._run(tokens, targets, starts, passes)

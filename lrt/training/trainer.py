@@ -18,11 +18,12 @@ from lrt.config.run import RunConfig, require_sense, to_dict
 from lrt.data import Batch, Prepared, batches, prefetch, prepare
 from lrt.evaluation.bits_per_byte import BPB, Rows, evaluate, validation_rows
 from lrt.inference.chat import complete
-from lrt.model.flops import parameters_by_group, train_flops_per_token
+from lrt.model.flops import parameters_by_group
 from lrt.model.loss import LossOutput, ScheduledLoss, step_counts
 from lrt.model.transformer import LRT
 from lrt.schedule import Curriculum
 from lrt.training import checkpoint
+from lrt.training.adaptive import Settling, restored
 from lrt.training.budget import Progress, horizon
 from lrt.training.checkpoint import Checkpoint, Writer
 from lrt.training.faults import Skips, Stop, not_finite, plainly
@@ -150,18 +151,19 @@ class Session:
         with torch.device("meta"):
             self.model = LRT(config.model)
         self.model.execution = t.execution
-        schedule = replace(Curriculum.parse(t.schedule), steps=self.steps)
-        self.loss = ScheduledLoss(self.model, schedule, t.seed, t.consistency)
+        self.plan = replace(Curriculum.parse(t.schedule), steps=self.steps)
+        self.loss = ScheduledLoss(self.model, self.plan, t.seed, t.consistency)
         self.parallel = Parallel(self.loss, world, t.parallel, t.seed, t.reshard)
         if t.init_from is not None and started is None:
             self._begin_from(Path(t.init_from))
         self.dtype = torch.bfloat16 if t.dtype == "bfloat16" else torch.float32
         self.optimizer = Optimizer(self.model, config.optim, self.dtype)
-        self.progress, self.stop = Progress(), Stop()
+        self.progress, self.settling, self.stop = Progress(), Settling(), Stop()
         self.bpb, self.scored = None, -1
         if started is not None:
             self._restore(started)
         self.skips = Skips(self.progress.skipped, self.device)
+        self.logged_flops = self.progress.flops
         self.saved, self.writer = self.progress.step if started else -1, Writer(self.device.type == "cuda")
         self.peak, self.peak_source = peak_flops(self.device, self.dtype)
         self._begin()
@@ -200,6 +202,7 @@ class Session:
         )
         require(fine, f"{started.folder / checkpoint.META} does not say what was spent; resume an earlier checkpoint")
         self.progress = Progress(**spent)
+        self.settling = restored(started.extra.get("settling"), self.plan, str(started.folder / checkpoint.META))
 
     def loop(self) -> None:
         """Run the steps that are left, with logs, evaluations and checkpoints on the way."""
@@ -237,6 +240,7 @@ class Session:
         self.skips.add(skip)
         shares = (f(self.progress.step, self.steps, self.config.optim) for f in (rate, memory_rate))
         self.optimizer.step(next(shares), skip, next(shares))
+        self.settling = self.settling.follow(self.plan, self.progress.step, lambda: out.consistency.sqrt().item())
         return out._replace(loss=out.loss.masked_fill(skip, math.nan)), norm
 
     def gradients(self, batch: Batch) -> tuple[LossOutput, Tensor]:
@@ -246,14 +250,15 @@ class Session:
         """
         t, step, world = self.config.train, self.progress.step, self.world
         tokens, targets, starts = (x.to(self.device, non_blocking=True) for x in batch)
-        counts = world.total(step_counts(targets, starts, self.loss.passes(step, tokens.shape[1])))
+        passes = self.settling.draw(self.plan, t.seed, step).passes(tokens.shape[1])
+        counts = world.total(step_counts(targets, starts, passes))
         size, total = t.micro_batch or len(tokens), []
         out = None
         for i in range(0, len(tokens), size):
             part = slice(i, i + size)
             with self.parallel.accumulate(last=i + size >= len(tokens)):
                 with self._autocast():
-                    out = self.parallel.module(tokens[part], targets[part], starts[part], step, counts)
+                    out = self.parallel.module(tokens[part], targets[part], starts[part], step, counts, passes)
                 (out.loss * world.size).backward()  # gradients are averaged over processes
             total.append(torch.cat((out.loss.detach()[None], out.consistency[None], out.per_pass)))
         assert out is not None
@@ -300,7 +305,8 @@ class Session:
         t, p = self.config.train, self.progress
         loss = losses.nanmean().item()  # of the steps that were not skipped
         speed = len(losses) * t.batch * t.length / seconds
-        flops = speed * train_flops_per_token(self.config.model, self.loss.schedule, t.length)
+        flops = (p.flops - self.logged_flops) / seconds
+        self.logged_flops = p.flops
         tell(
             self.sinks, kind="train", step=p.step, steps=self.steps, loss=loss, per_pass=out.per_pass.tolist(),
             consistency=out.consistency.item(),
@@ -348,6 +354,7 @@ class Session:
         self.saved = p.step
         bpb = self.bpb.as_dict() if self.bpb and self.scored == p.step else None
         extra = {"progress": dict(vars(p)), "data": self.prepared.train.hash, "bpb": bpb}
+        extra["settling"] = dict(vars(self.settling))
         weights, optimizer = self._snapshot(self.model.state_dict()), self._snapshot(self.optimizer.state())
 
         def write() -> None:

@@ -148,6 +148,21 @@ def test_schedule_is_drawn_as_text_and_svg(capsys, tmp_path):
     assert "no gradient" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        ("hop-0..2:p=0.7/0.2/0.1", "mean of the draws: 2.40 token forwards, 2.13 effective at most (hop-0 70%"),
+        ("settled-1..3:tolerance=0.1:budget=1.5", "if every budget is used up: 2.50 token forwards, 1.50 effective"),
+    ],
+)
+def test_a_range_is_drawn_at_its_upper_end_with_the_mean_of_its_draws(name, means, capsys):
+    assert main(["schedule", name, "--length", "8"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{name.partition('-')[0]}-{name.partition('..')[2][0]} over 8") and means in out
+    main(["schedule", "hop-1", "--length", "8"])
+    assert "mean" not in capsys.readouterr().out
+
+
 def test_eval_reports_every_mode(run, capsys):
     assert main(["eval", str(run), "--rows", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -60,6 +60,7 @@ def runs(source: Path, steps: int = 6) -> dict[str, RunConfig]:
     return {
         "adam": one(adam), "muon": one(base),
         "adam-interleaved": one(adam, schedule="interleaved-2"),
+        "adam-adaptive": one(adam, schedule="settled-1..3:tolerance=0.1:budget=1.8", micro_batch=2),
         "adam-consistent": one(late, schedule="hop-0..1:p=0.6/0.4", consistency=1.0, micro_batch=2),
         "adam-micro": one(adam, schedule="interleaved-2", micro_batch=2),
         "adam-reshard": one(adam, schedule="interleaved-2", micro_batch=2, reshard=True),
@@ -69,13 +70,14 @@ def runs(source: Path, steps: int = 6) -> dict[str, RunConfig]:
     }  # fmt: skip
 
 
-DDP = ["muon", "adam-micro", "adam-consistent", "muon-parallel"]
+DDP = ["muon", "adam-micro", "adam-consistent", "adam-adaptive", "muon-parallel"]
 FSDP = [
     "adam",
     "adam-interleaved",
     "adam-micro",
     "adam-reshard",
     "adam-consistent",
+    "adam-adaptive",
     "muon",
     "muon-parallel",
     "muon-interleaved",

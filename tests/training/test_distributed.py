@@ -67,6 +67,16 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_every_process_settles_alike(folder: Path):
+    """Two processes choose the sweeps that one alone does; were they not of one mind, their collectives would hang."""
+    found = [
+        [sum("no grad" in p for p in e["passes"]) for e in events(folder / f"{who}-adam-adaptive", "train")]
+        for who in ("one", "ddp", "fsdp")
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) > 1, "nothing adapted"
+
+
 def curve(run: Path, key: str = "loss") -> torch.Tensor:
     return torch.tensor([e[key] for e in events(run, "train")], dtype=torch.float64)
 
