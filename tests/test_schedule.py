@@ -129,7 +129,7 @@ def test_text_forms(text: str, canonical: str):
         ("settled-1..3:p=0.8/0.2", "each of the 3 sizes 1..3"), ("settled-1..3:p=0.8/0.1/0.2", "add up to 1"),
         ("settled-1..3:p=1/0/0", "ends are above 0"), ("settled-1..2:p=2/-1", "add up to 1"),
         ("settled-1..2:p=a/b", "p=a/b"), ("settled-1..2:p=nan/nan", "p=nan/nan"), ("settled-2:p=1", "fixed size 2"),
-        ("parallel:p=0.5/0.5", "right after the range"), ("settled-1..2:detach:p=0.5/0.5", "right after the range"),
+        ("parallel:p=0.5/0.5", "right after a range"), ("settled-1..2:detach:p=0.5/0.5", "right after a range"),
         ("hop", "hop-2"), ("hop-0:detach", "settled"),
         ("settled-1..3:tolerance=0", "tolerance=0 is not understood"), ("settled-1..3:tolerance=x", "tolerance=x"),
         ("settled-1..3:budget=2", "give a tolerance"), ("settled-2:tolerance=0.1", "fixed size 2"),
