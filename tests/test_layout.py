@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS: list[tuple[str, ...]] = [
     # Plain data, and what everybody uses. No torch in schedule and config.
-    ("lrt.utils", "lrt.passes", "lrt.schedule", "lrt.config"),
+    ("lrt.utils", "lrt.passes", "lrt.span", "lrt.schedule", "lrt.config"),
     ("lrt.model",),
     ("lrt.data",),
     ("lrt.inference",),

@@ -43,6 +43,15 @@ def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     )
 
 
+class StepPlan(NamedTuple):
+    """What a whole step computes."""
+
+    passes: Passes
+    counts: Tensor
+    """What its means run over, float [P + 1]: the targets of each pass with loss, then the states that the consistency
+    term compares. Of several processes, their sum."""
+
+
 class ScheduledLoss(nn.Module):
     """Model and schedule as one module, so that DDP, FSDP and the optimizer see one forward a step.
 
@@ -66,8 +75,7 @@ class ScheduledLoss(nn.Module):
         targets: TokensBN,
         starts: Tensor | None = None,
         step: int = 0,
-        counts: Tensor | None = None,
-        passes: Passes | None = None,
+        plan: StepPlan | None = None,
     ) -> LossOutput:
         """The schedule's loss on a batch.
 
@@ -75,13 +83,13 @@ class ScheduledLoss(nn.Module):
             tokens, targets: int64 [B, T]; IGNORE in `targets` leaves a position out of every mean.
             starts: boolean [B, T], True where a document starts; by default at the model's BOS token.
             step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
-            counts: what the means run over, [P + 1] (see `step_counts`); give the whole step's when accumulating
-                micro-batches or training on several processes. By default this batch's.
-            passes: the step's, where they are not a function of (seed, step): an adaptive schedule's.
+            plan: the step's, which this batch may be a part of (a micro-batch, or one process's rows); by default the
+                passes of `step`, their means over this batch.
         """
-        passes = self.passes(step, tokens.shape[1]) if passes is None else passes
         starts = self.model.starts(tokens) if starts is None else starts
-        counts = (step_counts(targets, starts, passes) if counts is None else counts).clamp(min=1)
+        if plan is None:
+            plan = step_plan(targets, starts, self.passes(step, tokens.shape[1]))
+        passes, counts = plan.passes, plan.counts.clamp(min=1)
         parts = self._run(tokens, targets, starts, passes)
         total = sum(p.weight for p in passes)
         weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
@@ -149,12 +157,9 @@ def _distance(written: StreamBND, before: StreamBND, read: Tensor) -> Tensor:
     return ((written.to(kind) - before.to(kind)).square().mean(-1) * read).sum()
 
 
-def step_counts(targets: TokensBN, starts: Tensor | None, passes: Passes) -> Tensor:
-    """What a loss's means run over, float [P + 1]; of several processes, add them up.
-
-    The targets that each pass with loss counts, then the states that the consistency term compares.
-    """
+def step_plan(targets: TokensBN, starts: Tensor | None, passes: Passes) -> StepPlan:
+    """The plan of a step over all of `targets`, int64 [B, T]; `starts` as in `ScheduledLoss.forward`."""
     kept, read = (targets != IGNORE).sum(0, keepdim=True), states_read(targets, starts).sum(0, keepdim=True)
     found = [_cut(kept, p).sum() for p in passes if p.weight > 0]
     states = [_cut(read, p).sum() for p, one in zip(passes, rewriting(passes), strict=True) if one]
-    return torch.stack([*found, sum(states, torch.zeros_like(found[0]))]).float()
+    return StepPlan(passes, torch.stack([*found, sum(states, torch.zeros_like(found[0]))]).float())

@@ -19,7 +19,7 @@ from lrt.data import Batch, Prepared, batches, prefetch, prepare
 from lrt.evaluation.bits_per_byte import BPB, Rows, evaluate, validation_rows
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group
-from lrt.model.loss import LossOutput, ScheduledLoss, step_counts
+from lrt.model.loss import LossOutput, ScheduledLoss, step_plan
 from lrt.model.transformer import LRT
 from lrt.schedule import Curriculum
 from lrt.training import checkpoint
@@ -251,14 +251,15 @@ class Session:
         t, step, world = self.config.train, self.progress.step, self.world
         tokens, targets, starts = (x.to(self.device, non_blocking=True) for x in batch)
         passes = self.settling.draw(self.plan, t.seed, step).passes(tokens.shape[1])
-        counts = world.total(step_counts(targets, starts, passes))
+        plan = step_plan(targets, starts, passes)
+        plan = plan._replace(counts=world.total(plan.counts))
         size, total = t.micro_batch or len(tokens), []
         out = None
         for i in range(0, len(tokens), size):
             part = slice(i, i + size)
             with self.parallel.accumulate(last=i + size >= len(tokens)):
                 with self._autocast():
-                    out = self.parallel.module(tokens[part], targets[part], starts[part], step, counts, passes)
+                    out = self.parallel.module(tokens[part], targets[part], starts[part], step, plan)
                 (out.loss * world.size).backward()  # gradients are averaged over processes
             total.append(torch.cat((out.loss.detach()[None], out.consistency[None], out.per_pass)))
         assert out is not None

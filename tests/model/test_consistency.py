@@ -7,7 +7,7 @@ import torch
 from helpers import CORNERS, config, fixed, label, packed, passes, randomised, slow_passes
 from torch import Tensor
 
-from lrt.model.loss import ScheduledLoss, step_counts
+from lrt.model.loss import ScheduledLoss, step_plan
 from lrt.model.transformer import LRT
 from lrt.schedule import Schedule
 
@@ -118,8 +118,8 @@ def test_parts_add_up_to_the_batch_value_and_gradient(text: str):
     loss = ScheduledLoss(model, Schedule.parse(text), 0, 0.5)
     whole = loss(ids, ids)
     gradient = torch.autograd.grad(whole.loss, list(model.parameters()))
-    counts = step_counts(ids, ids == 0, loss.passes(0, LENGTH))
-    parts = [loss(ids[rows], ids[rows], counts=counts) for rows in (slice(0, 1), slice(1, 4))]
+    plan = step_plan(ids, ids == 0, loss.passes(0, LENGTH))
+    parts = [loss(ids[rows], ids[rows], plan=plan) for rows in (slice(0, 1), slice(1, 4))]
     sum(part.loss for part in parts).backward()
     torch.testing.assert_close(sum(part.consistency for part in parts), whole.consistency)
     for p, g in zip(model.parameters(), gradient, strict=True):
@@ -128,7 +128,7 @@ def test_parts_add_up_to_the_batch_value_and_gradient(text: str):
 
 def test_count_of_states_is_of_those_that_are_read():
     ids = packed(config(), 3, LENGTH)  # a document starts inside rows 0 and 2
-    counts = {text: step_counts(ids, ids == 0, passes(text, LENGTH))[-1].item() for text in COMPARING}
+    counts = {text: step_plan(ids, ids == 0, passes(text, LENGTH)).counts[-1].item() for text in COMPARING}
     assert counts["settled-1"] == counts["hop-2"] == counts["interleaved-3"] == 3 * (LENGTH - 1) - 2
     assert counts["refinement-2"] == 2 * counts["settled-1"]
-    assert step_counts(ids, None, passes("settled-1", LENGTH))[-1] == 3 * (LENGTH - 1)
+    assert step_plan(ids, None, passes("settled-1", LENGTH)).counts[-1] == 3 * (LENGTH - 1)

@@ -14,7 +14,7 @@ from helpers import config, fixed, label, packed, passes, randomised
 from torch import Tensor
 
 from lrt.config.model import ModelConfig
-from lrt.model.loss import ScheduledLoss, step_counts, token_nats
+from lrt.model.loss import ScheduledLoss, step_plan, token_nats
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer, PassOutput
 from lrt.model.transformer import LRT
@@ -189,9 +189,9 @@ def test_micro_batches_with_counts_add_up_to_the_gradient_of_the_batch():
     targets[0, 2:] = targets[2, ::2] = -100
     loss = ScheduledLoss(model, Schedule.parse("interleaved-3:weights=1/2"))
     whole = torch.autograd.grad(loss(ids, targets).loss, list(model.parameters()))
-    counts = step_counts(targets, model.starts(ids), loss.passes(0, 8))
+    plan = step_plan(targets, model.starts(ids), loss.passes(0, 8))
     for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):
-        loss(ids[rows], targets[rows], counts=counts).loss.backward()
+        loss(ids[rows], targets[rows], plan=plan).loss.backward()
     assert all(
         torch.allclose(p.grad, g, rtol=1e-10, atol=1e-12) for p, g in zip(model.parameters(), whole, strict=True)
     )

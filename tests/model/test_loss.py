@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrt.inference.generate import score
 from lrt.model import cross_entropy as head
-from lrt.model.loss import IGNORE, LossOutput, ScheduledLoss, step_counts, token_nats
+from lrt.model.loss import IGNORE, LossOutput, ScheduledLoss, step_plan, token_nats
 from lrt.model.run_passes import run_passes
 from lrt.schedule import Schedule
 
@@ -85,19 +85,20 @@ def test_a_pass_whose_targets_are_all_ignored_counts_0():
 
 
 def test_counts_of_targets():
-    counts = step_counts(HOLES, None, passes("interleaved-2:settle=1", 8))[:-1]
+    counts = step_plan(HOLES, None, passes("interleaved-2:settle=1", 8)).counts[:-1]
     kept = HOLES != IGNORE
     assert counts.tolist() == [kept.sum(), kept[:, ::2].sum(), kept[:, 1::2].sum()]
-    assert step_counts(torch.full_like(TARGETS, IGNORE), None, passes("refinement-1", 8)).tolist()[:-1] == [0, 0]
+    ignored = torch.full_like(TARGETS, IGNORE)
+    assert step_plan(ignored, None, passes("refinement-1", 8)).counts[:-1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("text", SCHEDULES)
 def test_micro_batches_add_up_to_the_batch(text: str):
     """Given the step's counts, parts of unequal size with unequal shares of ignored targets sum to the whole."""
     whole, loss = loss_of(text, HOLES), ScheduledLoss(MODEL, Schedule.parse(text))
-    counts = step_counts(HOLES, IDS == 0, whole.passes)
+    plan = step_plan(HOLES, IDS == 0, whole.passes)
     with torch.no_grad():
-        parts = [loss(IDS[rows], HOLES[rows], counts=counts) for rows in UNEVEN]
+        parts = [loss(IDS[rows], HOLES[rows], plan=plan) for rows in UNEVEN]
     torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
     torch.testing.assert_close(sum(p.per_pass for p in parts), whole.per_pass)
 

@@ -18,7 +18,7 @@ import lrt.model.state
 import lrt.model.transformer
 from lrt.config.model import Execution
 from lrt.config.run import OptimConfig
-from lrt.model.loss import ScheduledLoss, step_counts, token_nats
+from lrt.model.loss import ScheduledLoss, step_plan, token_nats
 from lrt.model.run_passes import run_passes
 from lrt.model.transformer import LRT
 from lrt.schedule import Schedule
@@ -59,7 +59,7 @@ def fast_loss(model: LRT, ids: Tensor, targets: Tensor, schedule: Schedule, step
 
 def slow_loss(model: LRT, ids: Tensor, targets: Tensor, schedule: Schedule, step: int) -> Tensor:
     run = schedule.draw(0, step).passes(ids.shape[1])
-    counts, losses = step_counts(targets, None, run), []
+    counts, losses = step_plan(targets, None, run).counts, []
     for p, written, _ in run_passes(model, ids, run, model.starts(ids)):
         if p.weight:
             losses.append(token_nats(model, written.hidden, targets[:, list(p.positions)]).sum() / counts[len(losses)])
