@@ -139,6 +139,8 @@ class BackboneConfig:
         require(0 < self.norm_eps < 1, f"model.backbone.norm_eps is {self.norm_eps}; it must be positive and small")
 
 
+MOST, MOST_BLOCKS = 2**24, 2**12
+"""Largest sizes of a model, and most blocks: above what anybody has trained, below what overflows."""
 MEMORY_OFF = MemoryConfig(projection="none", residual=False)
 
 
@@ -181,6 +183,7 @@ class ModelConfig:
     """Departures of the backbone from nanochat's."""
 
     def __post_init__(self) -> None:
+        self._require_sizes()
         require(self.depth >= 1, f"model.depth is {self.depth}; a model needs at least 1 block")
         looped = self.loops == 1 or (self.loops > 1 and self.residual_scalars)
         require(looped, f"model.loops is {self.loops}; it must be at least 1, and loops need model.residual_scalars")
@@ -216,6 +219,22 @@ class ModelConfig:
             gates is None or 1 <= gates <= width,
             f"model.memory.gate_width is {gates}; it must be between 1 and the width, {width}",
         )
+
+    def _require_sizes(self) -> None:
+        """Refuse what no machine can hold, before anything of that size is computed with."""
+        back = self.backbone
+        inside = {"backbone.head_width": back.head_width, "backbone.mlp_width": back.mlp_width}
+        sizes = {
+            "depth": self.depth,
+            "loops": self.loops,
+            "heads": self.heads,
+            "width": self.width,
+            "window": self.window,
+        }
+        sizes |= {"window": self.window, "context": self.context, "vocab_size": self.vocab_size} | inside
+        for name, size in sizes.items():
+            most = MOST_BLOCKS if name in ("depth", "loops") else MOST
+            require(size is None or size <= most, f"model.{name} is {size}; it may be at most {most:,}")
 
     # The letters of shapes.py, resolved to integers; the fields stay as given, so that overriding depth moves them.
     @property

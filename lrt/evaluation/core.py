@@ -7,9 +7,8 @@ questions to one answer (schema), and a text to be continued exactly.
 
 from __future__ import annotations
 
-import csv
-import json
 import random
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,17 @@ from lrt.data import Tokenizer
 from lrt.inference.generate import states
 from lrt.model.loss import token_nats
 from lrt.model.transformer import LRT
+from lrt.utils.files import read_csv, read_jsonl, read_yaml, require_fields, require_kind
 
-KINDS = ("multiple_choice", "schema", "language_modeling")
+KINDS: dict[str, dict[str, type]] = {
+    "multiple_choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
+}
+"""Kinds of tasks, and what an item of each holds."""
+OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
+ENTRY = {"label": str, "icl_task_type": str, "dataset_uri": str, "continuation_delimiter": str, "num_fewshot": list}
+MOST_SHOTS = 1000
 Item = dict[str, Any]
 
 
@@ -52,24 +60,53 @@ class Candidate(NamedTuple):
 
 
 def read_bundle(folder: Path) -> list[CoreTask]:
-    """The bundle's tasks. ValueError: what is missing from it, or of a kind unknown here."""
-    import yaml
-
+    """The bundle's tasks. ValueError: what is missing from it, of another type, or of a kind unknown here."""
     for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
         require((folder / name).exists(), f"{folder / name} does not exist; give the folder of the evaluation bundle")
-    with (folder / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
-        chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
-    tasks = []
-    for entry in yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]:
-        label, kind = entry["label"], entry["icl_task_type"]
-        path = folder / "eval_data" / entry["dataset_uri"]
-        require(kind in KINDS, f"task {label} is of kind {kind!r}; known are {', '.join(KINDS)}")
-        require(label in chances, f"{folder / 'eval_meta_data.csv'} has no random baseline of {label}; add it")
-        require(path.is_file(), f"{path}, the items of {label}, does not exist; unpack the whole bundle")
-        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        delimiter = entry.get("continuation_delimiter", " ")
-        tasks.append(CoreTask(label, kind, entry["num_fewshot"][0], delimiter, items, chances[label]))
-    return tasks
+    chances, where = _chances(folder / "eval_meta_data.csv"), f"{folder / 'core.yaml'}"
+    tasks = read_yaml(folder / "core.yaml", "task list")
+    require_fields(tasks, {"icl_tasks": list}, where)
+    require(bool(tasks["icl_tasks"]), f"{where} lists no task; unpack the bundle again")
+    return [_task(folder, entry, chances, f"{where}, task {n}") for n, entry in enumerate(tasks["icl_tasks"], 1)]
+
+
+def _chances(file: Path) -> dict[str, float]:
+    """The accuracy of a random guess in each task, from a column of percentages."""
+    chances = {}
+    for row in read_csv(file, "table of baselines", ["Eval Task", "Random baseline"]):
+        text = row["Random baseline"].strip()
+        fine = re.fullmatch(r"[0-9]{1,2}(\.[0-9]{0,18})?", text)
+        require(fine is not None, f"{file}: the {text[:20]!r} of {row['Eval Task']} is no percentage below 100")
+        chances[row["Eval Task"]] = float(text) / 100
+    return chances
+
+
+def _task(folder: Path, entry: Any, chances: dict[str, float], where: str) -> CoreTask:
+    entry = {"continuation_delimiter": " "} | require_kind(entry, dict, where)
+    require_fields(entry, ENTRY, where)
+    label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
+    require(kind in KINDS, f"task {label} is of kind {kind!r}; known are {', '.join(KINDS)}")
+    require(label in chances, f"{folder / 'eval_meta_data.csv'} has no random baseline of {label}; add it")
+    few = bool(shots) and type(shots[0]) is int and 0 <= shots[0] <= MOST_SHOTS
+    require(few, f"{where}: num_fewshot is {shots}; it must begin with a number from 0 to {MOST_SHOTS}")
+    path = folder / "eval_data" / entry["dataset_uri"]
+    inside = path.resolve().is_relative_to((folder / "eval_data").resolve())
+    require(inside, f"{where}: dataset_uri {entry['dataset_uri']!r} leads out of the bundle; give a file in eval_data")
+    require(path.is_file(), f"{path}, the items of {label}, does not exist; unpack the whole bundle")
+    items = [_checked(item, kind, f"{path}:{number}") for number, item in read_jsonl(path, "items")]
+    require(bool(items), f"{path}, the items of {label}, is empty; unpack the bundle again")
+    return CoreTask(label, kind, shots[0], entry["continuation_delimiter"], items, chances[label])
+
+
+def _checked(item: Item, kind: str, where: str) -> Item:
+    """The item, if it has what its kind of task asks for."""
+    require_fields(item, KINDS[kind], where)
+    options = item[OPTIONS[kind]] if kind in OPTIONS else [item["continuation"]]
+    spoken = bool(options) and all(isinstance(option, str) and option.strip() for option in options)
+    require(spoken, f"{where}: {OPTIONS.get(kind, 'continuation')} must be texts that are not empty")
+    gold = item["gold"] if "gold" in KINDS[kind] else 0
+    require(0 <= gold < len(options), f"{where}: gold is {gold}; it must number one of the {len(options)} options")
+    return item
 
 
 def examples(task: CoreTask, number: int, seed: int = 1234) -> list[Item]:
@@ -82,8 +119,7 @@ def examples(task: CoreTask, number: int, seed: int = 1234) -> list[Item]:
 def texts(task: CoreTask, item: Item, shots: Sequence[Item]) -> list[tuple[str, str]]:
     """Context and answer of every candidate; each answer of `schema` is the same text after another question."""
     before = "".join(f"{_question(task, s, s.get('gold', 0))}{_answer(task, s, s.get('gold', 0))}\n\n" for s in shots)
-    options = {"multiple_choice": "choices", "schema": "context_options"}
-    count = len(item[options[task.kind]]) if task.kind in options else 1
+    count = len(item[OPTIONS[task.kind]]) if task.kind in OPTIONS else 1
     return [(before + _question(task, item, i), _answer(task, item, i)) for i in range(count)]
 
 

@@ -18,9 +18,10 @@ from lrt.experiments.runner import at_once, run_all
 from lrt.inference.chat import complete
 from lrt.model.flops import train_flops_per_token
 from lrt.schedule import Curriculum
+from lrt.training.budget import horizon
 from lrt.training.checkpoint import load_model
-from lrt.training.logging import Jsonl, Live
-from lrt.training.trainer import Sink, horizon, prepare_data, train
+from lrt.training.logging import Jsonl, Live, Sink
+from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import write_json, write_text
 from lrt.utils.hardware import resolve_device
 from lrt.utils.tables import Table

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from lrt.config.run import RunConfig
-from lrt.training.logging import Live
-from lrt.training.trainer import Sink
+from lrt.training.logging import Live, Sink
 
 Work = Callable[[RunConfig, Path, Sink], None]
 """What is done with a run: its configuration, its folder, and where its events go."""

@@ -32,8 +32,8 @@ from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training import checkpoint
-from lrt.training.logging import Jsonl, Live
-from lrt.training.trainer import Sink, prepare_data, train
+from lrt.training.logging import Jsonl, Live, Sink
+from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import read_json, read_toml, write_json, write_jsonl
 
 RECORD = "record.json"

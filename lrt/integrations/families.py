@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrt.config.model import MEMORY_OFF, BackboneConfig, Biases, ModelConfig, RopeScaling, require
 from lrt.config.run import to_dict
+from lrt.utils.files import require_fields, require_kind
 
 Facts = Mapping[str, Any]
 
@@ -62,27 +63,38 @@ def model_config(facts: Facts, bos: int | None = None) -> ModelConfig:
     known = isinstance(kind, str) and kind in FAMILIES
     require(known, f"model_type {kind!r} is not among the families that can be imported: {', '.join(FAMILIES)}")
     _refuse(facts)
-    family, heads = FAMILIES[str(kind)], facts["num_attention_heads"]
+    family, heads = FAMILIES[str(kind)], _number(facts, "num_attention_heads")
     theta, rope = _rope(facts)
     qwen = 128 if family.learned_qk else None  # the width that family's configuration implies where it names none
     backbone = BackboneConfig(
-        head_width=facts.get("head_dim") or qwen,
+        head_width=_value(facts, "head_dim", int, qwen),
         mlp="swiglu",
-        mlp_width=facts["intermediate_size"],
-        tied=bool(facts.get("tie_word_embeddings", False)),
+        mlp_width=_number(facts, "intermediate_size"),
+        tied=_value(facts, "tie_word_embeddings", bool, False),
         biases=_biases(family, facts),
         norm_weights=True,
-        norm_eps=facts.get("rms_norm_eps", 1e-6),
+        norm_eps=_value(facts, "rms_norm_eps", float, 1e-6),
         embedding_norm=False,
         qk_norm="before" if family.learned_qk else "none",
         rope=rope,
     )
     return ModelConfig(
-        depth=facts["num_hidden_layers"], width=facts["hidden_size"], heads=heads,
-        kv_heads=facts.get("num_key_value_heads") or heads, context=facts.get("max_position_embeddings", 2048),
-        vocab_size=facts["vocab_size"], bos=bos, residual_scalars=False, softcap=None, rope_theta=theta,
-        memory=MEMORY_OFF, backbone=backbone,
+        depth=_number(facts, "num_hidden_layers"), width=_number(facts, "hidden_size"), heads=heads,
+        kv_heads=_value(facts, "num_key_value_heads", int, heads), bos=bos, vocab_size=_number(facts, "vocab_size"),
+        context=_value(facts, "max_position_embeddings", int, 2048), residual_scalars=False, softcap=None,
+        rope_theta=theta, memory=MEMORY_OFF, backbone=backbone,
     )  # fmt: skip
+
+
+def _value(facts: Facts, name: str, kind: type, default: Any) -> Any:
+    """A setting of the `kind`; the default where it is absent or null. ValueError: it is of another kind."""
+    return default if facts.get(name) is None else require_kind(facts[name], kind, f"config.json: {name}")
+
+
+def _number(facts: Facts, name: str) -> int:
+    """A whole number that must be there."""
+    require_fields(facts, {name: int}, "config.json")
+    return facts[name]
 
 
 def family_config(kind: str, config: ModelConfig) -> dict[str, Any]:
@@ -125,6 +137,12 @@ def imported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     for name in sorted((wanted ^ weights.keys()) - ignored):
         verb = "lacks" if name in wanted else "also holds"
         require(name.endswith("inv_freq"), f"the checkpoint {verb} the weight {name}, unlike its config.json says")
+    for ours, theirs in names.items():
+        rows, turned = weights[theirs].shape[:1], ours.rpartition(".")[0].endswith(_TURNED)
+        fits = bool(rows) and (not turned or rows[0] % config.e == 0)
+        require(
+            fits, f"the checkpoint's {theirs} has the shape {[*weights[theirs].shape]}, unlike its config.json says"
+        )
     return {ours: _turned(ours, weights[theirs], config) for ours, theirs in names.items()}
 
 
@@ -161,23 +179,26 @@ def _turned(name: str, x: Tensor, config: ModelConfig) -> Tensor:
 def _biases(family: Family, facts: Facts) -> Biases:
     if family.biases == "qkv":
         return "qkv"
-    attention, mlp = bool(facts.get("attention_bias")), bool(facts.get("mlp_bias")) and family.biases == "flags"
+    attention, mlp = (_value(facts, name, bool, False) for name in ("attention_bias", "mlp_bias"))
+    mlp = mlp and family.biases == "flags"
     require(attention or not mlp, "mlp_bias without attention_bias has no counterpart here")
     return "all" if mlp else "attention" if attention else "none"
 
 
 def _rope(facts: Facts) -> tuple[float, RopeScaling]:
     """Base and scaling of RoPE, from either form in which config.json holds them."""
-    found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
-    theta = found.get("rope_theta") or facts.get("rope_theta") or 10_000.0
-    kind = found.get("rope_type") or found.get("type") or "default"
+    scaling = _value(facts, "rope_parameters", dict, {}) or _value(facts, "rope_scaling", dict, {})
+    theta = _value(scaling, "rope_theta", float, None) or _value(facts, "rope_theta", float, 10_000.0)
+    kind = _value(scaling, "rope_type", str, None) or _value(scaling, "type", str, "default")
     require(kind in ("default", "linear", "llama3"), f"rope_type {kind!r} is not supported: only linear and llama3")
     if kind == "default":
         return theta, RopeScaling()
+    names = ("factor",) if kind == "linear" else ("factor", *_LLAMA3)
+    require_fields(scaling, dict.fromkeys(names, float), "config.json: rope_parameters")
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=found["factor"])
-    low, high, original = (found[f"{name}"] for name in _LLAMA3)
-    return theta, RopeScaling(kind="llama3", factor=found["factor"], low=low, high=high, original=original)
+        return theta, RopeScaling(kind="linear", factor=scaling["factor"])
+    low, high, original = (scaling[name] for name in _LLAMA3)
+    return theta, RopeScaling(kind="llama3", factor=scaling["factor"], low=low, high=high, original=int(original))
 
 
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -185,12 +206,13 @@ _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddi
 
 def _refuse(facts: Facts) -> None:
     """Raise ValueError for settings whose function this backbone does not compute."""
-    windows = facts.get("use_sliding_window", facts.get("model_type") == "mistral")
-    context = facts.get("max_position_embeddings", 0)
+    windows = _value(facts, "use_sliding_window", bool, facts.get("model_type") == "mistral")
+    context = _value(facts, "max_position_embeddings", int, 0)
+    window = _value(facts, "sliding_window", int, 0) or context
     for name, fine in (
         ("hidden_act", facts.get("hidden_act", "silu") in ("silu", "swish")),
         ("quantization_config", facts.get("quantization_config") is None),
-        ("sliding_window", not windows or (facts.get("sliding_window") or context) >= context),
+        ("sliding_window", not windows or window >= context),
         ("partial_rotary_factor", facts.get("partial_rotary_factor", 1) == 1),
     ):
         require(fine, f"{name} {facts.get(name)!r} of this checkpoint is not supported; its function would change")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from lrt.utils.files import parse_json, to_json
 
 Event = dict[str, Any]
+Sink = Callable[[Event], None]
+"""Receives events: `{"kind": "prepare" | "start" | "train" | "eval" | "sample" | "warning" | "checkpoint", ...}`."""
 RECORDED = ("start", "train", "eval", "sample", "warning", "checkpoint")
 
 
@@ -139,3 +141,9 @@ def _sample(e: Event) -> list[str]:
 
 def _warning(e: Event) -> list[str]:
     return [f"  warning: {e['text']}"]
+
+
+def tell(sinks: Sequence[Sink], **event: Any) -> None:
+    """Hand an event to every sink."""
+    for sink in sinks:
+        sink(event)

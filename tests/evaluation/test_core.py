@@ -99,3 +99,56 @@ def test_what_is_missing_from_a_bundle_is_named(bundle, capsys):
         read_bundle(bundle)
     assert main(["core", "nowhere", "--bundle", str(bundle / "eval_data")]) == 2
     assert "core.yaml does not exist" in capsys.readouterr().err
+
+
+def edit(key: str, value: object) -> dict:
+    return {"icl_tasks": [ENTRIES[0] | {key: value}]}
+
+
+LIES = [
+    ("core.yaml", "", "is nothing"),
+    ("core.yaml", "icl_tasks", "must be an object"),
+    ("core.yaml", "icl_tasks: 3", "icl_tasks is 3"),
+    ("core.yaml", "icl_tasks: []", "lists no task"),
+    ("core.yaml", "icl_tasks: [3]", "task 1 is 3"),
+    ("core.yaml", edit("label", 3), "label is 3"),
+    ("core.yaml", edit("icl_task_type", "chess"), "kind 'chess'"),
+    ("core.yaml", edit("num_fewshot", 3), "num_fewshot is 3"),
+    ("core.yaml", edit("num_fewshot", []), "num_fewshot is []"),
+    ("core.yaml", edit("num_fewshot", ["2"]), "num_fewshot is ['2']"),
+    ("core.yaml", edit("num_fewshot", [-1]), "num_fewshot is [-1]"),
+    ("core.yaml", edit("num_fewshot", [10**9]), "from 0 to 1000"),
+    ("core.yaml", edit("dataset_uri", "../core.yaml"), "leads out of the bundle"),
+    ("core.yaml", edit("dataset_uri", "/etc/passwd"), "leads out of the bundle"),
+    ("core.yaml", edit("dataset_uri", "a"), "does not exist"),
+    ("core.yaml", edit("continuation_delimiter", None), "continuation_delimiter is None"),
+    ("eval_meta_data.csv", "", "its first line must name"),
+    ("eval_meta_data.csv", "Eval Task,Chance\ncolours,5", "its first line must name"),
+    *(
+        ("eval_meta_data.csv", f"Eval Task,Random baseline\ncolours,{bad}", "no percentage below 100")
+        for bad in ("100", "-1", "nan", "inf", "", "x", "1e1", "\u0661")
+    ),
+    ("eval_data/a/colours.jsonl", "", "is empty"),
+    ("eval_data/a/colours.jsonl", "[]", "must be an object"),
+    *(
+        ("eval_data/a/colours.jsonl", ITEMS["a/colours.jsonl"][0] | change, said)
+        for change, said in (
+            ({"gold": 2}, "gold is 2"), ({"gold": -1}, "gold is -1"), ({"gold": True}, "gold is True"),
+            ({"gold": "0"}, "gold is '0'"), ({"choices": []}, "must be texts"), ({"choices": "ab"}, "choices is 'ab'"),
+            ({"choices": ["a", 3]}, "must be texts"), ({"choices": ["a", " "]}, "not empty"),
+            ({"query": 3}, "query is 3"),
+        )
+    ),
+    ("eval_data/pronouns.jsonl", {"continuation": "x", "gold": 0}, "lacks 'context_options'"),
+    ("eval_data/count.jsonl", {"context": "x", "continuation": ""}, "not empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "said"), LIES)
+def test_bundles_that_lie_are_refused_in_one_line(bundle, name: str, content, said: str, capsys):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (bundle / name).write_text(text, encoding="utf-8")
+    assert main(["core", "nowhere", "--bundle", str(bundle)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name.split("/")[-1].split(".")[0] in error
+    assert said in error or said == "is nothing"

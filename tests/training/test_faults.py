@@ -20,10 +20,11 @@ from lrt.config.recipes import cpu_demo
 from lrt.config.run import RunConfig
 from lrt.data import open_split
 from lrt.training import checkpoint
-from lrt.training import trainer as training
+from lrt.training import session as training
 from lrt.training.checkpoint import META, MODEL, OPTIMIZER, Writer
 from lrt.training.logging import Jsonl
-from lrt.training.trainer import Session, prepare_data, resolve, train
+from lrt.training.session import Session
+from lrt.training.trainer import prepare_data, resolve, train
 
 ROOT = Path(__file__).parents[2]
 

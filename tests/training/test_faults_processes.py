@@ -86,15 +86,15 @@ def test_torchrun_restarts_resume(home: Path, tmp_path: Path):
     script = tmp_path / "worker.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from lrt import train\n"
+        "from lrt.training.session import Session\n"
         "from lrt.cli.main import main\n"
-        "real = train.Session.step\n"
+        "real = Session.step\n"
         "def step(self, batch):\n"
         "    fatal = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1'\n"
         "    if fatal and self.progress.step == 7:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(self, batch)\n"
-        "train.Session.step = step\n"
+        "Session.step = step\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     agent = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]

@@ -14,7 +14,8 @@ from helpers import tiny
 
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.run import OptimConfig, RunConfig
-from lrt.training.trainer import Session, prepare_data, resolve
+from lrt.training.session import Session
+from lrt.training.trainer import prepare_data, resolve
 
 STEPS = 8
 CLIP = 0.5

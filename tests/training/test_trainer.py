@@ -17,8 +17,9 @@ from lrt.config.run import RunConfig
 from lrt.model.flops import scaling_parameters, train_flops_per_token
 from lrt.schedule import Curriculum, Schedule
 from lrt.training import checkpoint
+from lrt.training.budget import horizon
 from lrt.training.logging import Jsonl
-from lrt.training.trainer import horizon, train
+from lrt.training.trainer import train
 
 
 @pytest.mark.parametrize("base", [cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift])

@@ -1,0 +1,309 @@
+"""One training process: the model, its optimizer, and where it stands; its loop is read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt.config.decoding import SamplingParams
+from lrt.config.model import require
+from lrt.config.run import RunConfig, to_dict
+from lrt.data import Batch, Prepared, batches, prefetch
+from lrt.evaluation.bits_per_byte import BPB, Rows, evaluate, validation_rows
+from lrt.inference.chat import complete
+from lrt.model.flops import parameters_by_group
+from lrt.model.loss import LossOutput, ScheduledLoss, step_plan
+from lrt.model.transformer import LRT
+from lrt.schedule import Curriculum
+from lrt.training import checkpoint
+from lrt.training.adaptive import Settling, restored
+from lrt.training.budget import Progress, horizon
+from lrt.training.checkpoint import Checkpoint, Writer
+from lrt.training.faults import Skips, Stop, not_finite
+from lrt.training.logging import Sink, tell
+from lrt.training.optimizer import Optimizer, clip, memory_rate, rate
+from lrt.training.parallel import Parallel
+from lrt.utils.distributed import World
+from lrt.utils.dtensor import whole
+from lrt.utils.files import write_json
+from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory
+
+SAMPLE_TOKENS = 120
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training."""
+
+    model: LRT
+    prepared: Prepared
+    progress: Progress
+    bpb: BPB
+    first: bool = True
+    """Whether this is the process that reports, of those that torchrun started."""
+
+
+class Session:
+    """One training process: the model, its optimizer, and where it stands."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        prepared: Prepared,
+        sinks: Sequence[Sink],
+        started: Checkpoint | None,
+        world: World | None = None,
+    ):
+        t = config.train
+        self.config, self.run, self.prepared, self.sinks = config, run, prepared, sinks
+        self.world = world = world or World(torch.device(t.device))
+        self.device, self.steps = world.device, horizon(config)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        bos = prepared.tokenizer.bos
+        self.loader = batches(
+            prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size
+        )
+        sizes = prepared.tokenizer.token_bytes()
+        self.rows: Rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
+        with torch.device("meta"):
+            self.model = LRT(config.model)
+        self.model.execution = t.execution
+        self.plan = replace(Curriculum.parse(t.schedule), steps=self.steps)
+        self.loss = ScheduledLoss(self.model, self.plan, t.seed, t.consistency)
+        self.parallel = Parallel(self.loss, world, t.parallel, t.seed, t.reshard)
+        if t.init_from is not None and started is None:
+            self._begin_from(Path(t.init_from))
+        self.dtype = torch.bfloat16 if t.dtype == "bfloat16" else torch.float32
+        self.optimizer = Optimizer(self.model, config.optim, self.dtype)
+        self.progress, self.settling, self.stop = Progress(), Settling(), Stop()
+        self.bpb, self.scored = None, -1
+        if started is not None:
+            self._restore(started)
+        self.skips = Skips(self.progress.skipped, self.device)
+        self.logged_flops = self.progress.flops
+        self.saved, self.writer = self.progress.step if started else -1, Writer(self.device.type == "cuda")
+        self.peak, self.peak_source = peak_flops(self.device, self.dtype)
+        self._begin()
+
+    def _begin(self) -> None:
+        if self.world.first:
+            self.run.mkdir(parents=True, exist_ok=True)
+            write_json(self.run / "config.json", to_dict(self.config))
+            self.prepared.tokenizer.save(self.run / "tokenizer")
+        groups = parameters_by_group(self.config.model)
+        tell(
+            self.sinks, kind="start", name=self.config.name, run=str(self.run),
+            step=self.progress.step, steps=self.steps, processes=self.world.size,
+            parameters=groups | {"total": sum(groups.values())}, schedule=self.config.train.schedule,
+            device=str(self.device), dtype=self.config.train.dtype, peak_flops=self.peak, peak_source=self.peak_source,
+        )  # fmt: skip
+
+    def _begin_from(self, run: Path) -> None:
+        """Take over the weights of another run of the same model; its context may differ."""
+        found, mine = checkpoint.open_checkpoint(run), self.config.model
+        theirs = replace(found.config.model, context=mine.context, bos=mine.bos)
+        require(theirs == mine, f"{run} is of another model than this config's; leave the model's flags to --init-from")
+        checkpoint.load_weights(self.model, found.weights())
+
+    def _restore(self, started: Checkpoint) -> None:
+        data, here = started.extra.get("data"), self.prepared.train.hash
+        require(
+            data == here, f"{started.folder} was trained on other tokens than {self.prepared.folder}; restore its data"
+        )
+        checkpoint.load_weights(self.model, started.weights())
+        self.optimizer.load(started.optimizer_state())
+        spent: Any = started.extra.get("progress")
+        known = {f.name for f in fields(Progress)}
+        fine = (
+            isinstance(spent, dict) and set(spent) == known and all(isinstance(x, (int, float)) for x in spent.values())
+        )
+        require(fine, f"{started.folder / checkpoint.META} does not say what was spent; resume an earlier checkpoint")
+        self.progress = Progress(**spent)
+        self.settling = restored(started.extra.get("settling"), self.plan, str(started.folder / checkpoint.META))
+
+    def loop(self) -> None:
+        """Run the steps that are left, with logs, evaluations and checkpoints on the way."""
+        t = self.config.train
+        losses: list[Tensor] = []
+        clock, cpu, spent = time.perf_counter(), time.process_time(), 0.0  # spent: seconds since the last log
+        with self.stop.listening():
+            for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
+                out, norm = self.step(batch)
+                losses.append(out.loss)
+                now, worked = time.perf_counter(), time.process_time()
+                self.progress.count(self.config, out.passes, now - clock, worked - cpu)
+                spent = spent + now - clock
+                done, last = self.progress.step, self.progress.step == self.steps
+                logged = done % t.log_every == 0 or last
+                if logged:
+                    self._check(batch)
+                    self._log(torch.stack(losses), out, norm, spent)
+                    losses, spent = [], 0.0
+                if last or (t.eval_every and done % t.eval_every == 0):
+                    self.evaluate()
+                if last or (t.save_every and done % t.save_every == 0):
+                    self.save()
+                if (logged or self.world.size == 1) and self.world.any(bool(self.stop.signal)):
+                    self._leave()
+                clock, cpu = time.perf_counter(), time.process_time()
+        self.writer.wait()
+
+    def step(self, batch: Batch) -> tuple[LossOutput, Tensor]:
+        """One optimizer step, skipped unless loss and gradient are finite; the step's losses (nan where it was skipped)
+        and the gradient norm.
+        """
+        out, norm = self.gradients(batch)
+        skip = ~(out.loss.isfinite() & norm.isfinite())
+        self.skips.add(skip)
+        shares = (f(self.progress.step, self.steps, self.config.optim) for f in (rate, memory_rate))
+        self.optimizer.step(next(shares), skip, next(shares))
+        self.settling = self.settling.follow(self.plan, self.progress.step, lambda: out.consistency.sqrt().item())
+        return out._replace(loss=out.loss.masked_fill(skip, math.nan)), norm
+
+    def gradients(self, batch: Batch) -> tuple[LossOutput, Tensor]:
+        """The step's losses over all processes, and the gradient's norm before it was clipped.
+
+        Accumulated over micro-batches; means run over the whole batch's targets, wherever they are.
+        """
+        t, step, world = self.config.train, self.progress.step, self.world
+        tokens, targets, starts = (x.to(self.device, non_blocking=True) for x in batch)
+        passes = self.settling.draw(self.plan, t.seed, step).passes(tokens.shape[1])
+        plan = step_plan(targets, starts, passes)
+        plan = plan._replace(counts=world.total(plan.counts))
+        size, total = t.micro_batch or len(tokens), []
+        out = None
+        for i in range(0, len(tokens), size):
+            part = slice(i, i + size)
+            with self.parallel.accumulate(last=i + size >= len(tokens)):
+                with self._autocast():
+                    out = self.parallel.module(tokens[part], targets[part], starts[part], step, plan)
+                (out.loss * world.size).backward()  # gradients are averaged over processes
+            total.append(torch.cat((out.loss.detach()[None], out.consistency[None], out.per_pass)))
+        assert out is not None
+        self.parallel.collect()
+        norm = clip(self.parallel.parameters, self.config.optim.clip)
+        loss, consistency, *per_pass = world.total(torch.stack(total).sum(0))
+        return out._replace(loss=loss, consistency=consistency, per_pass=torch.stack(per_pass)), norm
+
+    def _autocast(self) -> torch.autocast:
+        lower = self.dtype != torch.float32  # and no weight is kept twice where each is given back after use
+        return torch.autocast(self.device.type, self.dtype, lower, cache_enabled=not self.config.train.reshard)
+
+    def _check(self, batch: Batch) -> None:
+        """Say which steps were skipped; ValueError with a diagnosis if too many were in a row."""
+        before, most = self.progress.skipped, self.config.train.max_skipped
+        self.progress.skipped, _, row = self.skips.read()
+        if self.progress.skipped > before:
+            tell(
+                self.sinks, kind="warning", step=self.progress.step,
+                text=f"{self.progress.skipped - before} steps up to {self.progress.step} skipped (loss or gradient not "
+                f"finite), {self.progress.skipped} in all",
+            )  # fmt: skip
+        if row < most:
+            return
+        out, _ = self.gradients(batch)
+        cause = not_finite(self.model, out.per_pass, self.world)
+        self.writer.wait()
+        kept = checkpoint.checkpoints(self.run)
+        raise ValueError(
+            f"{row} steps in a row up to step {self.progress.step} had no finite loss and gradient: they were skipped; "
+            f"{cause}; the last good checkpoint is {kept[-1] if kept else 'none yet'}: lower optim.matrix_lr or the "
+            "other rates, or look at the text there"
+        )
+
+    def _leave(self) -> None:
+        self.save()
+        self.writer.wait()
+        tell(
+            self.sinks, kind="warning", text=f"stopped at step {self.progress.step}; continue with --resume {self.run}"
+        )
+        self.stop.leave()
+
+    def _log(self, losses: Tensor, out: LossOutput, norm: Tensor, seconds: float) -> None:
+        t, p = self.config.train, self.progress
+        loss = losses.nanmean().item()  # of the steps that were not skipped
+        speed = len(losses) * t.batch * t.length / seconds
+        flops = (p.flops - self.logged_flops) / seconds
+        self.logged_flops = p.flops
+        tell(
+            self.sinks, kind="train", step=p.step, steps=self.steps, loss=loss, per_pass=out.per_pass.tolist(),
+            consistency=out.consistency.item(),
+            passes=[str(q) for q in out.passes][:8], gradient_norm=norm.item(),
+            rate=rate(p.step - 1, self.steps, self.config.optim),
+            tokens=p.tokens, token_forwards=p.token_forwards, effective_forwards=p.effective_forwards, flops=p.flops,
+            seconds=p.seconds, tokens_per_second=speed, flops_per_second=flops,
+            mfu=flops / self.peak / self.world.size, skipped=p.skipped,
+            seconds_left=(self.steps - p.step) * p.seconds / p.step,
+        )  # fmt: skip
+
+    def evaluate(self) -> BPB:
+        """BPB in every mode on the validation rows, a sample, and a warning when the live gap opens."""
+        p, gap = self.progress, self.config.train.gap_warning
+        with self.parallel.gathered():
+            self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.rows, world=self.world)
+            text = self.sample()  # on every process: under fsdp they gather together
+        self.scored = p.step
+        spent = {"step": p.step, "tokens": p.tokens, "effective_forwards": p.effective_forwards, "seconds": p.seconds}
+        tell(self.sinks, kind="eval", **spent, bpb=bpb.as_dict())
+        if bpb.live_gap > gap:
+            tell(
+                self.sinks, kind="warning", step=p.step,
+                text=f"live gap {bpb.live_gap:.3f} BPB at step {p.step}: decoding is worse than the training graph "
+                "says; settle the memory before the loss (train.schedule settled-1..3)",
+            )  # fmt: skip
+        tell(self.sinks, kind="sample", step=p.step, text=text)
+        return bpb
+
+    def sample(self) -> str:
+        """A short document, decoded with memory at temperature 0.8."""
+        room = min(SAMPLE_TOKENS, self.config.model.context - 1)
+        sampling = SamplingParams(max_new_tokens=room, temperature=0.8, seed=self.config.train.seed)
+        return "".join(complete(self.model, self.prepared.tokenizer, "", sampling))
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment, unless it stands there already; on cuda in the background.
+
+        Not while steps are being skipped: whatever is wrong may be in the weights.
+        """
+        p, t = self.progress, self.config.train
+        p.skipped, row, _ = self.skips.read()
+        if self.saved == p.step or row:
+            return
+        self.saved = p.step
+        bpb = self.bpb.as_dict() if self.bpb and self.scored == p.step else None
+        extra = {"progress": dict(vars(p)), "data": self.prepared.train.hash, "bpb": bpb}
+        extra["settling"] = dict(vars(self.settling))
+        weights, optimizer = self._snapshot(self.model.state_dict()), self._snapshot(self.optimizer.state())
+
+        def write() -> None:
+            folder = checkpoint.save(
+                self.run, extra["progress"]["step"], self.config, weights, optimizer, extra, t.keep
+            )
+            tell(self.sinks, kind="checkpoint", step=extra["progress"]["step"], folder=str(folder))
+
+        if self.world.first:
+            self.writer.submit(write)
+
+    def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, on the first process alone; copies where training goes on meanwhile."""
+        found = ((name, whole(x).detach()) for name, x in tensors.items())
+        copied = {name: x.to("cpu", copy=self.writer.background) for name, x in found if self.world.first}
+        return copied
+
+    def finish(self) -> Result:
+        """Write the final evaluation to result.json and hand everything over."""
+        bpb = self.bpb or self.evaluate()
+        result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
+        result["peak_memory_bytes"] = peak_memory(self.device)
+        if self.world.first:
+            write_json(self.run / "result.json", result)
+        return Result(self.model.eval(), self.prepared, self.progress, bpb, self.world.first)
