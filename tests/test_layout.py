@@ -19,6 +19,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("lrt.data",),
     ("lrt.inference",),
     # Scoring rows takes a model, a schedule and rows, nothing of training; and training reports it as it goes.
+    ("lrt.evaluation.contraction",),
     ("lrt.evaluation.bits_per_byte",),
     ("lrt.training",),
     # Evaluating a run: its checkpoint, its held-out text.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import PrefillOptions
-from lrt.inference.prefill import change_of, finish, solve
-from lrt.model.kv_cache import KVCache
+from lrt.evaluation.contraction import exact_states
+from lrt.inference.prefill import change_of, finish
 from lrt.model.loss import token_nats
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
@@ -37,16 +37,8 @@ class Point(NamedTuple):
 
 
 @torch.no_grad()
-def exact_hidden(model: LRT, tokens: TokensBN) -> Tensor:
-    """Hidden states [B, T, D] of exact decoding: the oracle of every comparison here."""
-    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
-    parts = solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), PrefillOptions.parse("exact"))
-    return torch.cat([solved.hidden for _, solved in parts], dim=1)
-
-
-@torch.no_grad()
 def curve(model: LRT, tokens: TokensBN, mode: str, sweeps: int, exact: Tensor) -> list[Point]:
-    """Sweep `tokens` [B, T] that many times in `mode`, as one chunk; `exact` are `exact_hidden`'s states."""
+    """Sweep `tokens` [B, T] that many times in `mode`, as one chunk; `exact` is the head's input, decoded exactly."""
     n = tokens.shape[1]
     plan, buffer, old, points = PrefillOptions.parse(mode, 0.0, sweeps, n), Buffer(), None, []
     lengths = torch.full_like(tokens[:, 0], n)
@@ -85,7 +77,7 @@ def picture(
     for title, folder in folders.items():
         loaded = load_model(folder)
         tokens = held_out_rows(loaded, None, rows=rows, length=length).tokens
-        exact = exact_hidden(loaded.model, tokens)
+        exact = exact_states(loaded.model, tokens).hidden
         curves[title] = {mode: curve(loaded.model, tokens, mode, sweeps, exact) for mode in MODES}
     draw(curves, path)
     return curves

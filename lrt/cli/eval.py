@@ -73,6 +73,17 @@ def main(args: list[str]) -> int:
     return 0
 
 
+def sweep_lines(bpb: BPB) -> list[str]:
+    """A line for each pass after so many sweeps: how far it is from exact decoding."""
+    if not bpb.residuals:
+        return []
+    lines = [f"  {'after sweeps':<14}{'residual':>10}{'K/V error':>11}{'argmax agrees':>15}{'KL, nats':>11}"]
+    for k, (kv, agree, kl) in enumerate(zip(bpb.kv_errors, bpb.argmax_agreement, bpb.kl, strict=True)):
+        residual = f"{bpb.residuals[k - 1]:.1e}" if k else ""
+        lines.append(f"  {k:<14}{residual:>10}{kv:>11.1e}{agree:>15.2%}{kl:>11.1e}")
+    return lines
+
+
 def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
     lines = [
         f"{where['run']} step {where['step']}, {bpb.rows} rows of {where['length']} ({where['source']}), float32, BPB"
@@ -84,9 +95,10 @@ def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
         "merged (parallel)": f"{bpb.merged:.4f}",
         "decoded (exact)": f"{bpb.decoded:.4f}",
         "live gap": f"{bpb.live_gap:+.4f}",
-        "sweep residuals": "  ".join(f"{r:.1e}" for r in bpb.residuals) or "none (no memory)",
+        "sweeps contract by": f"{bpb.contraction:.3f}" if bpb.residuals else "nothing to sweep (no recurrence)",
     }.items():
         lines.append(f"  {name:<28}{text}")
+    lines += sweep_lines(bpb)
     lines.append("  decoded by position")
     lines += [f"    {label:<26}{x:.4f}" for label, x in bpb.by_position.items()]
     return "\n".join(lines)

@@ -13,17 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrt.config.decoding import no_grad_pass
 from lrt.data import Loader, RowSource, TaskRows
+from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.transformer import LRT
-from lrt.schedule import Curriculum, Pass, Schedule
+from lrt.schedule import Curriculum, Schedule
 from lrt.utils.distributed import World
 
-SWEEPS = 8
-"""Jacobi sweeps over which the memory's residual is followed."""
+COMPARED = 16
+"""Rows whose sweeps are compared with exact decoding."""
+KEYS_AT_ONCE = 2**27
+"""Numbers of keys and values that a comparison holds at a time, twice."""
 
 
 class Rows(NamedTuple):
@@ -52,6 +56,15 @@ class BPB:
     """Decoded, by the target's position in the row: `1`, `2-3`, `4-7`, ..."""
     residuals: tuple[float, ...]
     """Largest relative change of any memory vector in each Jacobi sweep from zero memory."""
+    contraction: float
+    """Factor by which a sweep shrinks that change (geometric mean); 0 without recurrence."""
+    kv_errors: tuple[float, ...]
+    """Keys and values of a pass after 0, 1, 2, .. sweeps: root of their summed squared error over their summed squares
+    in exact decoding. These and the two below are over at most COMPARED rows; empty without recurrence."""
+    argmax_agreement: tuple[float, ...]
+    """Share of positions whose most probable token is that of exact decoding, of the same passes."""
+    kl: tuple[float, ...]
+    """KL divergence of the same passes' distributions from exact decoding's, mean nats per position."""
     rows: int
     """Rows scored."""
     schedule: str
@@ -121,9 +134,25 @@ def evaluate(
         decoded=bits_per_byte(decoded, sizes),
         by_position=by_position(decoded, sizes),
         residuals=tuple(residuals),
+        contraction=contraction(residuals),
+        **_against_exact(model, Rows(*(x[:COMPARED] for x in rows)), world),
         rows=len(sizes),
         schedule=str(schedule.at_largest()),
     )
+
+
+def _against_exact(model: LRT, rows: Rows, world: World) -> dict[str, tuple[float, ...]]:
+    """Passes after so many sweeps, compared with exact decoding: means over the rows."""
+    if not model.config.memory.recurrent:
+        return {"kv_errors": (), "argmax_agreement": (), "kl": ()}
+    own, c = _share(rows, world), model.config
+    at_once = max(1, KEYS_AT_ONCE // (2 * own.tokens.shape[1] * c.layers * c.k * c.e))
+    split = zip(*(x.to(model.device).split(at_once) for x in (own.tokens, own.starts)), strict=True)
+    parts = [sweep_errors(model, ids, reset, exact_states(model, ids)) for ids, reset in split]
+    kv, agreement, kl = (world.gather(torch.cat(x))[: len(rows.tokens)] for x in zip(*parts, strict=True))
+    errors = (kv[..., 0].sum(0) / kv[..., 1].sum(0)).sqrt()
+    found = {"kv_errors": errors, "argmax_agreement": agreement.mean(0), "kl": kl.mean(0)}
+    return {name: tuple(x.tolist()) for name, x in found.items()}
 
 
 def _share(rows: Rows, world: World) -> Rows:
@@ -177,7 +206,7 @@ def sweep_residuals(model: LRT, tokens: TokensBN, starts: Tensor | None, sweeps:
     full = range(tokens.shape[1])
     found: list[float] = []
     before = torch.zeros(())
-    for _, written, _ in run_passes(model, tokens, [Pass(full, 0.0, False)] * (sweeps + 1), starts):
+    for _, written, _ in run_passes(model, tokens, [no_grad_pass(full)] * (sweeps + 1), starts):
         change = (written.source - before).norm(dim=-1) / written.source.norm(dim=-1)
         before = written.source
         found.append(float(change.max()))

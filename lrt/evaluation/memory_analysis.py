@@ -5,7 +5,6 @@ Nothing is computed by a second forward: what is switched off is switched off in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lrt.config.model import require
 from lrt.evaluation.bits_per_byte import Rows, sweep_residuals
+from lrt.evaluation.contraction import contraction
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
 from lrt.model.run_passes import run_passes
@@ -125,12 +125,6 @@ def influence(model: LRT, rows: Rows, reach: int = REACH) -> list[float]:
         before = [w.source for w in reversed(written[-1 - reach : -1])]
         found = torch.autograd.grad(loss, before, allow_unused=True)
     return [0.0 if g is None else float(g.norm(dim=-1).mean()) for g in found]
-
-
-def contraction(residuals: Sequence[float]) -> float:
-    """Factor by which a sweep shrinks the change of the memory: geometric mean over the sweeps that still change it."""
-    falling = [r for r in residuals if r > 1e-6]
-    return (falling[-1] / falling[0]) ** (1 / (len(falling) - 1)) if len(falling) > 1 else 0.0
 
 
 @torch.no_grad()

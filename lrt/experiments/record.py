@@ -61,6 +61,7 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
         "live_gap": bpb["live_gap"],
         "bpb_by_position": bpb["by_position"],
         "sweep_residuals": bpb["residuals"],
+        **{name: bpb[name] for name in ("contraction", "kv_errors", "argmax_agreement", "kl")},
         "decode_tokens_per_second": wall / each,
         "decode_tokens_per_cpu_second": cpu / each,
         "decode_flops_per_token": each * decode_flops_per_token(model.config, t.length - 1),

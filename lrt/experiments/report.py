@@ -20,14 +20,21 @@ HEADER = (
     "method", "seeds", "parameters", "forwards / token", "C", "TFLOP", "CPU s", "decoded BPB", "less baseline",
     "bfloat16", "zero memory", "live gap", "in-context", "2x length", "4x length", "CPU ms / token",
 )  # fmt: skip
+SWEEPS = (1, 2, 4, 8)
+SWEEP_HEADER = ("method", "seeds", "contraction", *(
+    f"{what}, after {' / '.join(map(str, SWEEPS))} sweeps" for what in ("residual", "K/V error", "argmax agrees", "KL")
+))  # fmt: skip
 Block = tuple[str, Table | Figure]
 MARKS = "<!-- lrt report: begin -->", "<!-- lrt report: end -->"
 
 
 ABOUT = (
     "Means over seeds, with standard deviations (n - 1) where there are several. Decoded: exact recurrence, token by "
-    "token, float32. C: token forwards per scaling parameter, those without gradient counted a third. Less baseline: "
-    "paired by seed. In-context: loss early less loss late, nats per token. CPU: time of one thread."
+    "token, float32. C: token forwards per scaling parameter, those without gradient counted a third, those that stop "
+    "at source block s of L the share s/L of that. Less baseline: paired by seed. In-context: loss early less loss "
+    "late, nats per token. CPU: time of one thread. Sweeps: passes after 1, 2, 4 and 8 sweeps from zero memory. "
+    "Contraction: factor by which a sweep shrinks the residual, the largest relative change of any memory vector. K/V "
+    "error, most probable token and KL divergence (nats) compare the pass with exact decoding."
 )
 
 
@@ -57,7 +64,19 @@ def _texts(heading: str, groups: list[RunGroup], baseline: str) -> list[Block]:
     if len(groups) > 1:
         others = [g for g in groups if g is not base and g.paired(base, decoded)]
         blocks.append((f"{heading}: differences", plots.bars(others, base)))
+    swept = [g for g in groups if all("kl" in r and r["kl"] for r in g.records)]  # the others are old, or do not recur
+    if swept:
+        blocks.append((f"{heading}: sweeps", Table(SWEEP_HEADER, [_sweeps(g) for g in swept])))
     return blocks
+
+
+def _sweeps(g: RunGroup) -> list[str]:
+    """Seeds' means of how far passes after some sweeps are from exact decoding."""
+    kinds = (("sweep_residuals", 1, ".1e"), ("kv_errors", 0, ".1e"), ("argmax_agreement", 0, ".1%"), ("kl", 0, ".1e"))
+    return [g.arm, str(len(g.records)), f"{g.mean(lambda r: r['contraction']):.2f}"] + [
+        " / ".join(f"{g.mean(lambda r, k=k, n=name, f=first: r[n][k - f]):{form}}" for k in SWEEPS)
+        for name, first, form in kinds
+    ]
 
 
 def _inside(heading: str, groups: list[RunGroup]) -> list[Block]:

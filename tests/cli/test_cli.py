@@ -168,8 +168,10 @@ def test_eval_reports_every_mode(run, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["live_gap"] == pytest.approx(found["decoded"] - found["merged"])
     assert {"zero_memory", "passes", "by_position", "residuals", "schedule", "dtype", "step"} <= set(found)
+    assert {"contraction", "kv_errors", "argmax_agreement", "kl"} <= set(found)
     assert main(["eval", str(run), "--rows", "2", "--source", str(run.parent / "text.txt"), "--length", "16"]) == 0
-    assert "decoded (exact)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "decoded (exact)" in out and "sweeps contract by" in out and "argmax agrees" in out
 
 
 def test_sample_is_a_function_of_the_seed(run, capsys):

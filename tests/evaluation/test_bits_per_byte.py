@@ -126,6 +126,7 @@ def test_batches_of_any_size_give_the_same():
         assert parts.merged == pytest.approx(whole.merged, rel=1e-12)
         assert parts.passes == pytest.approx(whole.passes, rel=1e-12)
         assert parts.residuals == pytest.approx(whole.residuals, rel=1e-9)
+        assert parts.kl == pytest.approx(whole.kl, rel=1e-9)
         assert parts.by_position == pytest.approx(whole.by_position, rel=1e-12)
 
 
@@ -134,7 +135,8 @@ def test_a_plain_model_has_no_live_gap_and_no_residual(text: str):
     got = bpb(PLAIN, text)
     assert abs(got.live_gap) < 1e-12
     assert got.decoded == pytest.approx(got.zero_memory, rel=1e-12)
-    assert got.residuals == ()
+    assert got.residuals == got.kv_errors == got.argmax_agreement == got.kl == ()
+    assert got.contraction == 0
 
 
 @pytest.mark.parametrize("text", ["sequential", f"refinement-{LENGTH}", f"interleaved-{LENGTH}", f"settled-{LENGTH}"])
@@ -189,6 +191,7 @@ def test_as_plain_data():
     assert data["schedule"] == "interleaved-2:weights=0/1"
     assert set(data) == {
         "zero_memory", "passes", "merged", "decoded", "by_position", "residuals", "rows", "schedule", "live_gap",
+        "contraction", "kv_errors", "argmax_agreement", "kl",
     }  # fmt: skip
 
 

@@ -18,9 +18,15 @@ def record(arm: str, seed: int, decoded: float, compute: str = "compute=5", **mo
         "scaling_parameters": 1000, "tokens": 1000 * cost, "effective_compute": 1000 * cost, "flops": 2e12,
         "cpu_seconds": 10 * cost, "bpb": {"decoded": decoded, "zero_memory": decoded + 0.5}, "live_gap": 0.001,
         "in_context_score": 0.25, "decoded_at_length": {"1": decoded, "2": decoded + 0.1, "4": decoded + 0.2},
-        "bpb_by_position": {"1": 3.0, "2-3": 2.0}, "sweep_residuals": [0.5, 0.1] if arm != "plain" else [],
+        "bpb_by_position": {"1": 3.0, "2-3": 2.0}, "sweep_residuals": [0.8 / k for k in SWEPT],
+        "contraction": 0.1 * (seed + 1), "kv_errors": [9.0, *(0.08 / k for k in SWEPT)],
+        "argmax_agreement": [0.0, *(1 - 0.08 / k for k in SWEPT)], "kl": [9.0, *(0.008 / k for k in SWEPT)],
         "decode_tokens_per_cpu_second": 200.0, "decoded_bfloat16": decoded + 0.01,
-    } | more  # fmt: skip
+    } | (WITHOUT if arm == "plain" else {}) | more  # fmt: skip
+
+
+SWEPT = range(1, 9)
+WITHOUT = {"sweep_residuals": [], "contraction": 0.0, "kv_errors": [], "argmax_agreement": [], "kl": []}
 
 
 @pytest.fixture
@@ -58,6 +64,11 @@ def test_tables_and_pictures(records, capsys):
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:6] == ["settled", "3", "1,234", "1", "5.0", "2"]
     assert cells[7:9] == ["4.3000 ± 4.0731", "-0.1500 ± 0.0707"] and cells[9] == "4.3100" and cells[15] == "5.00"
+    (swept,) = [line for line in text.splitlines() if line.startswith("| settled") and "0.20" in line]
+    assert [cell.strip() for cell in swept.split("|")[1:-1]] == [
+        "settled", "3", "0.20", "8.0e-01 / 4.0e-01 / 2.0e-01 / 1.0e-01", "8.0e-02 / 4.0e-02 / 2.0e-02 / 1.0e-02",
+        "92.0% / 96.0% / 98.0% / 99.0%", "8.0e-03 / 4.0e-03 / 2.0e-03 / 1.0e-03",
+    ]  # fmt: skip
     assert "100.0% / 99.0%" in text and "75.0% / 50.0%" in text
     pictures = {p.name for p in (records / "img").glob("*.png")}
     assert "results_text_decoded_bits_per_byte_against_cost.png" in pictures and len(pictures) == 6

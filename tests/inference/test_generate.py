@@ -16,6 +16,7 @@ from lrt.benchmarks import latency as bench
 from lrt.cli.bench_decode import main as bench_decode
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import MEMORY_OFF
+from lrt.evaluation.contraction import exact_states
 from lrt.inference.generate import decode_step, generate, prefill, score
 from lrt.inference.prefill import advance, compiled, next_logits
 from lrt.model.kv_cache import KVCache, positions_held, visible_slots
@@ -377,7 +378,7 @@ def test_the_bench_measures_every_part(tmp_path):
     assert [(c["batch"], c["context"]) for c in cells] == [(1, 8), (2, 8)]
     assert bench.score_times(model, prompts, 1e-4)["max_nats_diff"] < 1e-2
     assert all(c["max_logit_diff"] < 1e-2 and c["greedy_agree"] > 0.9 for c in prefills)
-    exact = convergence.exact_hidden(model, prompts)
+    exact = exact_states(model, prompts).hidden
     points = convergence.curve(model, prompts, "jacobi", 20, exact)
     assert points[-1].logit_diff < 1e-4
     assert points[-1].greedy_agree == 1

@@ -112,7 +112,8 @@ def test_sharded_evaluation_gives_the_same_scores(run: str, folder: Path):
     one = "one-" + run.partition("-")[2].replace("reshard", "micro")
     mine, theirs = (json.loads((folder / r / "result.json").read_text())["bpb"] for r in (run, one))
     assert mine["rows"] == theirs["rows"] == 3
-    for mode in ("zero_memory", "merged", "decoded", "passes", "by_position", "residuals"):
+    modes = ("zero_memory", "merged", "decoded", "passes", "by_position")
+    for mode in (*modes, "residuals", "kv_errors", "argmax_agreement", "kl"):
         assert mine[mode] == pytest.approx(theirs[mode], rel=1e-4, abs=1e-6), mode
 
 

@@ -1,0 +1,103 @@
+"""How sweeps contract towards exact decoding: the rate, and what a pass after so many sweeps still gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrt.config.decoding import no_grad_pass
+from lrt.inference.prefill import advance
+from lrt.model.kv_cache import KVCache
+from lrt.model.run_passes import run_passes
+from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.state import Buffer, PassOutput
+from lrt.model.transformer import LRT
+
+SWEEPS = 8
+"""Jacobi sweeps that are followed."""
+SHOWN = (1, 2, 4, 8)
+"""Sweeps that tables show."""
+LOGITS_AT_ONCE = 2**25
+"""Logits compared at a time, which bounds the memory of a comparison."""
+
+
+class ExactStates(NamedTuple):
+    """What exact decoding computes, token by token."""
+
+    hidden: StreamBND
+    """The head's input, [B, T, D]."""
+    memory: StreamBND
+    """m_t, [B, T, D]."""
+
+
+class SweepErrors(NamedTuple):
+    """Per row: how each pass differs from exact decoding; pass 0 reads no memory, pass k what k passes have written."""
+
+    kv: Tensor
+    """Squared error of all keys and values, and their squared norm under exact decoding, [B, SWEEPS + 1, 2]."""
+    agreement: Tensor
+    """Share of positions whose most probable token is that of exact decoding, [B, SWEEPS + 1]."""
+    kl: Tensor
+    """KL divergence of the pass's distribution from exact decoding's, nats, mean over positions, [B, SWEEPS + 1]."""
+
+
+@torch.no_grad()
+def exact_states(model: LRT, tokens: TokensBN) -> ExactStates:
+    """Decode `tokens` [B, T] by the exact recurrence."""
+    cache, hidden, memory = KVCache.empty(model, *tokens.shape), [], []
+    for t in range(tokens.shape[1]):
+        now, cache = advance(model, tokens[:, t], cache)
+        hidden.append(now)
+        memory.append(cache.memory)
+    return ExactStates(torch.stack(hidden, dim=1), torch.stack(memory, dim=1))
+
+
+@torch.no_grad()
+def sweep_errors(model: LRT, tokens: TokensBN, starts: Tensor | None, exact: ExactStates) -> SweepErrors:
+    """Compare SWEEPS + 1 full passes from zero memory with exact decoding."""
+    full = range(tokens.shape[1])
+    truth = _keys_values(next(run_passes(model, tokens, [no_grad_pass(full)], starts, _holding(exact.memory, full)))[1])
+    kv, agreement, kl, buffer = [], [], [], Buffer()
+    for _ in range(SWEEPS + 1):
+        _, written, buffer = next(run_passes(model, tokens, [no_grad_pass(full)], starts, buffer))
+        pairs = list(zip(_keys_values(written), truth, strict=True))
+        error, norm = (sum(_squares(x) for x in xs) for xs in ([a - b for a, b in pairs], truth))
+        kv.append(torch.stack((error, norm), dim=-1))
+        assert written.hidden is not None
+        same, divergence = _compare(model, written.hidden, exact.hidden)
+        agreement.append(same)
+        kl.append(divergence)
+    return SweepErrors(*(torch.stack(x, dim=1) for x in (kv, agreement, kl)))
+
+
+def contraction(residuals: Sequence[float]) -> float:
+    """Factor by which a sweep shrinks the change of the memory: geometric mean over the sweeps that still change it."""
+    falling = [r for r in residuals if r > 1e-6]
+    return (falling[-1] / falling[0]) ** (1 / (len(falling) - 1)) if len(falling) > 1 else 0.0
+
+
+def _holding(memory: StreamBND, at: range) -> Buffer:
+    """A buffer that holds nothing but memory, for a pass that writes all keys and values itself."""
+    return Buffer().write(at, PassOutput(None, memory, (), ()))
+
+
+def _keys_values(written: PassOutput) -> list[Tensor]:
+    return [*written.keys, *written.values]
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.double().square().flatten(1).sum(1)
+
+
+def _compare(model: LRT, hidden: StreamBND, exact: StreamBND) -> tuple[Tensor, Tensor]:
+    """Agreement of the most probable tokens, and KL(exact || pass), means over each row's positions, [B]."""
+    at_once = max(1, LOGITS_AT_ONCE // (len(hidden) * model.config.vocab_size))
+    same, divergence = torch.zeros(2, len(hidden), dtype=torch.float64, device=hidden.device)
+    for h, e in zip(hidden.split(at_once, dim=1), exact.split(at_once, dim=1), strict=True):
+        q, p = (model.logits(x).double().log_softmax(-1) for x in (h, e))
+        same += (q.argmax(-1) == p.argmax(-1)).sum(1)
+        divergence += (p.exp() * (p - q)).sum((1, 2))
+    return same / hidden.shape[1], divergence / hidden.shape[1]
