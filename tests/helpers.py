@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import tokenizers
 import torch
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from lrt.config.model import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
@@ -239,3 +241,33 @@ def tiny(base: RunConfig, source: Path, steps: int = 12, **training) -> RunConfi
 def events(run: Path, kind: str) -> list[dict]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [e for e in map(json.loads, lines) if e["kind"] == kind]
+
+
+def lossy_tokenizer(folder: Path, kind: str, texts: list[str]) -> Path:
+    """A folder with a tokenizer that loses text: `unknown words`, `WordPiece`, or the name of a normaliser."""
+    words = sorted({word for text in texts for word in text.split() if word.isascii()})
+    if kind == "unknown words":
+        core = tokenizers.Tokenizer(
+            models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", *words])}, unk_token="<unk>")
+        )
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    elif kind == "WordPiece":
+        pieces = ["<unk>", "<s>", *words, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz.é"), *"TcaféiﬁxE"]
+        core = tokenizers.Tokenizer(
+            models.WordPiece({p: i for i, p in enumerate(dict.fromkeys(pieces))}, unk_token="<unk>")
+        )
+        core.pre_tokenizer, core.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece("##", cleanup=False)
+    else:
+        core = tokenizers.Tokenizer(models.BPE())
+        made = [getattr(normalizers, kind)()]
+        made = [normalizers.NFD(), *made] if kind == "StripAccents" else made
+        core.normalizer = normalizers.Sequence(made)
+        core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        core.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+        )
+    core.add_special_tokens(["<unk>", "<s>"])
+    folder.mkdir(parents=True)
+    core.save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,8 +1,9 @@
 """Text to tokens to batches: tokenizers, text sources, token shards on disk, and the resumable loader."""
 
 from lrt.data.loader import Batch, Loader, RowSource, prefetch
+from lrt.data.manifest import Manifest, Shard
 from lrt.data.prepare import Prepared, prepare
-from lrt.data.shards import Manifest, Shard, TokenStream, open_split, split_documents, write_shards
+from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
 from lrt.data.synthetic import TaskLoader, TaskRows, batches
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from lrt.data.shards import FORMAT, TokenStream, open_split, split_documents, write_shards
+from lrt.data.manifest import Manifest
+from lrt.data.normalised import lost_text
+from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
 from lrt.data.synthetic import PREFIX, TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 PAUSES = "+pauses"
+CHECKED = 2  # of what a preparation checks: data prepared with less is prepared again
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
 
 ReportProgress = Callable[[int, int | None, str], None]
@@ -28,6 +31,8 @@ class Prepared:
     tokenizer: Tokenizer
     train: TokenStream | TaskRows
     val: TokenStream | TaskRows
+    normalised: bool = False
+    """Whether the tokens do not spell the text: bits per byte are of the normalised text."""
 
 
 @final
@@ -72,12 +77,14 @@ def prepare(
     folder: Path | str,
     progress: ReportProgress | None = None,
     verify: str = "size",
+    normalised: bool = False,
 ) -> Prepared:
     """Make, or find again, `folder/<readable name>-<key>/` with the token shards of a source.
 
     source, text_column, subset, split, max_bytes: see `documents`. tokenizer: `bytes`, `bpe` (trained on the training
         documents, up to `vocab_size` ids), or the path of a tokenizer; any of them followed by `+pauses`: see
         `PausingTokenizer`. validation: share held out.
+    normalised: whether a tokenizer may lose text (unknown words, lower-casing): scores are then of the normalised text.
     progress: called with (bytes of text done, total or None, what is going on).
     verify: how shards found again are checked, see `open_split`.
     ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
@@ -90,7 +97,7 @@ def prepare(
     base = tokenizer.removesuffix(PAUSES)
     given, pauses = _given_tokenizer(base), tokenizer[len(base) :]
     kind = (f"bpe{vocab_size}" if given is None else given.hash) + pauses
-    facts = [FORMAT, text.fingerprint(), max_bytes, validation, kind]
+    facts = [CHECKED, text.fingerprint(), max_bytes, validation, kind]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     home = Path(folder).expanduser() / f"{_slug(source)}-{_slug(kind if given is None else tokenizer)}-{key}"
     if not home.exists():
@@ -99,18 +106,21 @@ def prepare(
         made = _with_pauses(made) if pauses else made
         total = text.total()
         write_shards(
-            text.texts(), made, home, validation=validation, progress=lambda done: report(done, total, "tokenizing")
-        )
-    prepared = _open(home, verify)
+            text.texts(), made, home, validation=validation, normalised=normalised,
+            progress=lambda done: report(done, total, "tokenizing"),
+        )  # fmt: skip
+    prepared = _open(home, verify, normalised)
     if given is not None:  # the shards may have been made with the same tokens and other templates
         prepared.tokenizer.config = given.config
     return prepared
 
 
-def _open(home: Path, verify: str) -> Prepared:
-    tokenizer = load_tokenizer(home)
+def _open(home: Path, verify: str, normalised: bool) -> Prepared:
+    tokenizer, lost = load_tokenizer(home), Manifest.load(home).lost
+    if lost and not normalised:
+        raise ValueError(f"{home}: {lost_text(lost)}")
     train, val = (open_split(home, split, verify, tokenizer=tokenizer) for split in ("train", "val"))
-    return Prepared(home, tokenizer, train, val)
+    return Prepared(home, tokenizer, train, val, bool(lost))
 
 
 def _given_tokenizer(name: str) -> Tokenizer | None:

@@ -8,72 +8,21 @@ import bisect
 import hashlib
 import itertools
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, final
+from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
+from lrt.data.manifest import AGAIN, DTYPES, SPLITS, Manifest, Shard
+from lrt.data.normalised import Spelling
 from lrt.data.tokenizer import Tokenizer
-from lrt.utils.files import one_line, parse_json, read_bytes, write_json
 
-FORMAT = 1
-SPLITS = ("train", "val")
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SHARD_TOKENS = 2**26
 ENCODE_BYTES = 2**20  # text encoded at a time: enough to keep the tokenizer's threads busy
 FEW = 16  # documents: below this a split by whole documents would miss the wanted share by far
-AGAIN = "delete the folder and prepare the data again"
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One file of ids: `tokens` ids that stand for `documents` documents with `bytes` bytes of text."""
-
-    name: str
-    tokens: int
-    bytes: int
-    documents: int
-    sha256: str
-
-    @property
-    def split(self) -> str:
-        return self.name.partition("_")[0]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a folder of shards holds. `tokenizer` is the hash of the tokenizer, `dtype` uint16 or uint32."""
-
-    tokenizer: str
-    vocab_size: int
-    dtype: str
-    shards: tuple[Shard, ...]
-    format: int = FORMAT
-
-    @classmethod
-    def load(cls, folder: Path | str) -> "Manifest":
-        """Read and check `folder/manifest.json`. ValueError: missing, malformed, of another version, unsafe names."""
-        file = Path(folder) / "manifest.json"
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file, so these are no complete token shards: prepare the data again")
-        try:
-            return _checked_manifest(parse_json(read_bytes(file, "manifest"), "this manifest"))
-        except ValueError as error:
-            raise ValueError(f"{file}: {one_line(error, 200)}: {AGAIN}") from None
-
-    def save(self, folder: Path | str) -> None:
-        write_json(Path(folder) / "manifest.json", asdict(self))
-
-    def tokens(self, split: str) -> int:
-        """Number of ids in a split."""
-        return sum(shard.tokens for shard in self.shards if shard.split == split)
 
 
 @final
@@ -175,14 +124,16 @@ def write_shards(
     folder: Path | str,
     *,
     validation: float,
+    normalised: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Stream documents into a new `folder` of shards, the tokenizer beside them; it appears complete or not at all.
 
-    validation: share of the documents held out, see `split_documents`. shard_tokens: a shard is closed after the
-        document that reaches it. progress: called with the bytes of text done so far.
-    ValueError: the folder exists, too little text, or a share outside (0, 1).
+    validation: share of the documents held out, see `split_documents`. normalised: whether tokens may lose text, see
+        `Spelling`. shard_tokens: a shard is closed after the document that reaches it. progress: called with the bytes
+        of text done so far.
+    ValueError: the folder exists, too little text, a share outside (0, 1), or tokens that lose text.
     """
     folder = Path(folder)
     if folder.exists():
@@ -195,8 +146,13 @@ def write_shards(
     try:
         tokenizer.save(aside)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        shards = _write_splits(split_documents(docs, validation), tokenizer, aside, dtype, shard_tokens, progress)
-        manifest = Manifest(tokenizer=tokenizer.hash, vocab_size=tokenizer.vocab_size, dtype=dtype, shards=shards)
+        spelling = Spelling(tokenizer)
+        pairs = _spelled(_encoded(split_documents(docs, validation), tokenizer), spelling, normalised)
+        shards = _write_splits(pairs, tokenizer.bos, aside, dtype, shard_tokens, progress)
+        lost = str(spelling) if spelling.changed else ""
+        manifest = Manifest(
+            tokenizer=tokenizer.hash, vocab_size=tokenizer.vocab_size, dtype=dtype, shards=shards, lost=lost
+        )
         manifest.save(aside)
         return _publish(aside, folder, manifest)
     finally:
@@ -256,9 +212,35 @@ def _split_tails(docs: list[str], validation: float) -> Iterator[tuple[str, str]
             yield "val", doc[at:]
 
 
+class _Encoded(NamedTuple):
+    """A document with its ids."""
+
+    split: str
+    doc: str
+    ids: list[int]
+
+
+def _encoded(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[list[_Encoded]]:
+    """Documents with their ids, about ENCODE_BYTES of text at a time."""
+    for batch in _batches(pairs):
+        ids = tokenizer.encode_batch([doc for _, doc in batch])
+        yield [_Encoded(*pair, i) for pair, i in zip(batch, ids, strict=True)]
+
+
+def _spelled(batches: Iterable[list[_Encoded]], spelling: Spelling, normalised: bool) -> Iterator[list[_Encoded]]:
+    """The same, each compared with its ids. ValueError: tokens that lose text, unless `normalised`, or all of it."""
+    for batch in batches:
+        for document in batch:
+            spelling.add(document.doc, document.ids)
+        if not normalised:
+            spelling.require_same()
+        yield batch
+    spelling.require_some()
+
+
 def _write_splits(
-    pairs: Iterable[tuple[str, str]],
-    tokenizer: Tokenizer,
+    batches: Iterable[list[_Encoded]],
+    bos: int,
     folder: Path,
     dtype: str,
     shard_tokens: int,
@@ -267,10 +249,10 @@ def _write_splits(
     writers = {split: _SplitWriter(folder, split, DTYPES[dtype], shard_tokens) for split in SPLITS}
     done = 0
     try:
-        for batch in _batches(pairs):
-            for (split, doc), ids in zip(batch, tokenizer.encode_batch([doc for _, doc in batch]), strict=True):
+        for batch in batches:
+            for split, doc, ids in batch:
                 size = len(doc.encode())
-                writers[split].write([tokenizer.bos, *ids], size)
+                writers[split].write([bos, *ids], size)
                 done += size
             if progress is not None:
                 progress(done)
@@ -335,43 +317,3 @@ class _SplitWriter:
                 sha256=self._digest.hexdigest(),
             )
         )
-
-
-# --- checking a manifest -------------------------------------------------------------------------------------------
-
-
-def _checked_manifest(data: Any) -> Manifest:
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        version = data.get("format") if isinstance(data, dict) else None
-        raise ValueError(f"format {version!r} where this version of lrt reads {FORMAT}")
-    shards = data.get("shards")
-    if not isinstance(shards, list):
-        raise ValueError("shards is not a list")
-    manifest = Manifest(**{**_checked(Manifest, data), "shards": tuple(_checked_shard(shard) for shard in shards)})
-    if manifest.dtype not in DTYPES:
-        raise ValueError(f"dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
-    if len({shard.name for shard in manifest.shards}) < len(shards):
-        raise ValueError("a shard is listed twice")
-    return manifest
-
-
-def _checked_shard(data: Any) -> Shard:
-    shard = Shard(**_checked(Shard, data))
-    # Only names that the writer gives: so none can leave the folder.
-    if not re.fullmatch(r"(train|val)_[0-9]{5,9}\.bin", shard.name):
-        raise ValueError(f"unsafe or unknown shard name {shard.name!r}")
-    return shard
-
-
-def _checked(kind: type[Manifest] | type[Shard], data: Any) -> dict[str, Any]:
-    """The fields of a JSON object, each of its type: counts positive integers, names strings."""
-    names = [field.name for field in fields(kind)]
-    if not isinstance(data, dict) or sorted(data) != sorted(names):
-        raise ValueError(f"a {kind.__name__.lower()} must have exactly the fields {', '.join(names)}")
-    for field in fields(kind):
-        value = data[field.name]
-        if field.type is int and (type(value) is not int or value < 1):
-            raise ValueError(f"{field.name} is {value!r}, not a positive integer")
-        if field.type is str and not isinstance(value, str):
-            raise ValueError(f"{field.name} is {value!r}, not a string")
-    return data

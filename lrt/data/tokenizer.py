@@ -17,7 +17,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from lrt.data.token_bytes import byte_of_character, spellings
 from lrt.data.tokenizer_config import CONFIG, TokenizerConfig, read_tokenizer_config, token_text
+from lrt.data.tokenizer_trial import try_tokenizer
 from lrt.utils.files import one_line, read_json, write_json
 
 BOS = "<|bos|>"
@@ -26,8 +28,7 @@ PAUSE = "<|pause|>"
 # Foreign tokenizers are searched in this order: a token that opens documents, else one that separates them.
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
 SEPARATOR_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
-# Every tokenizer must spell this back: capitals catch lower-casing, the newline catches collapsed white space.
-PROBE = "Hello world\n"
+PROBE = "Hello world\n"  # comes back with a space in front where the tokenizer puts one there
 LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
 """Training a BPE takes the square of a word's length: a megabyte without a space, hours. So such words are cut."""
 
@@ -37,6 +38,7 @@ class Tokenizer(ABC):
 
     Attributes:
         positions: positions of a row that a token of text takes.
+        lossless: whether every text comes back from its ids, whatever it is; otherwise `Spelling` compares.
         vocab_size: number of ids V; every id is in [0, V).
         bos: the id put in front of each document; text alone never encodes to it.
         hash: sha256 hex of the canonical content; equal hashes mean equal encodings.
@@ -45,6 +47,7 @@ class Tokenizer(ABC):
     """
 
     positions = 1
+    lossless = False
 
     def __init__(self, *, spellings: list[bytes], bos: int, canonical: str) -> None:
         self.vocab_size = len(spellings)
@@ -130,6 +133,8 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """Ids 0..255 are the bytes of UTF-8 text and 256 is BOS: nothing to train, nothing to lose."""
 
+    lossless = True
+
     def __init__(self) -> None:
         self._content = {"type": "bytes", "version": 1, "vocab_size": 257, "bos": 256}
         spellings = [bytes([byte]) for byte in range(256)] + [b""]
@@ -142,7 +147,7 @@ class ByteTokenizer(Tokenizer):
         return self._content
 
     def fast(self) -> tokenizers.Tokenizer:
-        core = tokenizers.Tokenizer(models.BPE(_byte_of_character(), []))
+        core = tokenizers.Tokenizer(models.BPE(byte_of_character(), []))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         core.decoder = decoders.ByteLevel()
         core.add_special_tokens([BOS])
@@ -154,7 +159,8 @@ class BPETokenizer(Tokenizer):
     """A `tokenizers.Tokenizer`, ours or foreign, with `bos` (the token's text) in front of documents.
 
     A SentencePiece tokenizer puts a space in front of each document: `decode` takes it off again, `decode_bytes` and
-    `token_bytes` count it. ValueError: `bos` is no token, or the tokens do not spell the text (lower-casing, ...).
+    `token_bytes` count it. What its tokens spell may differ from a text (unknown words, lower-casing): see `Spelling`.
+    ValueError: `bos` is no token, or the library fails at a text.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, bos: str = BOS) -> None:
@@ -167,9 +173,9 @@ class BPETokenizer(Tokenizer):
         if token is None:
             raise ValueError(f"the tokenizer has no token {bos!r} to open documents with: name one that it has")
         content = json.loads(self._core.to_str())
-        spellings = _spellings(self._core, content)
-        spellings[token] = b""
-        super().__init__(spellings=spellings, bos=token, canonical=json.dumps([bos, content], sort_keys=True))
+        spelled = spellings(self._core, content)
+        spelled[token] = b""
+        super().__init__(spellings=spelled, bos=token, canonical=json.dumps([bos, content], sort_keys=True))
         specials = {i: t.content for i, t in self._core.get_added_tokens_decoder().items() if t.special} | {token: bos}
         self._specials = frozenset(specials)
         self.specials = {text: i for i, text in specials.items()}
@@ -177,13 +183,7 @@ class BPETokenizer(Tokenizer):
         inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in specials.values() if len(text) > 1)
         self._inside_special = re.compile("|".join(inside))
         self._space_in_front = False
-        probed = self.decode(self.encode(PROBE))
-        self._space_in_front = probed == " " + PROBE
-        if probed.removeprefix(" ") != PROBE:
-            raise ValueError(
-                f"the tokens do not spell the text ({PROBE!r} comes back as {probed!r}), so bits per byte would be "
-                "wrong: choose a byte-level tokenizer, or one with byte fallback"
-            )
+        self._space_in_front = self.decode(self.encode(PROBE)).startswith(" ")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         batch = self._core_ids(texts)
@@ -220,6 +220,10 @@ class BPETokenizer(Tokenizer):
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:  # how the library reports text that has no UTF-8 form
             raise ValueError("the text holds lone surrogates: replace them before encoding") from None
+        except BaseException as error:  # the library's own failures are no Exceptions
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer fails at a text ({one_line(error)}): its file is broken") from None
         return [encoding.ids for encoding in encodings]
 
 
@@ -235,7 +239,7 @@ class PausingTokenizer(Tokenizer):
     positions = 2
 
     def __init__(self, inner: ByteTokenizer | BPETokenizer) -> None:
-        self._inner, self.pause = inner, inner.vocab_size
+        self._inner, self.pause, self.lossless = inner, inner.vocab_size, inner.lossless
         self._content = {"type": "pausing", "version": 1, "inner": inner.content(), "bos": inner._bos_name()}
         spellings = [*inner.spellings(), b""]
         super().__init__(spellings=spellings, bos=inner.bos, canonical=json.dumps(self._content, sort_keys=True))
@@ -314,6 +318,10 @@ def _load_inner(file: Path, content: dict[str, Any]) -> ByteTokenizer | BPEToken
 
 def _load_core(file: Path, content: dict[str, Any], bos: str | None) -> BPETokenizer:
     try:
+        try_tokenizer(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    try:
         core = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file}: not in the tokenizers format ({one_line(error, 120)}): save it as such") from None
@@ -351,33 +359,6 @@ def _opening(core: tokenizers.Tokenizer, bos: str) -> tokenizers.Tokenizer:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, token)]
     )
     return core
-
-
-def _spellings(core: tokenizers.Tokenizer, content: dict[str, Any]) -> list[bytes]:
-    """The bytes of each id [V], from how the decoder reads tokens; empty for special tokens and unused ids."""
-    decoder = json.dumps(content["decoder"])
-    byte_of = _byte_of_character() if '"ByteLevel"' in decoder else None
-    byte_fallback = '"ByteFallback"' in decoder
-    vocabulary = core.get_vocab(with_added_tokens=True)
-    spellings = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    added = core.get_added_tokens_decoder()
-    for token, i in vocabulary.items():
-        if i in added:
-            spellings[i] = b"" if added[i].special else token.encode()
-        elif byte_of is not None:
-            spellings[i] = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
-        elif byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
-            spellings[i] = bytes([int(token[3:5], 16)])
-        else:
-            spellings[i] = token.replace("▁", " ").encode()
-    return spellings
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Byte-level tokens write printable Latin-1 bytes as themselves and the others, in order, from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

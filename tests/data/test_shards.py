@@ -144,7 +144,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
     class Wide:
         """Bytes, moved up by 100,000."""
 
-        vocab_size, bos, hash = 100_257, 100_256, "0" * 64
+        vocab_size, bos, hash, lossless = 100_257, 100_256, "0" * 64, True
 
         def encode_batch(self, texts):
             return [[100_000 + byte for byte in text.encode()] for text in texts]
@@ -248,7 +248,7 @@ def test_shard_names_cannot_leave_the_folder(folder, name):
         (lambda data: data["shards"].append(5), "a shard must have"),
         (lambda data: data["shards"].append(data["shards"][0]), "listed twice"),
         (lambda data: data["shards"][0].update(tokens=0), "tokens is 0"),
-        (lambda data: data["shards"][0].update(tokens=10**30), "bytes where the manifest says"),
+        (lambda data: data["shards"][0].update(tokens=10**15), "bytes where the manifest says"),
         (lambda data: data["shards"][0].update(tokens=1.5), "tokens is 1.5"),
     ],
 )
@@ -260,7 +260,7 @@ def test_wrong_manifests_are_refused(folder, change, message):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b"1" * 10_000])
 def test_malformed_manifests_are_one_line(folder, content):
     (folder / "manifest.json").write_bytes(content)
-    refused(folder, r"manifest\.json: .*: delete the folder")
+    refused(folder, r"manifest\.json .*delete the folder")
 
 
 def test_a_folder_without_manifest_is_not_taken_for_complete(folder):

@@ -1,0 +1,72 @@
+"""Whether tokens spell the text they were made from: bits per byte of anything else would be of another text."""
+
+from dataclasses import dataclass
+from typing import final
+
+from lrt.data.tokenizer import Tokenizer
+
+AROUND = 20
+"""Characters shown around the first difference."""
+
+
+@final
+@dataclass
+class Spelling:
+    """Documents compared with what their tokens spell, added up."""
+
+    tokenizer: Tokenizer
+    documents: int = 0
+    changed: int = 0
+    """Documents that do not come back as they were."""
+    bytes: int = 0
+    spelled: int = 0
+    """Bytes of the documents, and those that their tokens stand for."""
+    example: tuple[str, str] = ("", "")
+    """Around the first difference, the text and what comes back."""
+
+    def add(self, doc: str, ids: list[int]) -> int:
+        """Compare a document with its ids; returns the bytes that these stand for."""
+        size = len(doc.encode())
+        self.documents, self.bytes = self.documents + 1, self.bytes + size
+        if self.tokenizer.lossless:
+            self.spelled += size
+            return size
+        back = self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+        self.spelled += len(back.encode())
+        if back not in (doc, " " + doc):  # SentencePiece puts a space in front
+            if not self.changed:
+                self.example = _difference(doc, back.removeprefix(" "))
+            self.changed += 1
+        return len(back.encode())
+
+    def __str__(self) -> str:
+        had, back = self.example
+        return (
+            f"{self.changed} of {self.documents} documents do not come back from their tokens, which stand for "
+            f"{self.spelled:,} of {self.bytes:,} bytes; {had!r} comes back as {back!r}"
+        )
+
+    def require_same(self) -> None:
+        """ValueError saying what was lost, unless all documents come back."""
+        if self.changed:
+            raise ValueError(lost_text(str(self)))
+
+    def require_some(self) -> None:
+        """ValueError if the tokens spell nothing at all: bits per byte would have nothing to count."""
+        if self.documents and not self.spelled:
+            raise ValueError(f"the tokens spell nothing of the text: {self}; choose another tokenizer")
+
+
+def lost_text(lost: str) -> str:
+    """The refusal of a tokenizer of which `lost` says what it loses."""
+    return (
+        f"the tokenizer loses text: {lost}; bits per byte would be of another text. Choose a byte-level tokenizer "
+        "(bytes, bpe), or allow it (--data.normalised), and scores say that they are of the normalised text"
+    )
+
+
+def _difference(had: str, back: str) -> tuple[str, str]:
+    """Both around the first place where they differ."""
+    same = next((i for i, (a, b) in enumerate(zip(had, back, strict=False)) if a != b), min(len(had), len(back)))
+    around = slice(max(0, same - AROUND // 2), same + AROUND)
+    return had[around], back[around]
