@@ -247,26 +247,22 @@ def lossy_tokenizer(folder: Path, kind: str, texts: list[str]) -> Path:
     """A folder with a tokenizer that loses text: `unknown words`, `WordPiece`, or the name of a normaliser."""
     words = sorted({word for text in texts for word in text.split() if word.isascii()})
     if kind == "unknown words":
-        core = tokenizers.Tokenizer(
-            models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", *words])}, unk_token="<unk>")
-        )
+        known = {word: i for i, word in enumerate(["<unk>", "<s>", *words])}
+        core = tokenizers.Tokenizer(models.WordLevel(known, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     elif kind == "WordPiece":
-        pieces = ["<unk>", "<s>", *words, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz.é"), *"TcaféiﬁxE"]
-        core = tokenizers.Tokenizer(
-            models.WordPiece({p: i for i, p in enumerate(dict.fromkeys(pieces))}, unk_token="<unk>")
-        )
+        inside = (f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz.é")
+        known = {piece: i for i, piece in enumerate(dict.fromkeys(["<unk>", "<s>", *words, *inside, *"TcaféiﬁxE"]))}
+        core = tokenizers.Tokenizer(models.WordPiece(known, unk_token="<unk>"))
         core.pre_tokenizer, core.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece("##", cleanup=False)
     else:
         core = tokenizers.Tokenizer(models.BPE())
         made = [getattr(normalizers, kind)()]
-        made = [normalizers.NFD(), *made] if kind == "StripAccents" else made
-        core.normalizer = normalizers.Sequence(made)
+        core.normalizer = normalizers.Sequence([normalizers.NFD(), *made] if kind == "StripAccents" else made)
         core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        core.train_from_iterator(
-            texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-        )
+        trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+        core.train_from_iterator(texts, trainer)
     core.add_special_tokens(["<unk>", "<s>"])
     folder.mkdir(parents=True)
     core.save(str(folder / "tokenizer.json"))

@@ -33,19 +33,22 @@ class AnalyzeFlags:
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     from lrt.evaluation.bits_per_byte import Rows
-    from lrt.evaluation.held_out import held_out_rows
+    from lrt.evaluation.held_out import held_out
     from lrt.evaluation.memory_analysis import analyse, heat_map, tables
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
+    from lrt.utils.score_names import share_text
 
     flags = parse(AnalyzeFlags, args, "analyze")
     require(flags.rows >= 1, f"--rows is {flags.rows}; take at least 1")
     loaded = load_model(flags.run, resolve_device(flags.device))
-    rows = held_out_rows(loaded, flags.source, rows=flags.rows, length=loaded.config.train.length)
+    rows, of = held_out(loaded, flags.source, rows=flags.rows, length=loaded.config.train.length)
+    scored = share_text({"rows": len(rows.tokens), "text": of.name, "share": of.share})
     findings = analyse(loaded.model, Rows(*(x.to(loaded.model.device) for x in rows)))
     picture = flags.out or loaded.run / "analysis.png"
     if loaded.config.model.memory.projection != "none":
         heat_map(findings).savefig(picture, dpi=130)
-    text = "\n\n".join(f"{heading}\n\n{table.markdown()}" for heading, table in tables(findings))
-    print(json.dumps({"run": str(flags.run), "step": loaded.step} | findings) if flags.json else text)
+    text = "\n\n".join([scored, *(f"{heading}\n\n{table.markdown()}" for heading, table in tables(findings))])
+    found = {"run": str(flags.run), "step": loaded.step, "scored": scored}
+    print(json.dumps(found | findings) if flags.json else text)
     return 0

@@ -13,6 +13,7 @@ from lrt.cli.parse import parse
 from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
 from lrt.schedule import Curriculum
+from lrt.utils.score_names import share_text, unit
 
 if TYPE_CHECKING:
     from lrt.evaluation.bits_per_byte import BPB
@@ -26,6 +27,8 @@ class EvalFlags:
     """Run folder, or one of its checkpoints."""
     source: str | None = None
     """Score this text source instead of the run's validation split."""
+    normalised: bool = False
+    """Score the text even if the tokens lose some of it; figures are of the normalised text then."""
     rows: int = 64
     """Rows to score."""
     length: int | None = None
@@ -49,7 +52,7 @@ class EvalFlags:
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
-    from lrt.evaluation.held_out import held_out_rows
+    from lrt.evaluation.held_out import held_out
     from lrt.training.checkpoint import load_model
     from lrt.utils.distributed import join
 
@@ -60,13 +63,17 @@ def main(args: list[str]) -> int:
         if flags.tasks:
             from lrt.evaluation.lm_eval_tasks import run
 
-            return run(loaded, flags.tasks, flags.mode, flags.include_path, flags.limit, flags.json)
+            return run(
+                loaded, flags.tasks, flags.mode, flags.include_path, flags.limit, plain=flags.json,
+                normalised=flags.normalised,
+            )  # fmt: skip
         length = flags.length or loaded.config.train.length
         context = loaded.config.model.context
         require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
         found = Curriculum.parse(flags.schedule or loaded.config.train.schedule)
-        rows = held_out_rows(loaded, flags.source, rows=flags.rows, length=length)
-        bpb = score_rows(loaded.model, found, rows, world=world)
+        normalised = True if flags.normalised else None
+        sample = held_out(loaded, flags.source, rows=flags.rows, length=length, normalised=normalised)
+        bpb = score_rows(loaded.model, found, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
     if world.first:
         print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if flags.json else _eval_text(where, bpb))
@@ -85,8 +92,10 @@ def sweep_lines(bpb: BPB) -> list[str]:
 
 
 def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
+    figures = bpb.as_dict()
     lines = [
-        f"{where['run']} step {where['step']}, {bpb.rows} rows of {where['length']} ({where['source']}), float32, BPB"
+        f"{where['run']} step {where['step']}, {share_text(figures)}, {where['length']} tokens each, float32, "
+        f"{unit(figures)}"
     ]
     passes = "  ".join(f"{x:.4f}" for x in bpb.passes[:8]) + ("  ..." if len(bpb.passes) > 8 else "")
     for name, text in {

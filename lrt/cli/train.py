@@ -36,6 +36,7 @@ def main(args: list[str]) -> int:
     from lrt.training import checkpoint
     from lrt.training.logging import Jsonl, Live
     from lrt.training.trainer import train as run_training
+    from lrt.utils.score_names import unit
 
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
     origin = early_value(args, "--init-from", "")
@@ -54,7 +55,8 @@ def main(args: list[str]) -> int:
         resume = None if flags.or_resume else flags.resume is not None
         result = run_training(config, folder, resume=resume, sinks=[live, Jsonl(folder / "metrics.jsonl")])
     if result.first:
-        print(f"{folder}: decoded BPB {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
+        name = unit(result.bpb.as_dict())
+        print(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
     return 0
 
 

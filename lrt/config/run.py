@@ -46,6 +46,8 @@ class DataConfig:
     """Share of the documents held out for validation."""
     max_bytes: int | None = None
     """Stop reading the source after so many bytes of text."""
+    normalised: bool = False
+    """Take a tokenizer whose tokens lose text (unknown words, lower-casing, ..); scores are of the normalised text."""
     folder: str = "runs/data"
     """Where token shards are kept; prepared once per source and tokenizer."""
 

@@ -40,6 +40,24 @@ class Rows(NamedTuple):
     """UTF-8 bytes of the target tokens, 0 for special ones."""
 
 
+class ScoredText(NamedTuple):
+    """What text a score is of."""
+
+    name: str
+    """Such as `the validation split of python`."""
+    share: float | None
+    """Share of it that the rows are, by tokens or bytes; None where its size is unknown, or it has no end."""
+    normalised: bool = False
+    """Whether its tokens do not spell it: bits per byte are of the normalised text."""
+
+
+class HeldOut(NamedTuple):
+    """Rows, and what text they are of."""
+
+    rows: Rows
+    text: ScoredText
+
+
 @dataclass(frozen=True)
 class BPB:
     """Bits per byte in every mode, in the evaluation's float type."""
@@ -69,6 +87,12 @@ class BPB:
     """Rows scored."""
     schedule: str
     """Schedule of `passes` and `merged`."""
+    text: str
+    """What text the rows are of."""
+    share: float | None
+    """Share of it that they are; None where its size is unknown."""
+    normalised: bool
+    """Whether the tokens do not spell that text: figures are bits per byte of the normalised text."""
 
     @property
     def live_gap(self) -> float:
@@ -94,6 +118,12 @@ def validation_rows(stream: RowSource | TaskRows, token_bytes: np.ndarray, *, ro
     return Rows(batch.tokens, batch.targets, batch.starts, sizes[batch.targets])
 
 
+def of_split(stream: RowSource | TaskRows, rows: Rows, source: str, normalised: bool = False) -> HeldOut:
+    """Rows of the validation split of `source`, named."""
+    share = None if isinstance(stream, TaskRows) else min(1.0, rows.tokens.numel() / (len(stream) - 1))
+    return HeldOut(rows, ScoredText(f"the validation split of {source}", share, normalised))
+
+
 def bits_per_byte(nats: Tensor, sizes: Tensor) -> float:
     """BPB of per-token `nats` whose targets stand for `sizes` bytes; both of one shape."""
     total = int(sizes.sum())
@@ -102,12 +132,13 @@ def bits_per_byte(nats: Tensor, sizes: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: LRT, schedule: Schedule | Curriculum, rows: Rows, *, batch: int = 64, world: World | None = None
+    model: LRT, schedule: Schedule | Curriculum, held_out: HeldOut, *, batch: int = 64, world: World | None = None
 ) -> BPB:
     """Score the same rows in every mode; ranges in the schedule are taken at their upper end.
 
     Of several processes each scores its share of the rows, and all get the whole result.
     """
+    rows, text = held_out
     training, world = model.training, world or World(model.device)
     model.eval()
     own = _share(rows, world)
@@ -138,6 +169,9 @@ def evaluate(
         **_against_exact(model, Rows(*(x[:COMPARED] for x in rows)), world),
         rows=len(sizes),
         schedule=str(schedule.at_largest()),
+        text=text.name,
+        share=text.share,
+        normalised=text.normalised,
     )
 
 

@@ -1,4 +1,4 @@
-"""The text that a run is scored on: what its training held out, or another."""
+"""The text that a run is scored on, by name and share: what its training held out, or another."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lrt.data import documents, prepare
-from lrt.evaluation.bits_per_byte import Rows, validation_rows
+from lrt.config.model import require
+from lrt.data import documents, prepare, source_bytes
+from lrt.data.normalised import Spelling
+from lrt.evaluation.bits_per_byte import HeldOut, Rows, ScoredText, of_split, validation_rows
 from lrt.training.checkpoint import Loaded
+
+BYTES_PER_TOKEN = 16
+"""Text read for a row of another source, per token: more than tokens spell on average."""
 
 
 class TextInMemory(NamedTuple):
@@ -24,22 +29,56 @@ class TextInMemory(NamedTuple):
         return self.ids[start:stop]
 
 
+def held_out(loaded: Loaded, source: str | None, *, rows: int, length: int, normalised: bool | None = None) -> HeldOut:
+    """Rows of the run's validation split, or of another text source read as `lrt train` would.
+
+    normalised: whether the tokens may lose text; by default as the run was trained.
+    ValueError: the run's text is not what it was trained on, or it does not say what that was; give a source then.
+    """
+    allowed = loaded.config.data.normalised if normalised is None else normalised
+    return _own(loaded, rows, length, allowed) if source is None else _other(loaded, source, rows, length, allowed)
+
+
 def held_out_rows(loaded: Loaded, source: str | None, *, rows: int, length: int) -> Rows:
-    """Rows of the run's validation split, or of another text source read as `lrt train` would."""
+    """The rows of `held_out`."""
+    return held_out(loaded, source, rows=rows, length=length).rows
+
+
+def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:
     d, tokenizer = loaded.config.data, loaded.tokenizer
-    if source is None:
-        prepared = prepare(
-            source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
-            vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder),
-        )  # fmt: skip
-        if prepared.tokenizer.hash != tokenizer.hash:
-            raise ValueError(
-                f"{prepared.folder} has another tokenizer than {loaded.run}; its text has changed: give --source"
-            )
-        stream = prepared.val
-    else:
-        enough = rows * length * 16  # bytes; tokens are shorter on average
-        texts = documents(source, text_column=d.text_column, max_bytes=enough)
-        ids = [i for text in texts for i in (tokenizer.bos, *tokenizer.encode(text))]
-        stream = TextInMemory(np.asarray(ids, dtype=np.int64))
-    return validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    require(
+        loaded.data is not None,
+        f"{loaded.run} does not say what text it was trained on (a converted model?); name one with --source",
+    )
+    prepared = prepare(
+        source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
+        vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder),
+        normalised=normalised,
+    )  # fmt: skip
+    same = prepared.train.hash == loaded.data
+    require(
+        same,
+        f"the text of {d.source} has changed since {loaded.run} was trained, so nothing of it is known to be held out; "
+        f"restore it, or score it as another text with --source {d.source}",
+    )
+    found = validation_rows(prepared.val, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    return of_split(prepared.val, found, d.source, prepared.normalised)
+
+
+def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool) -> HeldOut:
+    """Rows spread over as much of the source's beginning as they need."""
+    d, tokenizer, enough = loaded.config.data, loaded.tokenizer, rows * length * BYTES_PER_TOKEN
+    ids, spelling = [], Spelling(tokenizer)
+    for doc in documents(source, text_column=d.text_column, max_bytes=enough):
+        encoded = tokenizer.encode(doc)
+        spelling.add(doc, encoded)
+        ids += [tokenizer.bos, *encoded]
+    if not normalised:
+        spelling.require_same()
+    stream = TextInMemory(np.asarray(ids, dtype=np.int64))
+    found = validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    cut, whole = spelling.bytes >= enough, source_bytes(source)
+    part = found.tokens.numel() / (len(stream) - 1)
+    share = min(1.0, part * spelling.bytes / whole) if cut and whole else None if cut else min(1.0, part)
+    name = f"the first {spelling.bytes:,} bytes of {source}" if cut and not whole else source
+    return HeldOut(found, ScoredText(name, share, spelling.changed > 0))

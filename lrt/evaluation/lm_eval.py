@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE, SamplingParams
 from lrt.config.model import require
+from lrt.data.normalised import Spelling
 from lrt.inference.generate import generate, states
 from lrt.training.checkpoint import Loaded
 
@@ -28,13 +29,15 @@ class Harness(TemplateLM):
     """A model for lm-eval, whose three methods are `states`, `generate`, and windows over the first.
 
     Texts are tokenised as HFLM does with an exported folder: BOS in front of every context. Rolling windows begin with
-    one BOS (HFLM needs `add_bos_token=False` for that, else it also scores a BOS after a BOS).
+    one BOS (HFLM needs `add_bos_token=False` for that, else it also scores a BOS after a BOS). A text that the tokens
+    do not spell is refused, unless `normalised`.
     """
 
     backend = "causal"
 
-    def __init__(self, loaded: Loaded, mode: str = DEFAULT_MODE, rows: int = 8):
+    def __init__(self, loaded: Loaded, mode: str = DEFAULT_MODE, rows: int = 8, normalised: bool = False):
         super().__init__()
+        self.spelling, self.normalised = Spelling(loaded.tokenizer), normalised
         self.loaded, self.mode, self.tolerance, self.batch_rows = loaded, mode, DEFAULT_TOLERANCE, rows
         self.max_length = loaded.model.config.context
 
@@ -44,7 +47,11 @@ class Harness(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         opening = [] if add_special_tokens is False else [self.loaded.tokenizer.bos]
-        return [*opening, *self.loaded.tokenizer.encode(string)]
+        ids = self.loaded.tokenizer.encode(string)
+        self.spelling.add(string, ids)
+        if not self.normalised:
+            self.spelling.require_same()
+        return [*opening, *ids]
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
@@ -129,13 +136,24 @@ class Harness(TemplateLM):
 
 
 def run_tasks(
-    loaded: Loaded, tasks: Sequence[str], *, mode: str, include: Path | None = None, limit: int | None = None
+    loaded: Loaded,
+    tasks: Sequence[str],
+    *,
+    mode: str,
+    include: Path | None = None,
+    limit: int | None = None,
+    normalised: bool = False,
 ) -> dict[str, Any]:
-    """The harness's results by task, with the mode that scored them. ValueError: a task that it does not know."""
+    """The harness's results by task, the mode that scored them, and what of their texts the tokens `lost`.
+
+    normalised: whether they may lose any. ValueError: a task that the harness does not know, or tokens that lose text.
+    """
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     require(not unknown, f"lm-eval knows no task {', '.join(unknown)}; name its YAML's folder with --include-path")
-    model: Any = Harness(loaded, mode)
+    model: Any = Harness(loaded, mode, normalised=normalised or loaded.config.data.normalised)
     done: Any = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, limit=limit)
     exact = mode in ("exact", "zero_memory")
-    return {"mode": mode if exact else f"sweeps({mode}, {DEFAULT_TOLERANCE:g})", "results": done["results"]}
+    lost = str(model.spelling) if model.spelling.changed else ""
+    name = mode if exact else f"sweeps({mode}, {DEFAULT_TOLERANCE:g})"
+    return {"mode": name, "lost": lost, "results": done["results"]}

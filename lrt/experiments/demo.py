@@ -103,7 +103,9 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
         f"decoding eager, one row; {seconds:.0f} s in all."
     )
     samples = {f"sample: {row['name']}": row["sample"] for row in rows}
-    blocks = [("bits per byte", Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
+    name = "bits per byte of the normalised text" if rows[0]["normalised"] else "bits per byte"
+    about += f" Bits per byte are of {rows[0]['scored']}."
+    blocks = [(name, Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
     html = page("lrt demo", about, blocks)
     write_text(out / "report.html", html)
     write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about})

@@ -27,6 +27,7 @@ from lrt.model.transformer import LRT
 from lrt.training.checkpoint import Loaded, load_model
 from lrt.utils.files import read_json
 from lrt.utils.hardware import resolve_device
+from lrt.utils.score_names import share_text
 
 LONGER = (2, 4)
 """Multiples of the trained length at which decoded BPB is measured too."""
@@ -58,6 +59,8 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
         "wall_seconds": p["seconds"],
         "cpu_seconds": p["cpu_seconds"],
         "bpb": {mode: bpb[mode] for mode in ("zero_memory", "passes", "merged", "decoded")},
+        "scored": share_text(bpb),
+        "normalised": bool(bpb.get("normalised")),
         "live_gap": bpb["live_gap"],
         "bpb_by_position": bpb["by_position"],
         "sweep_residuals": bpb["residuals"],

@@ -45,10 +45,10 @@ def report_blocks(groups: Sequence[RunGroup], baseline: str) -> list[Block]:
     for sweep in dict.fromkeys(g.sweep for g in text):
         budgets = [g for g in text if g.sweep == sweep and "train.horizon" in g.point]
         if len({g.point for g in budgets}) > 1:
-            blocks.append((f"{sweep}: decoded bits per byte against cost", plots.budgets(budgets)))
+            blocks.append((f"{sweep}: decoded bits per byte against cost{_of(budgets)}", plots.budgets(budgets)))
     for sweep, point in dict.fromkeys((g.sweep, g.point) for g in groups):
         here = [g for g in groups if (g.sweep, g.point) == (sweep, point)]
-        heading = f"{sweep}: {point}" if point else sweep
+        heading = (f"{sweep}: {point}" if point else sweep) + _of(here)
         blocks += _tasks(heading, here) if here[0] not in text else _texts(heading, here, baseline)
     for sweep in dict.fromkeys(g.sweep for g in text):
         last = [g for g in text if g.sweep == sweep][-1].point
@@ -77,6 +77,12 @@ def _sweeps(g: RunGroup) -> list[str]:
         " / ".join(f"{g.mean(lambda r, k=k, n=name, f=first: r[n][k - f]):{form}}" for k in SWEEPS)
         for name, first, form in kinds
     ]
+
+
+def _of(groups: Sequence[RunGroup]) -> str:
+    """What headings add where tokens do not spell the text."""
+    lossy = any(record.get("normalised") for g in groups for record in g.records)
+    return " (bits per byte of the normalised text)" if lossy else ""
 
 
 def _inside(heading: str, groups: list[RunGroup]) -> list[Block]:

@@ -220,6 +220,8 @@ class Loaded:
     """The checkpoint's folder."""
     run: Path
     """The run's folder."""
+    data: str | None = None
+    """Hash of the tokens that it was trained on; None where that is unknown, as in a converted model."""
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
@@ -238,7 +240,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
             "they do not belong together: restore the run's own tokenizer"
         )
     tokenizer.widen(checkpoint.config.model.vocab_size)
-    return Loaded(checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run)
+    data = checkpoint.extra.get("data")
+    return Loaded(
+        checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run,
+        data if isinstance(data, str) else None,
+    )  # fmt: skip
 
 
 def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:

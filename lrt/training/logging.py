@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lrt.utils.files import parse_json, to_json
+from lrt.utils.score_names import unit
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
@@ -129,7 +130,7 @@ def _eval(e: Event) -> list[str]:
     b = e["bpb"]
     residuals = " ".join(f"{r:.1e}" for r in b["residuals"][:5])
     text = (
-        f"  step {e['step']:,}: BPB decoded {b['decoded']:.4f}, merged {b['merged']:.4f}, zero memory "
+        f"  step {e['step']:,}: {unit(b)} decoded {b['decoded']:.4f}, merged {b['merged']:.4f}, zero memory "
         f"{b['zero_memory']:.4f}, live gap {b['live_gap']:+.4f}"
     )
     return [text + (f", sweep residuals {residuals}" if residuals else "")]

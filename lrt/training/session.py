@@ -16,7 +16,7 @@ from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
 from lrt.data import Batch, Prepared, batches, prefetch
-from lrt.evaluation.bits_per_byte import BPB, Rows, evaluate, validation_rows
+from lrt.evaluation.bits_per_byte import BPB, evaluate, of_split, validation_rows
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group
 from lrt.model.loss import LossOutput, ScheduledLoss, step_plan
@@ -34,6 +34,7 @@ from lrt.utils.distributed import World
 from lrt.utils.dtensor import whole
 from lrt.utils.files import write_json
 from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory
+from lrt.utils.score_names import unit
 
 SAMPLE_TOKENS = 120
 
@@ -73,7 +74,8 @@ class Session:
             prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size
         )
         sizes = prepared.tokenizer.token_bytes()
-        self.rows: Rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
+        rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
+        self.held_out = of_split(prepared.val, rows, config.data.source, prepared.normalised)
         with torch.device("meta"):
             self.model = LRT(config.model)
         self.model.execution = t.execution
@@ -249,7 +251,7 @@ class Session:
         """BPB in every mode on the validation rows, a sample, and a warning when the live gap opens."""
         p, gap = self.progress, self.config.train.gap_warning
         with self.parallel.gathered():
-            self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.rows, world=self.world)
+            self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.held_out, world=self.world)
             text = self.sample()  # on every process: under fsdp they gather together
         self.scored = p.step
         spent = {"step": p.step, "tokens": p.tokens, "effective_forwards": p.effective_forwards, "seconds": p.seconds}
@@ -257,8 +259,8 @@ class Session:
         if bpb.live_gap > gap:
             tell(
                 self.sinks, kind="warning", step=p.step,
-                text=f"live gap {bpb.live_gap:.3f} BPB at step {p.step}: decoding is worse than the training graph "
-                "says; settle the memory before the loss (train.schedule settled-1..3)",
+                text=f"live gap {bpb.live_gap:.3f} {unit(bpb.as_dict())} at step {p.step}: decoding is worse than the "
+                "training graph says; settle the memory before the loss (train.schedule settled-1..3)",
             )  # fmt: skip
         tell(self.sinks, kind="sample", step=p.step, text=text)
         return bpb

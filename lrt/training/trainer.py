@@ -42,7 +42,7 @@ def prepare_data(config: RunConfig, sinks: Sequence[Sink], verify: str = "size")
     return prepare(
         source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
         vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder), progress=report,
-        verify=verify,
+        verify=verify, normalised=d.normalised,
     )  # fmt: skip
 
 

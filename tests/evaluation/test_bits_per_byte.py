@@ -16,7 +16,9 @@ from lrt.data import ByteTokenizer, open_split, write_shards
 from lrt.evaluation.bits_per_byte import (
     BPB,
     SWEEPS,
+    HeldOut,
     Rows,
+    ScoredText,
     bits_per_byte,
     by_position,
     evaluate,
@@ -37,9 +39,13 @@ def rows_of(cfg, rows: int = 3, length: int = LENGTH) -> Rows:
     return Rows(tokens, targets, tokens == 0, targets % 4)
 
 
+def of(rows: Rows) -> HeldOut:
+    return HeldOut(rows, ScoredText("a text", 0.25))
+
+
 @functools.cache
 def bpb(cfg, text: str, **options) -> BPB:
-    return evaluate(fixed(cfg), Schedule.parse(text), rows_of(cfg), **options)
+    return evaluate(fixed(cfg), Schedule.parse(text), of(rows_of(cfg)), **options)
 
 
 def by_hand(model: LRT, text: str, rows: Rows) -> Tensor:
@@ -151,7 +157,7 @@ def test_the_live_gap_does_not_depend_on_the_bytes_of_bos():
     assert (rows.bytes[rows.targets == 0] == 0).all()
     assert (rows.targets == 0).any()
     other = rows._replace(targets=torch.where(rows.bytes == 0, 4, rows.targets))
-    mine, yours = (evaluate(fixed(FULL), Schedule.parse("interleaved-2"), r) for r in (rows, other))
+    mine, yours = (evaluate(fixed(FULL), Schedule.parse("interleaved-2"), of(r)) for r in (rows, other))
     assert mine.merged == pytest.approx(yours.merged, rel=1e-12)
     assert mine.by_position == pytest.approx(yours.by_position, rel=1e-12)
 
@@ -179,7 +185,7 @@ def test_residual_is_the_largest_relative_change_of_any_position():
 def test_evaluation_leaves_the_model_as_it_was():
     model = fixed(FULL)
     model.train()
-    evaluate(model, Schedule.parse("parallel"), rows_of(FULL))
+    evaluate(model, Schedule.parse("parallel"), of(rows_of(FULL)))
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -192,7 +198,9 @@ def test_as_plain_data():
     assert set(data) == {
         "zero_memory", "passes", "merged", "decoded", "by_position", "residuals", "rows", "schedule", "live_gap",
         "contraction", "kv_errors", "argmax_agreement", "kl",
+        "text", "share", "normalised",
     }  # fmt: skip
+    assert (data["text"], data["share"], data["normalised"]) == ("a text", 0.25, False)
 
 
 # Rows.

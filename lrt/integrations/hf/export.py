@@ -14,6 +14,7 @@ from lrt.config.run import to_dict
 from lrt.integrations.hf.fast_tokenizer import with_pad
 from lrt.training.checkpoint import Loaded
 from lrt.utils.files import read_json
+from lrt.utils.score_names import share_text, unit
 
 ENTRY = "lrt.integrations.hf.model"
 NAMES = {
@@ -116,4 +117,4 @@ def _figures(file: Path) -> list[str]:
     rows = [("decoded, token by token", "decoded"), (f"merged, {bpb['schedule']}", "merged")]
     rows += [("one pass, zero memory", "zero_memory"), ("live gap (decoded - merged)", "live_gap")]
     table = [f"| {label} | {bpb[key]:.4f} |" for label, key in rows]
-    return [f"Bits per byte of {bpb['rows']} held-out rows, float32:", "", "| mode | BPB |", "| --- | --- |", *table]
+    return [f"Bits per byte of {share_text(bpb)}, float32:", "", f"| mode | {unit(bpb)} |", "| --- | --- |", *table]

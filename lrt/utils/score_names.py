@@ -1,0 +1,24 @@
+"""What scores are called wherever they are printed: bits per byte of which text, and of how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def unit(bpb: Mapping[str, Any]) -> str:
+    """What to call the figures of `BPB.as_dict`, which an older version may have written."""
+    return "BPB of the normalised text" if bpb.get("normalised") else "BPB"
+
+
+def share_text(bpb: Mapping[str, Any]) -> str:
+    """The rows, the text and the share of it that figures of `BPB.as_dict` are of."""
+    if "text" not in bpb:
+        return f"{bpb['rows']} held-out rows"
+    share = bpb["share"]
+    return f"{bpb['rows']} rows of {bpb['text']}" + ("" if share is None else f" ({percent(share)} of it)")
+
+
+def percent(share: float) -> str:
+    """A share as a percentage of two digits that count; all is 100 %, and nothing less is."""
+    return f"{100 * share:.3g} %" if share < 0.9995 or share == 1 else "99.9 %"

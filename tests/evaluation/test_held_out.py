@@ -1,0 +1,150 @@
+"""A score names its text, its rows and their share of it; of changed, unknown or lossy text it is refused or named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pytest
+from helpers import config, lossy_tokenizer, randomised
+from pyarrow import parquet
+
+from lrt.cli.main import main
+from lrt.config.run import RunConfig, TrainConfig
+from lrt.data import ByteTokenizer, Tokenizer, load_tokenizer
+from lrt.evaluation.bits_per_byte import evaluate
+from lrt.evaluation.held_out import held_out
+from lrt.schedule import Schedule
+from lrt.training import checkpoint
+from lrt.training.checkpoint import load_model
+from lrt.utils.score_names import percent, share_text, unit
+
+SMALL = {
+    "model.depth": 1, "model.width": 32, "model.heads": 2, "model.context": 32, "train.length": 16, "train.batch": 4,
+    "train.horizon": "steps=2", "train.eval-every": 0, "train.eval-rows": 4, "train.device": "cpu",
+}  # fmt: skip
+TRAIN = ["train", *(part for name, value in SMALL.items() for part in (f"--{name}", str(value)))]
+LINES = "".join(f"Line {i}: the café costs {i * i} euros.\n" for i in range(300))
+
+
+def saved(run: Path, tokenizer: Tokenizer) -> Path:
+    """A run of an untrained model that says nothing of its text."""
+    model = config(vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, context=32)
+    settings = RunConfig(model=model, train=TrainConfig(length=16))
+    checkpoint.save(run, 0, settings, randomised(model).float(), {}, {}, keep=1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a text and a run that was trained on it."""
+    folder = tmp_path_factory.mktemp("held")
+    (folder / "text.txt").write_text(LINES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*TRAIN, "--data.tokenizer", "bytes", "--data.source", "text.txt", "--out", "run"]) == 0
+    return folder
+
+
+def scored(capsys, *flags: str) -> dict:
+    assert main(["eval", "run", "--rows", "4", "--device", "cpu", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_score_names_its_text_its_rows_and_their_share(folder: Path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    own = scored(capsys)
+    validation = round(4 * 16 / own["share"]) + 1
+    assert own["text"] == "the validation split of text.txt" and own["rows"] == 4 and not own["normalised"]
+    assert 150 < validation < 600, "the tail of a document of 9,000 bytes, 2 % of it and up to a line more"
+    recorded = json.loads((folder / "run" / "result.json").read_text())["bpb"]
+    assert {k: own[k] for k in ("text", "share", "rows")} == {k: recorded[k] for k in ("text", "share", "rows")}
+    assert main(["eval", "run", "--rows", "4", "--device", "cpu"]) == 0
+    assert "4 rows of the validation split of text.txt (" in capsys.readouterr().out
+
+
+def test_another_text_says_how_much_of_it_was_scored(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (tmp_path / "short.txt").write_text(LINES[:400])
+    short = scored(capsys, "--source", str(tmp_path / "short.txt"))
+    size = len(LINES[:400].encode())
+    assert short["text"] == str(tmp_path / "short.txt") and short["share"] == pytest.approx(64 / size)
+    (tmp_path / "long.txt").write_text(LINES * 20)
+    long = scored(capsys, "--source", str(tmp_path / "long.txt"))
+    assert long["share"] == pytest.approx(64 / len(LINES.encode()) / 20, rel=0.01)
+    parquet.write_table(pyarrow.table({"text": [LINES] * 20}), tmp_path / "rows.parquet")
+    rows = scored(capsys, "--source", str(tmp_path / "rows.parquet"))
+    assert rows["text"] == f"the first 1,024 bytes of {tmp_path / 'rows.parquet'}" and rows["share"] is None
+
+
+def test_text_that_has_changed_is_not_called_validation(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    Path("text.txt").write_text(LINES.upper())
+    assert main(["eval", "run", "--device", "cpu"]) == 2
+    assert "the text of text.txt has changed since run was trained" in capsys.readouterr().err
+    assert scored(capsys, "--source", "text.txt")["text"] == "text.txt"
+
+
+def test_a_model_that_does_not_know_its_text_is_scored_on_none_unasked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ByteTokenizer().save(tmp_path / "run" / "tokenizer")
+    run = saved(tmp_path / "run", ByteTokenizer())
+    assert main(["eval", str(run), "--device", "cpu"]) == 2
+    assert "does not say what text it was trained on (a converted model?); name one with --source" in (
+        capsys.readouterr().err
+    )
+    for command in (["analyze", str(run), "--rows", "2"], ["eval", str(run), "--rows", "2"]):
+        assert main([*command, "--source", str(folder / "text.txt"), "--device", "cpu", "--json"]) == 0
+        assert str(folder / "text.txt") in capsys.readouterr().out
+
+
+def test_scores_of_a_lossy_tokenizer_say_so_everywhere(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(LINES)
+    words = lossy_tokenizer(tmp_path / "words", "Lowercase", [LINES])
+    train = [*TRAIN, "--data.tokenizer", str(words), "--data.source", "text.txt", "--out", "run"]
+    assert main(train) == 2
+    assert "the tokenizer loses text" in capsys.readouterr().err and not Path("run").exists()
+    assert main([*train, "--data.normalised"]) == 0
+    shown = capsys.readouterr()
+    assert "decoded BPB of the normalised text" in shown.out + shown.err
+    assert json.loads(Path("run/result.json").read_text())["bpb"]["normalised"]
+    assert scored(capsys)["normalised"]
+    assert main(["eval", "run", "--rows", "4", "--device", "cpu"]) == 0
+    assert "BPB of the normalised text" in capsys.readouterr().out
+    loaded = load_model("run")
+    sample = held_out(loaded, "text.txt", rows=4, length=16)
+    assert evaluate(loaded.model, Schedule.parse("parallel"), sample).normalised
+    with pytest.raises(ValueError, match="loses text"):
+        held_out(loaded, "text.txt", rows=4, length=16, normalised=False)
+
+
+def test_lm_eval_refuses_texts_that_the_tokens_lose(tmp_path: Path):
+    pytest.importorskip("lm_eval")
+    from lrt.evaluation.lm_eval import Harness
+
+    words = lossy_tokenizer(tmp_path / "run" / "tokenizer", "Lowercase", [LINES])
+    loaded = load_model(saved(tmp_path / "run", load_tokenizer(words)))
+    assert Harness(loaded).tok_encode("the euros")
+    with pytest.raises(ValueError, match="'The euros' comes back as 'the euros'"):
+        Harness(loaded).tok_encode("The euros")
+    allowed = Harness(loaded, normalised=True)
+    allowed.tok_encode("The euros")
+    assert allowed.spelling.changed == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(1.0, "100 %"), (0.99999, "99.9 %"), (0.5, "50 %"), (0.01234, "1.23 %"), (0.000012, "0.0012 %")]
+)
+def test_percentages(share: float, text: str):
+    assert percent(share) == text
+
+
+def test_names_of_older_records():
+    assert unit({}) == "BPB" and share_text({"rows": 3}) == "3 held-out rows"
+    assert unit({"normalised": True}) == "BPB of the normalised text"
+    assert share_text({"rows": 3, "text": "a.txt", "share": None}) == "3 rows of a.txt"
