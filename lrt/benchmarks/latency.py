@@ -21,7 +21,7 @@ from torch import Tensor
 from lrt.benchmarks.convergence import MODES
 from lrt.benchmarks.peer import nanochat
 from lrt.config.benchmarks import DecodingBenchmark
-from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE, PrefillOptions, SamplingParams
+from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
 from lrt.inference.generate import decode_step, generate, score
@@ -90,10 +90,10 @@ def _trained(
     loaded = load_model(folder, device)
     prompts = held_out_rows(loaded, None, rows=PROMPTS, length=max(settings.lengths)).tokens.to(device)
     for length in settings.lengths:
-        for cell in prefill_times(loaded.model, prompts[:, :length], MODES, DEFAULT_TOLERANCE):
+        for cell in prefill_times(loaded.model, prompts[:, :length], MODES):
             result["prefill"].append(cell)
             tell(PREFILL_LINE.format(**cell))
-    result["score"] = score_times(loaded.model, prompts, DEFAULT_TOLERANCE)
+    result["score"] = score_times(loaded.model, prompts)
     tell(SCORE_LINE.format(**result["score"]))
     return loaded.config.model
 
@@ -199,11 +199,11 @@ def _take_in(model: LRT, prompt: TokensBN, plan: PrefillOptions) -> Taken:
     return Taken(logits, torch.cat(said), effort, seconds)
 
 
-def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str], tolerance: float) -> list[dict[str, Any]]:
+def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str]) -> list[dict[str, Any]]:
     """Every mode against exact decoding on the same prompts, one at a time; worst difference, median seconds."""
     length, found = prompts.shape[1], {}
     for mode in ("exact", *modes):
-        plan = PrefillOptions.parse(mode, tolerance)
+        plan = PrefillOptions.parse(mode)
         found[mode] = [_take_in(model, prompt[None], plan) for prompt in prompts]
     exact, cells = found.pop("exact"), []
     for mode, taken in found.items():
@@ -212,7 +212,7 @@ def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str], tolerance
         cells.append(
             {
                 "length": length,
-                "mode": str(PrefillOptions.parse(mode, tolerance)),
+                "mode": str(PrefillOptions.parse(mode)),
                 "seconds": seconds[0],
                 "exact_seconds": seconds[1],
                 "speedup": seconds[1] / seconds[0],
@@ -226,10 +226,10 @@ def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str], tolerance
     return cells
 
 
-def score_times(model: LRT, rows: TokensBN, tolerance: float) -> dict[str, Any]:
+def score_times(model: LRT, rows: TokensBN) -> dict[str, Any]:
     """Scoring by sweeps against scoring token by token, all rows at once."""
     targets = torch.cat((rows[:, 1:], torch.full_like(rows[:, :1], IGNORE)), dim=1)
-    swept, seconds = _timed(rows.device, lambda: score(model, rows, targets, mode=DEFAULT_MODE, tolerance=tolerance))
+    swept, seconds = _timed(rows.device, lambda: score(model, rows, targets, mode=DEFAULT_MODE))
     exact, slow = _timed(rows.device, lambda: score(model, rows, targets, mode="exact"))
     return {
         "rows": len(rows),

@@ -10,8 +10,9 @@ from lrt.passes import Pass
 
 DEFAULT_MODE = "interleaved-8"
 """The fastest that agrees with exact decoding on trained models: measured in docs/decoding.md."""
-DEFAULT_TOLERANCE = 7e-4
-"""The largest at which no measured prompt's logits differed from exact decoding's by 1e-3 (docs/decoding.md)."""
+DEFAULT_TOLERANCES = {1: 5e-5, 2: 3e-4, 8: 7e-4}
+"""By the least number of subsets in a sweep: at these no measured prompt's logits differed from exact decoding's by
+1e-3 (docs/decoding.md). The fewer there are, the more slowly sweeps contract, and the less a small change says."""
 DEFAULT_CHUNK = 1024
 DEFAULT_SWEEPS = 32
 PENALTIES = (0.01, 100.0)
@@ -35,21 +36,25 @@ class PrefillOptions(NamedTuple):
     @staticmethod
     def parse(
         mode: str,
-        tolerance: float = DEFAULT_TOLERANCE,
+        tolerance: float | None = None,
         max_sweeps: int = DEFAULT_SWEEPS,
         chunk: int = DEFAULT_CHUNK,
     ) -> PrefillOptions:
-        """Read `exact`, `jacobi` or `interleaved-G`. ValueError: another mode, or a number out of range."""
+        """Read `exact`, `jacobi` or `interleaved-G`; the tolerance is by default the mode's own.
+
+        ValueError: another mode, or a number out of range.
+        """
         found = re.fullmatch(r"exact|jacobi|interleaved-([1-9]\d*)", mode)
         if not found:
             raise ValueError(
                 f"prefill mode {mode!r} is unknown: use exact, jacobi or interleaved-G, e.g. interleaved-8"
             )
-        if tolerance < 0 or max_sweeps < 1 or chunk < 1:
+        stride = int(found[1]) if found[1] else int(mode == "jacobi")
+        tolerance = default_tolerance(stride) if tolerance is None else tolerance
+        if not tolerance >= 0 or max_sweeps < 1 or chunk < 1:
             raise ValueError(
                 f"tolerance {tolerance}, max_sweeps {max_sweeps}, chunk {chunk}: use a tolerance >= 0, the others >= 1"
             )
-        stride = int(found[1]) if found[1] else int(mode == "jacobi")
         return PrefillOptions(stride, tolerance, max_sweeps, chunk)
 
     def __str__(self) -> str:
@@ -60,6 +65,11 @@ class PrefillOptions(NamedTuple):
         """The passes of sweep `number` (from 1); the first one is a full pass, since it has nothing to read yet."""
         stride = min(self.stride, length) if number > 1 else 1
         return [no_grad_pass(range(i, length, stride)) for i in range(stride)]
+
+
+def default_tolerance(stride: int) -> float:
+    """The tolerance of sweeps with `stride` subsets (see `PrefillOptions`) where none is given."""
+    return max(tolerance for least, tolerance in DEFAULT_TOLERANCES.items() if least <= max(stride, 1))
 
 
 def no_grad_pass(positions: range) -> Pass:

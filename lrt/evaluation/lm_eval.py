@@ -12,7 +12,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE, SamplingParams
+from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
 from lrt.config.model import require
 from lrt.data.normalised import Spelling
 from lrt.inference.generate import generate, states
@@ -38,7 +38,7 @@ class Harness(TemplateLM):
     def __init__(self, loaded: Loaded, mode: str = DEFAULT_MODE, rows: int = 8, normalised: bool = False):
         super().__init__()
         self.spelling, self.normalised = Spelling(loaded.tokenizer), normalised
-        self.loaded, self.mode, self.tolerance, self.batch_rows = loaded, mode, DEFAULT_TOLERANCE, rows
+        self.loaded, self.mode, self.batch_rows = loaded, mode, rows
         self.max_length = loaded.model.config.context
 
     @property
@@ -83,7 +83,7 @@ class Harness(TemplateLM):
     def _scored(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every token after the first, float64 [B, T - 1], and whether it is the most probable."""
         model, parts = self.loaded.model, []
-        for first, hidden, _ in states(model, ids[:, :-1], mode=self.mode, tolerance=self.tolerance):
+        for first, hidden, _ in states(model, ids[:, :-1], mode=self.mode):
             z, target = model.logits(hidden), ids[:, first + 1 : first + 1 + hidden.shape[1]]
             chosen = z.double().log_softmax(-1).gather(-1, target[..., None])[..., 0]
             parts.append((chosen, z.argmax(-1) == target))
@@ -110,9 +110,7 @@ class Harness(TemplateLM):
             texts = dict.fromkeys(rows, "")
             spell = self.loaded.tokenizer.decode_bytes
             some = [prompts[i] for i in rows], [laws[i] for i in rows]
-            for made in generate(
-                self.loaded.model, *some, decode_bytes=spell, mode=self.mode, tolerance=self.tolerance
-            ):
+            for made in generate(self.loaded.model, *some, decode_bytes=spell, mode=self.mode):
                 for emission in made.emissions:
                     texts[rows[emission.row]] += emission.text
             for i, text in texts.items():
@@ -153,7 +151,6 @@ def run_tasks(
     require(not unknown, f"lm-eval knows no task {', '.join(unknown)}; name its YAML's folder with --include-path")
     model: Any = Harness(loaded, mode, normalised=normalised or loaded.config.data.normalised)
     done: Any = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, limit=limit)
-    exact = mode in ("exact", "zero_memory")
     lost = str(model.spelling) if model.spelling.changed else ""
-    name = mode if exact else f"sweeps({mode}, {DEFAULT_TOLERANCE:g})"
+    name = mode if mode == "zero_memory" else str(PrefillOptions.parse(mode))
     return {"mode": name, "lost": lost, "results": done["results"]}

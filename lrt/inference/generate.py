@@ -12,7 +12,6 @@ from lrt.config.decoding import (
     DEFAULT_CHUNK,
     DEFAULT_MODE,
     DEFAULT_SWEEPS,
-    DEFAULT_TOLERANCE,
     PrefillOptions,
     SamplingParams,
     no_grad_pass,
@@ -57,7 +56,7 @@ def prefill(
     tokens: TokensBN,
     *,
     mode: str = DEFAULT_MODE,
-    tolerance: float = DEFAULT_TOLERANCE,
+    tolerance: float | None = None,
     lengths: Tensor | None = None,
     cache: KVCache | None = None,
     capacity: int | None = None,
@@ -69,7 +68,7 @@ def prefill(
     Args:
         tokens: int64 [B, T]; shorter rows are padded on the right with any valid token.
         mode: `exact` (token by token), `jacobi` or `interleaved-G` sweeps; see `PrefillOptions`.
-        tolerance: relative change of the memory, per row and position, at which sweeps stop.
+        tolerance: relative change of the memory, per row and position, at which sweeps stop; by default the mode's.
         lengths: tokens of each row that count, int64 [B], 1..T; by default all.
         cache: a state to continue; its keys and values are filled in place. By default an empty one of `capacity`
             tokens (the model's context if that is not given).
@@ -115,7 +114,7 @@ def states(
     tokens: TokensBN,
     *,
     mode: str = DEFAULT_MODE,
-    tolerance: float = DEFAULT_TOLERANCE,
+    tolerance: float | None = None,
     chunk: int = DEFAULT_CHUNK,
     max_sweeps: int = DEFAULT_SWEEPS,
 ) -> Iterator[tuple[int, StreamBND, Effort]]:
@@ -143,7 +142,7 @@ def score(
     targets: TokensBN,
     *,
     mode: str = DEFAULT_MODE,
-    tolerance: float = DEFAULT_TOLERANCE,
+    tolerance: float | None = None,
     chunk: int = DEFAULT_CHUNK,
     max_sweeps: int = DEFAULT_SWEEPS,
 ) -> Scored:
@@ -182,7 +181,7 @@ def generate(
     cache: KVCache | None = None,
     capacity: int | None = None,
     mode: str = DEFAULT_MODE,
-    tolerance: float = DEFAULT_TOLERANCE,
+    tolerance: float | None = None,
     run: OneToken = next_logits,
 ) -> Iterator[Generated]:
     """Continue prompts together, a token per step, until every row has stopped.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lrt.benchmarks import convergence
 from lrt.benchmarks import latency as bench
 from lrt.cli.bench_decode import main as bench_decode
-from lrt.config.decoding import SamplingParams
+from lrt.config.decoding import PrefillOptions, SamplingParams
 from lrt.config.model import MEMORY_OFF
 from lrt.evaluation.contraction import exact_states
 from lrt.inference.generate import decode_step, generate, prefill, score
@@ -99,6 +99,18 @@ def test_as_many_sweeps_as_positions_always_suffice(model):
     found = prefill(model, rows, mode="jacobi", tolerance=0.0, max_sweeps=12)
     assert found.effort.stepped.sum() == 0
     close(found.logits, truth(model, rows)[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "tolerance"), [("jacobi", 5e-5), ("interleaved-2", 3e-4), ("interleaved-7", 3e-4), ("interleaved-8", 7e-4)]
+)
+def test_the_tolerance_belongs_to_the_mode(mode: str, tolerance: float):
+    assert PrefillOptions.parse(mode).tolerance == tolerance
+    found = prefill(randomised(config()), torch.tensor([[0, 5, 6, 7]]), mode=mode)
+    assert found.mode == f"sweeps({mode}, {tolerance:g})"
+    assert PrefillOptions.parse(mode, 1e-2).tolerance == 1e-2
+    with pytest.raises(ValueError, match="tolerance nan"):
+        PrefillOptions.parse(mode, float("nan"))
 
 
 def test_a_looser_tolerance_takes_fewer_sweeps_and_says_so():

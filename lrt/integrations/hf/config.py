@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from lrt.config.decoding import DEFAULT_MODE, DEFAULT_TOLERANCE
+from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import ModelConfig, require
 from lrt.config.run import from_dict, to_dict
 from lrt.schedule import Curriculum
@@ -31,8 +31,8 @@ class LRTConfig(PreTrainedConfig):
     memory anywhere, in later steps neither."""
     prefill_mode: str = DEFAULT_MODE
     """Which sweeps: jacobi or interleaved-G."""
-    prefill_tolerance: float = DEFAULT_TOLERANCE
-    """Relative change of the memory at which sweeps stop."""
+    prefill_tolerance: float | None = None
+    """Relative change of the memory at which sweeps stop; none means the mode's own."""
     schedule: str = "settled-1..3"
     """Schedule of the loss in train mode; of several stages, the last."""
     seed: int = 0
