@@ -260,7 +260,7 @@ def test_wrong_manifests_are_refused(folder, change, message):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b"1" * 10_000])
 def test_malformed_manifests_are_one_line(folder, content):
     (folder / "manifest.json").write_bytes(content)
-    refused(folder, r"manifest\.json .*delete the folder")
+    refused(folder, r"manifest\.json: .*delete the folder")
 
 
 def test_a_folder_without_manifest_is_not_taken_for_complete(folder):
