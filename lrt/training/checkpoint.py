@@ -5,7 +5,7 @@ A run folder holds
     config.json                       the resolved configuration
     tokenizer/                        what decodes its tokens
     metrics.jsonl                     one JSON object a line
-    checkpoints/step_00001000/        model.safetensors, optimizer.safetensors, meta.json with their SHA-256
+    checkpoints/step_00001000/        model.safetensors, optimizer.safetensors, meta.json, and SHA256SUMS of them
                                       (a folder ending in .tmp was being written; the next save removes it)
     result.json                       the final evaluation
 """
@@ -16,10 +16,11 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,14 @@ from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
 from lrt.model.transformer import LRT
 from lrt.utils.dtensor import fill
-from lrt.utils.files import read_json, write_json
+from lrt.utils.files import one_line, read_json, read_text, require_fields, require_kind, write_json, write_text
 
-FORMAT = 1
-MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
+FORMAT, BEFORE = 2, 1
+"""Format 1 had no SHA256SUMS: the hashes of its tensors stand in meta.json, and nothing covers that."""
+MODEL, OPTIMIZER, META, SUMS = "model.safetensors", "optimizer.safetensors", "meta.json", "SHA256SUMS"
+NAME = re.compile(r"step_([0-9]{8,18})")
+"""Folders of this name are checkpoints; a copy under any other name is its owner's."""
+LEFT = re.compile(NAME.pattern + r"(\.old)?\.tmp")
 TOKENIZER = "tokenizer/tokenizer.json"
 """In the run's folder; checkpoints know its SHA-256."""
 
@@ -50,8 +55,8 @@ class Checkpoint:
     config: RunConfig
     extra: dict[str, Any]
     """What the training stored beside it: the BPB at this step, data hash, what was spent so far."""
-    tokenizer: str | None = None
-    """SHA-256 of the run's tokenizer file; None if there was none, or before this was kept."""
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files in the run's tokenizer folder, by name; empty if there were none, or before it was kept."""
 
     def model(self, device: str | torch.device = "cpu") -> LRT:
         """The model with its weights, in evaluation mode; a weight that does not fit raises ValueError naming it."""
@@ -84,16 +89,18 @@ def save(
     folder = run / "checkpoints" / f"step_{step:08d}"
     aside = folder.with_name(folder.name + ".tmp")
     for left in folder.parent.glob("*.tmp"):  # of writes that were killed
-        shutil.rmtree(left, ignore_errors=True)
+        if LEFT.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         weights = weights.state_dict() if isinstance(weights, LRT) else weights
         for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / name)
+            (aside / name).chmod(aside.stat().st_mode & 0o666)  # as the umask has it; the library lets nobody read
         checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
         meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
-        tokenizer = _hash(run / TOKENIZER) if (run / TOKENIZER).exists() else None
-        write_json(aside / META, meta | {"tokenizer": tokenizer})
+        write_json(aside / META, meta | {"tokenizer": tokenizer_sums(run)})
+        write_text(aside / SUMS, _sums_text(checksums | {META: _hash(aside / META)}))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -106,12 +113,35 @@ def save(
     os.replace(aside, folder)
     _sync_folder(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    older = [p for p in checkpoints(run) if p.name <= folder.name]  # a newer one did not verify: it was resumed past
+    _prune(run, step, keep)
+    return folder
+
+
+def _prune(run: Path, step: int, keep: int) -> None:
+    """Remove what lies before the `keep` newest up to `step`, but the best; never what a link leads to."""
+    older = [p for p in checkpoints(run) if _step(p) <= step]  # a newer one did not verify: it was resumed past
     best = min(older, key=_score)
     for old in older[:-keep]:
-        if old != best or _score(old) == math.inf:
-            shutil.rmtree(old)
-    return folder
+        if not old.is_symlink() and (old != best or _score(old) == math.inf):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _step(folder: Path) -> int:
+    """The step that a checkpoint's name says; -1 for any other name."""
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def tokenizer_sums(run: Path) -> dict[str, str]:
+    """SHA-256 of every file in the run's tokenizer folder, by its name there."""
+    folder = (run / TOKENIZER).parent
+    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
+    return {str(p.relative_to(folder)): _hash(p) for p in files}
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    """As `sha256sum` writes and checks it."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 def _score(folder: Path) -> float:
@@ -146,8 +176,8 @@ class Writer:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoint folders of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".tmp" and p.is_dir())
+    """The complete checkpoint folders of a run, by their steps."""
+    return sorted((p for p in (run / "checkpoints").glob("step_*") if _step(p) >= 0 and p.is_dir()), key=_step)
 
 
 def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
@@ -163,22 +193,38 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         if not found:
             raise ValueError(f"{folder} holds no checkpoint; train first, or give the folder of a run")
         folder = found[-1]
-    meta = read_json(folder / META, "checkpoint description")
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{folder / META} has format {meta.get('format')!r}, this version reads {FORMAT}; upgrade lrt")
-    step, sums, extra = meta.get("step"), meta.get("sha256"), meta.get("extra")
-    if (
-        not isinstance(step, int)
-        or not isinstance(sums, dict)
-        or not isinstance(extra, dict)
-        or set(sums) != {MODEL, OPTIMIZER}
-    ):
-        raise ValueError(f"{folder / META} lacks step, sha256 or extra; use another checkpoint")
-    for name, expected in sums.items():
-        if not (folder / name).is_file() or (verify and _hash(folder / name) != expected):
+    meta, said = _described(folder)
+    for name in (MODEL, OPTIMIZER):
+        if not (folder / name).is_file() or (verify and _hash(folder / name) != said[name]):
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
     config = from_dict(RunConfig, meta.get("config"), str(folder / META))
-    return Checkpoint(folder, step, config, extra, meta.get("tokenizer"))
+    return Checkpoint(folder, meta["step"], config, meta["extra"], _tokenizer(meta.get("tokenizer"), folder / META))
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A checkpoint's description, covered by SHA256SUMS, and the hashes that its files must have."""
+    meta = read_json(folder / META, "checkpoint description")
+    if meta.get("format") not in (FORMAT, BEFORE):
+        raise ValueError(f"{folder / META} has format {meta.get('format')!r}, this version reads {FORMAT}; upgrade lrt")
+    require_fields(meta, {"step": int, "sha256": dict, "extra": dict}, str(folder / META))
+    step, sums = meta["step"], meta["sha256"]
+    if set(sums) != {MODEL, OPTIMIZER}:
+        raise ValueError(f"{folder / META} does not say what {MODEL} and {OPTIMIZER} hash to; use another checkpoint")
+    if meta["format"] == FORMAT or (folder / SUMS).exists():
+        written = read_text(folder / SUMS, "checksums")
+        if written != _sums_text(sums | {META: _hash(folder / META)}):
+            raise ValueError(f"{folder / META} is not what {SUMS} says (checksum); use another checkpoint")
+    if _step(folder) not in (-1, step):
+        raise ValueError(f"{folder} holds step {step} ({META}), not what its name says; rename it, or use another")
+    return meta, sums
+
+
+def _tokenizer(said: Any, where: Path) -> dict[str, str]:
+    """Hashes of the tokenizer's files by name; the first format named that of tokenizer.json alone."""
+    sums = {"tokenizer.json": said} if isinstance(said, str) else said or {}
+    for value in require_kind(sums, dict, f"{where}: tokenizer").values():
+        require_kind(value, str, f"{where}: tokenizer")
+    return sums
 
 
 def newest_valid(run: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
@@ -229,11 +275,13 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
     checkpoint = open_checkpoint(Path(folder))
     run = checkpoint.folder.parent.parent
     tokenizer = load_tokenizer(run / "tokenizer")
-    if checkpoint.tokenizer is not None and checkpoint.tokenizer != _hash(run / TOKENIZER):
-        raise ValueError(
-            f"{run / TOKENIZER} is not the one that {checkpoint.folder} was saved with (checksum): "
-            "restore the run's own tokenizer"
-        )
+    sums = tokenizer_sums(run)
+    for name, saved in checkpoint.tokenizer.items():
+        if sums.get(name) != saved:
+            raise ValueError(
+                f"{run / 'tokenizer' / name} is not the one that {checkpoint.folder} was saved with (checksum): "
+                "restore the run's own tokenizer"
+            )
     if tokenizer.vocab_size > checkpoint.config.model.vocab_size:  # a smaller one: other families pad theirs
         raise ValueError(
             f"{run / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}; "
@@ -248,24 +296,27 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
 
 
 def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
-    """Copy weights into the model; a missing, extra or misshapen one raises ValueError naming it."""
+    """Copy weights into the model; one that is missing, extra, or of another shape or number type raises ValueError."""
     own = model.state_dict()
     for name in sorted(own.keys() ^ weights.keys()):
         where = "the model, not the checkpoint," if name in own else "the checkpoint, not the model,"
         raise ValueError(f"{where} has the weight {name}; the checkpoint is of another model: use its own config")
     for name, value in weights.items():
-        if value.shape != own[name].shape:
-            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
-            raise ValueError(f"weight {name} is {shapes}; the checkpoint is of another model: use its own config")
+        if value.shape != own[name].shape or value.dtype != own[name].dtype:
+            kinds = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (value, own[name])]
+            said = f"{kinds[0]} in the checkpoint, {kinds[1]} in the model"
+            raise ValueError(f"weight {name} is {said}; the checkpoint is of another model: use its own config")
     for name, value in weights.items():
         fill(own[name], value)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path} is no regular file; use another checkpoint")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); use another checkpoint") from None
+        raise ValueError(f"{path} cannot be read as safetensors ({one_line(error, 120)}); use another") from None
 
 
 def _hash(path: Path) -> str:

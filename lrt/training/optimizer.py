@@ -186,7 +186,7 @@ class Optimizer:
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned: all of it, or nothing (from before the first step).
 
-        A missing, foreign or misshapen entry raises ValueError naming it.
+        An entry that is missing, foreign, or of another shape or number type raises ValueError naming it.
         """
         matrices = {p for group in self.muon.param_groups for p in group["params"]}
         entries = {
@@ -200,9 +200,9 @@ class Optimizer:
         for key, value in state.items():
             p, optimizer, slot = entries[key]
             shape = torch.Size() if slot == "step" else p.shape
-            if value.shape != shape:
+            if value.shape != shape or value.dtype != p.dtype:
                 raise ValueError(
-                    f"the optimizer state {key} has shape {tuple(value.shape)}, not {tuple(shape)}; "
+                    f"the optimizer state {key} is {tuple(value.shape)} {value.dtype}, not {tuple(shape)} {p.dtype}; "
                     "resume with the run's own config"
                 )
             optimizer.state[p][slot] = torch.zeros_like(p if slot != "step" else value, device=p.device)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from helpers import config, packed
 from safetensors.torch import save_file
 
 import lrt
+from lrt.config.model import ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import ByteTokenizer, train_bpe
 from lrt.model.loss import ScheduledLoss
@@ -25,6 +28,7 @@ from lrt.training.checkpoint import (
     META,
     MODEL,
     OPTIMIZER,
+    SUMS,
     load_model,
     load_weights,
     newest_valid,
@@ -90,7 +94,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path):
 
 def test_a_folder_holds_what_it_says_and_nothing_is_left_aside(tmp_path: Path):
     folder = saved(tmp_path)
-    assert {p.name for p in folder.iterdir()} == {MODEL, OPTIMIZER, META}
+    assert {p.name for p in folder.iterdir()} == {MODEL, OPTIMIZER, META, SUMS}
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
 
 
@@ -128,12 +132,21 @@ def flip(file: Path) -> None:
 
 def edit(file: Path, **changes) -> None:
     write_json(file, json.loads(file.read_text()) | changes)
+    resum(file)
+
+
+def resum(file: Path) -> None:
+    """Make SHA256SUMS fit a description that was changed: what is then refused is refused for what it says."""
+    sums = json.loads(file.read_text())["sha256"]
+    if (file.parent / SUMS).exists() and sums and isinstance(sums.get(OPTIMIZER), str):
+        (file.parent / SUMS).write_text(checkpoint._sums_text(sums | {META: checkpoint._hash(file)}))
 
 
 def edit_model(file: Path, **changes) -> None:
     meta = json.loads(file.read_text())
     meta["config"]["model"] |= changes
     write_json(file, meta)
+    resum(file)
 
 
 def hide_pickle(file: Path) -> None:
@@ -186,8 +199,7 @@ def test_damage_is_refused_in_one_line_that_names_the_file(how: str, tmp_path: P
         read(folder)
     message = str(error.value)
     assert "\n" not in message
-    named = MODEL if "other sums" in how else name
-    assert named in message or "weight" in message  # a weight that does not fit is named itself
+    assert name in message or "weight" in message  # a weight that does not fit is named itself
     assert ";" in message  # what to do about it
 
 
@@ -309,4 +321,102 @@ def test_tensors_on_views_are_saved_whole(tmp_path: Path):
     assert torch.equal(open_checkpoint(folder).optimizer_state()["a/exp_avg"], state["a/exp_avg"])
     save_file({"x": torch.zeros(1)}, folder / MODEL)
     with pytest.raises(ValueError, match="checksum"):
+        open_checkpoint(folder)
+
+
+SMALL = RunConfig(
+    model=ModelConfig(depth=1, width=2, heads=1, context=8, vocab_size=2),
+    train=TrainConfig(length=8, schedule="parallel"),
+)
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 61])
+def test_no_flipped_bit_is_accepted(every: int, tmp_path: Path):
+    """Each byte of a whole checkpoint with one bit flipped, or replaced by a space or a digit: none opens."""
+    folder = save(tmp_path, 3, SMALL, LRT.build(SMALL.model), {"a/step": torch.ones(())}, EXTRA, 1)
+    open_checkpoint(folder)
+    accepted = []
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        for i, byte in list(enumerate(whole))[::every]:
+            for changed in {byte ^ (1 << i % 8), ord(" "), ord("1")} - {byte}:
+                file.write_bytes(whole[:i] + bytes([changed]) + whole[i + 1 :])
+                try:
+                    open_checkpoint(folder)
+                except ValueError as error:
+                    assert "\n" not in str(error)  # noqa: PT017
+                else:
+                    accepted.append((file.name, i, changed))
+        file.write_bytes(whole)
+    assert accepted == []
+    assert {p.name for p in folder.iterdir()} == {MODEL, OPTIMIZER, META, SUMS}
+    assert open_checkpoint(folder).step == 3
+
+
+def test_a_folder_that_says_another_step_than_it_holds(tmp_path: Path):
+    saved(tmp_path, 8).rename(tmp_path / "checkpoints" / "step_00000012")
+    with pytest.raises(ValueError, match=r"step_00000012 holds step 8"):
+        open_checkpoint(tmp_path)
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000012", tmp_path / "best")  # a name that says no step
+    assert open_checkpoint(tmp_path / "best").step == 8
+
+
+@pytest.mark.parametrize(
+    "name", ["step_00000012_backup", "step_00000099.bak", "step_99", "step_0000x001", "step_00000007.mine.tmp"]
+)
+def test_a_copy_of_the_users_is_neither_opened_nor_deleted(name: str, tmp_path: Path):
+    copy = tmp_path / "checkpoints" / name
+    shutil.copytree(saved(tmp_path, 12), copy)
+    for step in (13, 14, 15):
+        saved(tmp_path, step, keep=1)
+    assert copy.is_dir() and names(tmp_path) == [15]
+    assert open_checkpoint(tmp_path).step == 15
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path):
+    for step in (99_999_999, 100_000_000):
+        saved(tmp_path, step, keep=1)
+    assert names(tmp_path) == [100_000_000]
+
+
+def test_a_symlinked_checkpoint_is_left_alone(tmp_path: Path):
+    """Somebody moved it to a larger disk; pruning must neither end the training nor remove it."""
+    folder = saved(tmp_path, 1)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    saved(tmp_path, 2, keep=1)
+    saved(tmp_path, 3, keep=1)
+    assert names(tmp_path) == [1, 3] and open_checkpoint(tmp_path / "elsewhere").step == 1
+
+
+def test_all_files_are_written_with_the_mode_that_the_umask_gives(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        folder = saved(tmp_path)
+    finally:
+        os.umask(before)
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == dict.fromkeys(
+        (MODEL, OPTIMIZER, META, SUMS), 0o644
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.bfloat16, torch.float64])
+def test_tensors_of_another_number_type_are_refused(dtype: torch.dtype, tmp_path: Path):
+    weights = {k: v.to(dtype) if k == "head.weight" else v for k, v in MODEL_NOW.state_dict().items()}
+    state = {k: v.to(dtype) if k == "head.weight/exp_avg" else v for k, v in OPTIMIZER_NOW.state().items()}
+    opened = open_checkpoint(save(tmp_path, 1, RUN, weights, state, EXTRA, 1))
+    with pytest.raises(ValueError, match=r"head\.weight is .* in the checkpoint"):
+        opened.model()
+    with pytest.raises(ValueError, match=r"head\.weight/exp_avg is"):
+        Optimizer(LRT.build(RUN.model), RUN.optim).load(opened.optimizer_state())
+
+
+def test_a_checkpoint_of_the_first_format_opens(tmp_path: Path):
+    """As versions before wrote it: no SHA256SUMS, and the hash of tokenizer.json alone."""
+    folder = saved(tmp_path)
+    (folder / SUMS).unlink()
+    edit(folder / META, format=1, tokenizer="0" * 64)
+    assert open_checkpoint(folder).tokenizer == {"tokenizer.json": "0" * 64}
+    edit(folder / META, format=2)
+    with pytest.raises(ValueError, match="SHA256SUMS does not exist"):
         open_checkpoint(folder)

@@ -181,6 +181,8 @@ def test_resume_refuses_a_checkpoint_that_does_not_say_what_was_spent(source, tm
         data = json.loads(meta.read_text(encoding="utf-8"))
         data["extra"]["progress"] = spent
         meta.write_text(json.dumps(data), encoding="utf-8")
+        sums = data["sha256"] | {checkpoint.META: checkpoint._hash(meta)}
+        (meta.parent / checkpoint.SUMS).write_text(checkpoint._sums_text(sums), encoding="utf-8")
         with pytest.raises(ValueError, match="does not say what was spent"):
             train(config, tmp_path / "run", resume=True)
 
