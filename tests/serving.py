@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import uvicorn
 
 from lrt.config.model import MemoryConfig, ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import train_bpe
 from lrt.model.transformer import LRT
-from lrt.serve.api import create_app
-from lrt.serve.calls import Served
+from lrt.serve.keys import ApiKeys, HostNames
+from lrt.serve.served import Served
+from lrt.serve.server import DrainingServer
 from lrt.serve.settings import Settings
 from lrt.training import checkpoint
 
@@ -44,13 +45,13 @@ def make_run(folder: Path, context: int = 256, **memory) -> Path:
 class Server:
     """A server in a thread of this process."""
 
-    def __init__(self, run: Path, api_key: str | None = None, **settings):
+    def __init__(self, run: Path, *api_keys: str, hosts: tuple[str, ...] = (), drain: float = 30, **settings):
         self.loaded = checkpoint.load_model(run)
         self.served = Served(self.loaded, replace(Settings(), **settings))
-        app = create_app(self.served, api_key)
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none", access_log=False)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        names = HostNames("127.0.0.1", hosts)
+        self.server = DrainingServer(self.served, ApiKeys(api_keys), names, drain)
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     def __enter__(self) -> Server:
         self.thread.start()
@@ -58,7 +59,7 @@ class Server:
         while not self.server.started:
             assert time.monotonic() < end and self.thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        host, port = self.server.servers[0].sockets[0].getsockname()[:2]
+        host, port = self.listener.getsockname()[:2]
         self.address, self.url = (host, port), f"http://{host}:{port}"
         return self
 
@@ -69,7 +70,9 @@ class Server:
 
     def metric(self, name: str) -> float:
         """One of the server's counters."""
-        value = self.served.metrics.registry.get_sample_value(name)
+        counted = self.served.metrics
+        value = counted.registry.get_sample_value(name)
+        value = counted.private.get_sample_value(name) if value is None else value
         assert value is not None, name
         return value
 

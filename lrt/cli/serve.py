@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -32,9 +33,11 @@ class ServeFlags:
     """Port; 0 takes any free one."""
     name: str | None = None
     """Name of the model in the API; by default the run's."""
-    api_key: str | None = None
-    """Ask for this key as a bearer token; the variable LRT_API_KEY does the same, unseen in the list of processes."""
-    drain: int = 30
+    api_key: tuple[str, ...] = ()
+    """Ask for one of these keys as a bearer token; LRT_API_KEY (keys apart by spaces) does the same, unseen by `ps`."""
+    allowed_host: tuple[str, ...] = ()
+    """Names that browsers may call the server by, beside those of this machine and --host; * allows all."""
+    drain: float = 30.0
     """Seconds that running answers have left after SIGTERM."""
     threads: int | None = None
     """Threads of a step; by default one core less than there are, which is the web side's."""
@@ -48,11 +51,11 @@ class ServeFlags:
 def main(args: list[str]) -> int:
     """Run the server until SIGINT or SIGTERM."""
     flags = parse(ServeFlags, args, "serve")
+    keys = _keys(flags.api_key)
     try:
-        import uvicorn
-
-        from lrt.serve.api import create_app
-        from lrt.serve.calls import Served
+        from lrt.serve.keys import ApiKeys, HostNames
+        from lrt.serve.served import Served
+        from lrt.serve.server import DrainingServer, run
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; install latent-recurrent-transformer[serve]") from None
     import torch
@@ -61,21 +64,26 @@ def main(args: list[str]) -> int:
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    require(flags.drain >= 0, f"--drain is {flags.drain}; give at least 0 seconds")
+    require(0 <= flags.drain < 86_400, f"--drain is {flags.drain}; give at least 0 seconds, at most a day")
     require(0 <= flags.port < 2**16, f"--port is {flags.port}; give 0 to 65535")
+    api_keys = ApiKeys(keys)
     torch.set_num_threads(flags.threads or max(1, (os.cpu_count() or 2) - 1))
     sys.setswitchinterval(SWITCH_INTERVAL)
     loaded = load_model(flags.run, resolve_device(flags.device))
     served = Served(loaded, flags.settings, flags.name, compiled() if flags.compile else next_logits)
-    app = create_app(served, flags.api_key or os.environ.get("LRT_API_KEY") or None)
     listener = _listen(flags.host, flags.port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=flags.drain,
-                            limit_concurrency=1024, server_header=False, ws="none")  # fmt: skip
     host, port = listener.getsockname()[:2]
     print(f"{served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    run(DrainingServer(served, api_keys, HostNames(flags.host, flags.allowed_host), flags.drain), listener)
     return 0
+
+
+def _keys(flags: Sequence[str]) -> list[str]:
+    """The keys of the command line and of LRT_API_KEY. ValueError: the variable is set, and empty."""
+    variable = os.environ.get("LRT_API_KEY")
+    require(variable is None or bool(variable.split()), "LRT_API_KEY is empty; give a key, or unset it")
+    return [*flags, *(variable or "").split()]
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,121 +3,206 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 
 from lrt import __version__
-from lrt.serve.calls import Call, Chat, Completion, Served
+from lrt.serve.calls import Call
+from lrt.serve.chat_completions import Chat, ReadyChat, conversation
+from lrt.serve.completions import Completion, ReadyCompletion
 from lrt.serve.engine import BackgroundTask
-from lrt.serve.http import ApiError, EventStream, Guard, handle_errors
+from lrt.serve.guard import Guard
+from lrt.serve.http import ApiError, EventStream, handle_errors
 from lrt.serve.inspect import inspect
-from lrt.serve.schemas import ChatRequest, CompletionRequest, ErrorBody, InspectRequest
+from lrt.serve.keys import ApiKeys, HostNames
+from lrt.serve.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ErrorBody,
+    InspectRequest,
+    TokenizeRequest,
+    components,
+    described,
+)
+from lrt.serve.served import Served
 
 PAGE = Path(__file__).parent / "page"
-STATUSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 503)
+PAGES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/style.css": ("style.css", "text/css; charset=utf-8"),
 }
+"""The page's files; they and /health need no key."""
+STATUSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503)
+}
+NOT_OFFERED = ("embeddings", "responses", "moderations", "images/generations", "audio/speech", "rerank", "score")
 
 
 async def _respond(going: Completion | Chat, request: Request) -> Any:
     if not going.body.stream:
         return JSONResponse(await going.whole(request))
-    seconds = going.served.settings.deadline + 5
+    seconds = going.call.served.settings.deadline + 5
     return EventStream(going.pieces(), seconds, going.call.cancel)
 
 
-def create_app(served: Served, api_key: str | None = None) -> FastAPI:
-    """The application. With `api_key`, everything but /health and the page asks for it as a bearer token."""
+def create_app(served: Served, keys: ApiKeys | None = None, hosts: HostNames | None = None) -> FastAPI:
+    """The application. With keys, everything but /health and the page asks for one as a bearer token.
+
+    `hosts` are the names it answers to; by default those of this machine.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         served.engine.start(asyncio.get_running_loop())
         yield
+        served.intake.end()
         await asyncio.to_thread(served.engine.close)
 
-    async def authorised(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("utf-8", "replace")
-        if api_key is not None and not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
-            raise ApiError(401, "an API key is needed: send it as Authorization: Bearer KEY")
-
     app = FastAPI(title="lrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-                  responses=STATUSES)  # fmt: skip
+                  responses=STATUSES, redirect_slashes=False)  # fmt: skip
     handle_errors(app)
-    app.add_middleware(Guard, metrics=served.metrics, max_body=served.settings.max_body)
+    public = frozenset({"/health", *PAGES})
+    app.add_middleware(
+        Guard, metrics=served.metrics, keys=keys or ApiKeys(), hosts=hosts or HostNames(""), public=public,
+        max_body=served.settings.max_body,
+    )  # fmt: skip
+    if served.settings.allow_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=served.settings.allow_origin, allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id"],
+        )  # fmt: skip
 
     @app.get("/health", response_model=None)
     async def health() -> dict[str, str]:
         """Whether the server answers."""
         return {"status": "ok"}
 
-    for routes in (_openai(served), _own(served)):
-        app.include_router(routes, dependencies=[Depends(authorised)])
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    for routes in (_openai(served), _tokens(served), _own(served)):
+        app.include_router(routes)
+    for path, (name, kind) in PAGES.items():
+        app.add_api_route(path, partial(_file, (PAGE / name).read_bytes(), kind), include_in_schema=False)
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schema["components"]["schemas"] |= components()
+    app.openapi = lambda: schema
     return app
 
 
+async def _file(content: bytes, kind: str) -> Response:
+    return Response(content, media_type=kind)
+
+
 def _openai(served: Served) -> APIRouter:
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", redirect_slashes=False)
 
-    @routes.post("/completions", response_model=None)
-    async def completions(body: CompletionRequest, request: Request) -> Any:
+    @routes.post("/completions", response_model=None, openapi_extra=described(CompletionRequest))
+    async def completions(request: Request) -> Any:
         """Continue prompts."""
-        return await _respond(Completion(served, body), request)
+        ready = await served.intake.take(request, partial(ReadyCompletion.of, served))
+        return await _respond(Completion(served, ready, request.state.owner), request)
 
-    @routes.post("/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, request: Request) -> Any:
+    @routes.post("/chat/completions", response_model=None, openapi_extra=described(ChatRequest))
+    async def chat(request: Request) -> Any:
         """Answer a conversation."""
-        return await _respond(Chat(served, body), request)
+        ready = await served.intake.take(request, partial(ReadyChat.of, served), "chat")
+        return await _respond(Chat(served, ready, request.state.owner), request)
 
     @routes.get("/models", response_model=None)
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [_card(served)]}
 
-    @routes.get("/models/{name}", response_model=None)
+    @routes.get("/models/{name:path}", response_model=None)
     async def model(name: str) -> dict[str, Any]:
         """The model, if it is called so."""
-        if name != served.name:
-            raise ApiError(404, f"the model {name!r} is not served here; use {served.name!r}", param="model")
+        served.named(name)
         return _card(served)
+
+    async def not_offered() -> None:
+        raise ApiError(404, "this is not offered here: the model writes text, see /openapi.json for what there is")
+
+    for name in NOT_OFFERED:
+        routes.add_api_route(f"/{name}", not_offered, methods=["GET", "POST"], include_in_schema=False)
+    return routes
+
+
+def _tokens(served: Served) -> APIRouter:
+    """What clients ask of the tokenizer, as vLLM answers it."""
+    routes = APIRouter(redirect_slashes=False)
+    words = served.words
+
+    def tokenized(data: object) -> dict[str, Any]:
+        body = served.parsed(TokenizeRequest, data)
+        served.named(body.model)
+        if body.prompt is None:
+            ids, _ = conversation(served, body.messages, [], {})
+        else:
+            ids = served.opened(body.prompt)[0 if body.add_special_tokens else 1 :]
+        spelt = [words.spell(i) for i in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": spelt}
+
+    def detokenized(data: object) -> dict[str, Any]:
+        body = served.parsed(DetokenizeRequest, data)
+        served.named(body.model)
+        served.known(body.tokens, "tokens")
+        return {"prompt": words.tokenizer.decode(body.tokens)}
+
+    @routes.post("/tokenize", response_model=None, openapi_extra=described(TokenizeRequest))
+    async def tokenize(request: Request) -> Any:
+        """The tokens of a text or a conversation."""
+        return await served.intake.take(request, tokenized, "chat")
+
+    @routes.post("/detokenize", response_model=None, openapi_extra=described(DetokenizeRequest))
+    async def detokenize(request: Request) -> Any:
+        """The text of tokens."""
+        return await served.intake.take(request, detokenized)
+
+    @routes.get("/tokenizer_info", response_model=None)
+    async def tokenizer_info() -> dict[str, Any]:
+        """Special tokens and chat template."""
+        return words.about() | {"model_max_length": served.context}
 
     return routes
 
 
 def _own(served: Served) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(redirect_slashes=False)
 
     @routes.get("/metrics", response_model=None)
     async def metrics() -> Response:
         """Counters for Prometheus."""
-        return Response(generate_latest(served.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        counted = served.metrics
+        shown = [counted.registry, *([counted.private] if served.settings.store_metrics else [])]
+        return Response(b"".join(map(generate_latest, shown)), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/api/about", response_model=None)
     async def about() -> dict[str, Any]:
         """What the page shows of the model."""
         return served.about()
 
-    @routes.post("/api/inspect", response_model=None)
-    async def look(body: InspectRequest, request: Request) -> dict[str, Any]:
-        """What the memory does to every token of a text."""
-        try:
-            ids = served.words.opened(body.text)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="text") from None
-        served.fits(ids)
+    def inspected(data: object) -> tuple[list[int], int]:
+        body = served.parsed(InspectRequest, data)
+        ids = served.opened(body.text, "text")
         if len(ids) < 2:
             raise ApiError(400, "text is empty: give at least one character", param="text")
-        call = Call(served)
-        work = partial(inspect, served.model, served.words, ids, body.top, **served.how)
+        return ids, body.top
+
+    @routes.post("/api/inspect", response_model=None, openapi_extra=described(InspectRequest))
+    async def look(request: Request) -> dict[str, Any]:
+        """What the memory does to every token of a text."""
+        ids, top = await served.intake.take(request, inspected)
+        call = Call(served, request.state.owner)
+        work = partial(inspect, served.model, served.words, ids, top, **served.how)
         call.submit([BackgroundTask(0, call.events, call.deadline, work=work)])
         (event,) = await call.all(request)
         return event.what | {"model": served.about()}
@@ -126,4 +211,5 @@ def _own(served: Served) -> APIRouter:
 
 
 def _card(served: Served) -> dict[str, Any]:
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "lrt"}
+    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "lrt",
+            "max_model_len": served.context}  # fmt: skip

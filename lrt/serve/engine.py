@@ -15,20 +15,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from lrt.config.decoding import PrefillOptions, SamplingParams
-from lrt.inference.batch import Emission, Request, RunningBatch
+from lrt.inference.batch import Constraint, Emission, Request, RunningBatch
 from lrt.inference.prefill import OneToken, next_logits, solve
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.transformer import LRT
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
-from lrt.serve.states import StateStore, StoredState
+from lrt.serve.states import MARK_EVERY, StateStore, StoredState
 
 log = logging.getLogger("lrt.serve")
 Lane = Generator[None, None, Any]
@@ -36,19 +37,19 @@ Lane = Generator[None, None, Any]
 
 
 class Busy(Exception):
-    """The queue is full."""
+    """There is no room."""
 
-    def __init__(self, retry_after: int):
+    def __init__(self, retry_after: int, closing: bool):
         super().__init__("the queue is full")
-        self.retry_after = retry_after
+        self.retry_after, self.closing = retry_after, closing
 
 
-class Expired(Exception):
-    """The deadline has passed."""
+class Ended(Enum):
+    """Why a job has ended without its result, where that is not the request's fault."""
 
-
-class Failed(Exception):
-    """Our own fault."""
+    EXPIRED = "its deadline has passed"
+    FAILED = "our own fault"
+    CLOSING = "the server ends"
 
 
 class Event(NamedTuple):
@@ -57,7 +58,7 @@ class Event(NamedTuple):
     number: int
     """The job's number within its request."""
     what: Any
-    """An `Emission`, a task's result, or an exception."""
+    """An `Emission`, a task's result, `Ended`, or a ValueError."""
 
 
 @dataclass(eq=False)
@@ -81,10 +82,12 @@ class Answer(Job):
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sample: int = 0
     top: int = 0
-    stop_tokens: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    scope: bytes = b""
+    """Whose kept states it may go on from, and leaves its own to."""
     made: list[int] = field(default_factory=list)
-    mark: Tensor | None = None
-    """Memory after the prompt."""
+    marks: dict[int, Tensor] = field(default_factory=dict)
+    """The memory after so many tokens: at multiples of `MARK_EVERY`, and at the end of the prompt."""
 
 
 @dataclass(eq=False)
@@ -114,7 +117,7 @@ class Engine:
         self._tasks: deque[BackgroundTask] = deque()
         self._wake = threading.Condition()
         self._outbox: list[tuple[Job, Event]] = []
-        self._closing = False
+        self._closing = self._aborted = False
         self._typical = 1.0
         self._thread = threading.Thread(target=self._run, name="lrt-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -131,13 +134,19 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
+    def abort(self) -> None:
+        """Give up all that runs and waits, and tell its owners; nothing is taken from now on."""
+        with self._wake:
+            self._closing = self._aborted = True
+            self._wake.notify()
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of these jobs, or none: `Busy`."""
         with self._wake:
             waiting = len(self._answers) + len(self._tasks)
             if waiting + len(jobs) > self.settings.queue or self._closing:
                 self.metrics.refused.inc()
-                raise Busy(max(1, math.ceil(self._typical * waiting / self.settings.rows)))
+                raise Busy(max(1, math.ceil(self._typical * waiting / self.settings.rows)), self._closing)
             self._answers.extend(job for job in jobs if isinstance(job, Answer))
             self._tasks.extend(job for job in jobs if isinstance(job, BackgroundTask))
             self._wake.notify()
@@ -162,9 +171,9 @@ class Engine:
                     return
             try:
                 self._cycle()
-            except Exception as error:  # better all of them than a server that hangs
+            except Exception:  # better all of them than a server that hangs
                 log.exception("a step failed")
-                self._abandon(error)
+                self._abandon()
             self._flush()
 
     @torch.no_grad()
@@ -183,17 +192,18 @@ class Engine:
             ending = [r for r in self._batch.running if len(r.prompt) == 1]
             self._batch.advance()
             self.metrics.steps.inc()
-            for r in ending:
-                self._seated[r.row].mark = self._batch.cache.memory[r.row].clone()
+            for r in {id(r): r for r in (*ending, *self._batch.running)}.values():
+                if r in ending or r.length % MARK_EVERY == 0:
+                    self._seated[r.row].marks[r.length] = self._batch.cache.memory[r.row].clone()
 
     def _drop(self, now: float) -> None:
         """Forget jobs that were cancelled or whose time is up."""
-        over = [job for job in self._jobs() if job.cancelled or now > job.deadline]
+        over = [job for job in self._jobs() if job.cancelled or now > job.deadline or self._aborted]
         if not over:
             return
         for job in over:
-            (self.metrics.cancelled if job.cancelled else self.metrics.expired).inc()
-            self._post(job, Expired())
+            (self.metrics.cancelled if job.cancelled or self._aborted else self.metrics.expired).inc()
+            self._post(job, Ended.CLOSING if self._aborted else Ended.EXPIRED)
         gone = set(map(id, over))
         with self._wake:
             self._answers = deque(job for job in self._answers if id(job) not in gone)
@@ -224,7 +234,7 @@ class Engine:
 
     def _seat(self, answer: Answer, row: int) -> None:
         self._seated[row] = answer
-        kept, done = self.store.find(answer.prompt)
+        kept, done = self.store.find(answer.scope, answer.prompt)
         self.metrics.prompt_tokens.inc(len(answer.prompt))
         self.metrics.reused_tokens.inc(done)
         rest = len(answer.prompt) - 1 - done
@@ -239,13 +249,17 @@ class Engine:
         """Take in all of a long prompt but its last token, a chunk at a time, then join the batch."""
         cache, known = KVCache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
         cache = kept.into(cache, 0, done) if kept else cache
-        tokens = torch.tensor([known[done:]], device=self.model.device)
-        for _, solved in solve(self.model, tokens, torch.full_like(tokens[:, 0], tokens.shape[1]), cache, self.plan):
-            cache = solved.cache
-            yield
+        first = -done % MARK_EVERY  # so that chunks end where others will look for them
+        for part in filter(None, (known[done : done + first], known[done + first :])):
+            tokens = torch.tensor([part], device=self.model.device)
+            lengths = torch.full_like(tokens[:, 0], len(part))
+            for _, solved in solve(self.model, tokens, lengths, cache, self.plan):
+                cache = solved.cache
+                answer.marks[int(cache.length[0])] = cache.memory[0].clone()
+                yield
         self.metrics.swept_tokens.inc(len(known) - done)
-        self.store.add(known, cache, 0, {len(known): cache.memory[0].clone()})
-        self._batch.cache = self._batch.cache.put(torch.tensor([row], device=tokens.device), cache)
+        self.store.add(answer.scope, known, cache, 0, answer.marks)
+        self._batch.cache = self._batch.cache.put(torch.tensor([row], device=self.model.device), cache)
         self._join(answer, row, len(known))
 
     def _join(self, answer: Answer, row: int, done: int) -> None:
@@ -253,7 +267,9 @@ class Engine:
         left = min(law.max_new_tokens, self.capacity - len(answer.prompt) + 1)
         stream = TextStream(self._decode_bytes, law.stop)
         prompt = answer.prompt[done:][::-1]
-        request = Request(row, law, answer.stop_tokens, left, stream, answer.sample, done, prompt, answer.top)
+        request = Request(
+            row, law, law.stop_tokens or (), left, stream, answer.sample, done, prompt, answer.top, answer.constraint
+        )
         self._batch.join(request, answer.prompt)
 
     def _advance_lane(self) -> None:
@@ -268,7 +284,7 @@ class Engine:
         except Exception as error:
             if not isinstance(error, ValueError):
                 log.exception("a task failed")
-            self._post(job, error if isinstance(error, ValueError) else Failed())
+            self._post(job, error if isinstance(error, ValueError) else Ended.FAILED)
             for row in [row for row, answer in self._seated.items() if answer is job]:
                 self._free(row)
 
@@ -278,7 +294,7 @@ class Engine:
             work()
         except Exception:
             log.exception("an answer failed")
-            self._post(answer, Failed())
+            self._post(answer, Ended.FAILED)
             for row in [row for row, seated in self._seated.items() if seated is answer]:
                 self._free(row)
 
@@ -286,7 +302,7 @@ class Engine:
         now = time.monotonic()
         if emission.fault is not None:
             log.error("an answer ended: %s", emission.fault)
-            self._post(answer, Failed())
+            self._post(answer, Ended.FAILED)
             self._free(emission.row)
             return
         if not answer.made:
@@ -303,17 +319,17 @@ class Engine:
     def _keep(self, row: int, answer: Answer) -> None:
         """Keep the state of a finished answer: it has taken in all but its last token."""
         tokens, cache = [*answer.prompt, *answer.made[:-1]], self._batch.cache
-        assert answer.mark is not None
-        self.store.add(tokens, cache, row, {len(answer.prompt): answer.mark, len(tokens): cache.memory[row].clone()})
+        answer.marks[len(tokens)] = cache.memory[row].clone()
+        self.store.add(answer.scope, tokens, cache, row, answer.marks)
 
     def _free(self, row: int) -> None:
         self._seated.pop(row, None)
         self._batch.leave(row)
 
-    def _abandon(self, error: Exception) -> None:
+    def _abandon(self) -> None:
         """A step has failed: everyone in it is told."""
         for job in {*self._seated.values(), *(job for job, _ in self._lanes)}:
-            self._post(job, Failed())
+            self._post(job, Ended.FAILED)
         self._lanes.clear()
         for row in list(self._seated):
             self._free(row)

@@ -1,4 +1,4 @@
-"""HTTP around the application: errors of one shape, limits on bodies, headers, and streams of events."""
+"""HTTP around the application: errors of one shape, and streams of events."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from lrt.serve.metrics import Metrics
-
-BODY_SECONDS = 30.0
-"""How long a body may take to arrive."""
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
-SHAPES = {
-    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
-    "stop": "a text of at least one character, or a list of at most 16",
-}
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 408: "timeout_error"}
+KINDS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
+    429: "rate_limit_error",
+}  # fmt: skip
 
 
 class ApiError(Exception):
     """An answer that is not 2xx."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
-        self.status, self.message, self.param, self.headers = status, message, param, headers
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     def response(self) -> JSONResponse:
         """As the API writes errors."""
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = " ".join(self.message.split()).encode("utf-8", "replace").decode()
-        body = {"error": {"message": message, "type": kind, "param": self.param, "code": None}}
+        message = " ".join(self.message.split()).encode("utf-8", "replace").decode()[:600]
+        body = {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
         return JSONResponse(body, self.status, self.headers)
+
+
+def too_large(most: int) -> ApiError:
+    """What a body that is too large is answered."""
+    return ApiError(413, f"the body is larger than {most:,} bytes; send less at a time")
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -53,18 +54,6 @@ def handle_errors(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}").response()
-        where = [str(x) for x in first["loc"] if x != "body"]
-        name = where[0] if where else None
-        if name in SHAPES and first["type"] != "missing":
-            return ApiError(400, f"{name} must be {SHAPES[name]}", param=name).response()
-        message = first["msg"].removeprefix("Value error, ")
-        return ApiError(400, f"{'.'.join(where)}: {message}" if where else message, param=name).response()
-
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
@@ -73,50 +62,15 @@ def handle_errors(app: FastAPI) -> None:
         return ApiError(500, "the server failed on this request; its log says why").response()
 
     app.add_exception_handler(ApiError, ours)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
-
-
-class Guard:
-    """Limits what comes in, adds headers to what goes out, counts requests."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int):
-        self.app, self.metrics, self.max_body = app, metrics, max_body
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        size, complete = 0, False
-
-        async def limited() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
-            except asyncio.TimeoutError:
-                raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if size > self.max_body:
-                raise HTTPException(413, f"the body is larger than {self.max_body:,} bytes; send less at a time")
-            return message
-
-        async def sent(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] += [(k.encode(), v.encode()) for k, v in HEADERS.items()]
-                route = scope.get("route")
-                self.metrics.requests.labels(getattr(route, "path", "other"), message["status"]).inc()
-            await send(message)
-
-        return await self.app(scope, limited, sent)
 
 
 class EventStream(Response):
     """A response of server-sent events, as many in one write as there are ready.
 
-    Nothing is sent before the first event is there, so that an error until then has its own status.
+    Nothing is sent before the first event is there, so that an error until then has its own status; one after it is the
+    last event.
     """
 
     def __init__(self, events: AsyncIterator[list[dict[str, Any]]], seconds: float, gone: Callable[[], None]):

@@ -1,23 +1,32 @@
-"""What requests may hold. Unknown fields are refused: a setting that is silently ignored changes results."""
+"""What requests may hold. A setting that changes results and is not honoured is refused; null is as good as absent."""
 
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic.json_schema import models_json_schema
 
 from lrt.config.decoding import PENALTIES, SamplingParams
+from lrt.serve.fields import MOST_TOKENS, Bias, Prompt, Stop, Strict, at_most, id_list
+from lrt.serve.messages import MOST_MESSAGES, MOST_TOOLS, Message, NamedTool, ResponseFormat, Tool
 
-Text = Annotated[str, Field(max_length=10_000_000)]
-Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
-class Strict(BaseModel):
-    """No unknown fields, no conversions between types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",), "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "add_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "truncate_prompt_tokens": (-1,), "priority": (0,), "functions": ([],), "function_call": ("none",),
+    "modalities": (["text"],), "reasoning_effort": ("none",), "verbosity": ("medium",),
+    "service_tier": ("auto", "default"), "typical_p": (1,), "bad_words": ([],), "allowed_token_ids": ([],),
+    "documents": ([],), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,),
+}  # fmt: skip
+"""Settings that are not honoured, and the values by which they change nothing: those are taken."""
+UNUSED = (
+    "user", "store", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id",
+    "parallel_tool_calls",
+)  # fmt: skip
+"""Settings that no answer depends on: taken, and not used."""
 
 
 class StreamOptions(Strict):
@@ -25,6 +34,9 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     """End with a chunk that counts tokens."""
+    continuous_usage_stats: Literal[False] = False
+    include_obfuscation: bool = False
+    """Taken, and not used."""
 
 
 class Generation(Strict):
@@ -34,47 +46,77 @@ class Generation(Strict):
     """Name of the model; by default the one that is served."""
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, le=2**31)
+    top_k: int = Field(-1, ge=-1, le=2**31)
+    """Keep so many tokens; -1 and 0 keep all."""
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=PENALTIES[0], le=PENALTIES[1], allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Bias = ()
     n: int = Field(1, ge=1, le=1024)
-    stop: Annotated[str, Field(min_length=1, max_length=200)] | Stop | None = None
+    best_of: int | None = Field(None, ge=1, le=1024)
+    """As many as n; more is refused."""
+    stop: Stop = ()
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast(), at_most(128)] = []  # noqa: RUF012
+    """Tokens that end an answer, beside the model's own."""
+    ignore_eos: bool = False
+    """Go on where the model would end."""
+    min_tokens: int = Field(0, ge=0, le=2**31)
+    """Tokens before which an answer does not end."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    """Taken, and not used."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    cache_salt: str | None = Field(None, min_length=1, max_length=512)
+    """Answers of one salt share kept states with each other alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, data: Any) -> Any:
+        """Leave out what changes nothing. ValueError: a setting that is not honoured."""
+        if not isinstance(data, dict):
+            return data
+        for name in NEUTRAL.keys() & data.keys():
+            if data[name] is not None and not any(_same(data[name], value) for value in NEUTRAL[name]):
+                fine = " or ".join(map(repr, NEUTRAL[name]))
+                raise ValueError(f"{name} is not supported: leave it out, or give {fine}")
+        return {name: value for name, value in data.items() if name not in NEUTRAL and name not in UNUSED}
 
     @model_validator(mode="after")
     def _supported(self) -> Generation:
-        if self.presence_penalty or self.frequency_penalty:
-            raise ValueError("presence_penalty and frequency_penalty are not supported: use repetition_penalty")
+        if self.best_of is not None and self.best_of != self.n:
+            raise ValueError(f"best_of is {self.best_of} and n is {self.n}: choosing the best is not supported")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options need stream to be true")
         return self
 
-    def sampling(self, most: int, stop: tuple[str, ...] = ()) -> SamplingParams:
-        """The library's form; without a seed one is drawn."""
-        given = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def sampling(self, most: int, stop: tuple[str, ...], stop_tokens: tuple[int, ...]) -> SamplingParams:
+        """The library's form; without a seed one is drawn. `stop` and `stop_tokens` come from the model."""
         seed = secrets.randbelow(2**63) if self.seed is None else self.seed % 2**64
+        ends = () if self.ignore_eos else stop_tokens
         return SamplingParams(
-            max_new_tokens=max(1, most), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            min_p=self.min_p, repetition_penalty=self.repetition_penalty, seed=seed, stop=(*given, *stop),
+            max_new_tokens=max(1, most), min_new_tokens=self.min_tokens, temperature=self.temperature,
+            top_k=self.top_k if self.top_k > 0 else None, top_p=self.top_p, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, logit_bias=self.logit_bias, seed=seed,
+            stop=(*self.stop, *stop), stop_tokens=tuple(dict.fromkeys((*ends, *self.stop_token_ids))),
         )  # fmt: skip
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Prompt
     """A text, several, token ids, or several lists of them. A text begins a document; ids are taken as they are."""
-    max_tokens: int = Field(16, ge=0)
+    max_tokens: int = Field(16, ge=0, le=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
     """Log-probabilities of the tokens, and of so many alternatives."""
     echo: bool = False
     """Begin the answer with the prompt; with `logprobs` the prompt's tokens are scored too."""
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _something_to_do(self) -> CompletionRequest:
@@ -83,44 +125,67 @@ class CompletionRequest(Generation):
         return self
 
 
-class Part(Strict):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(Strict):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
-    name: str | None = None
-    """Taken, and not used."""
-
-    def plain(self) -> dict[str, str]:
-        """Role and text."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
-
-
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1), at_most(MOST_MESSAGES)]
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     """The same as max_tokens. By default an answer ends at a stop or where the context does."""
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], FailFast(), at_most(MOST_TOOLS)] = []  # noqa: RUF012
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """By default auto where there are tools."""
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(32)] = {}  # noqa: RUF012
+    """Variables for the model's chat template."""
+
+    @model_validator(mode="after")
+    def _choosable(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs need logprobs to be true")
+        names = [tool.function.name for tool in self.tools]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is none of the tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is required, but there are no tools")
+        return self
 
 
 class InspectRequest(Strict):
     """POST /api/inspect."""
 
-    text: Text
+    text: str
     top: int = Field(5, ge=1, le=20)
     """Alternatives per token."""
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: of a text, or of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], FailFast(), at_most(MOST_MESSAGES)] = []  # noqa: RUF012
+    add_special_tokens: bool = True
+    """Put BOS in front of a text."""
+    add_generation_prompt: Literal[True] = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("give a prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[Any, PlainValidator(lambda value: id_list(value, MOST_TOKENS) if value else []), WithJsonSchema(
+        {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    )]  # fmt: skip
 
 
 class ErrorDetail(BaseModel):
@@ -136,3 +201,19 @@ class ErrorBody(BaseModel):
     """Every answer that is not 2xx."""
 
     error: ErrorDetail
+
+
+BODIES = (CompletionRequest, ChatRequest, InspectRequest, TokenizeRequest, DetokenizeRequest)
+REFERENCE = "#/components/schemas/{model}"
+
+
+def described(kind: type[BaseModel]) -> dict[str, Any]:
+    """A body in OpenAPI."""
+    schema = {"$ref": REFERENCE.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def components() -> dict[str, Any]:
+    """The schemas of all bodies and of what they hold, by name."""
+    _, found = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=REFERENCE)
+    return found["$defs"]

@@ -26,6 +26,18 @@ class Settings:
     """Largest request body in bytes."""
     deadline: float = 120.0
     """Seconds after which a request is given up (408)."""
+    connections: int = 900
+    """Most connections; beyond them the one that has kept the server waiting longest is dropped."""
+    connections_per_peer: int = 300
+    """Most connections from one address; behind a proxy, those of all its clients."""
+    header_seconds: float = 10.0
+    """Seconds that a request's headers may take to arrive."""
+    body_seconds: float = 30.0
+    """Seconds that a request's body may take to arrive (408)."""
+    store_metrics: bool = False
+    """Show in /metrics what tells whether a prompt was kept: only where all who ask may know of each other."""
+    allow_origin: tuple[str, ...] = ()
+    """Origins whose pages may use the API (CORS), such as https://example.org; by default none but its own."""
     keep_mb: int = 256
     """Memory for the states of finished conversations, in MB; 0 keeps none."""
     prefill: str = DEFAULT_MODE
@@ -39,13 +51,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         PrefillOptions.parse(self.prefill, self.tolerance, 1, self.chunk)
-        for name in ("rows", "queue", "max_choices", "max_body", "sweep_from"):
+        for name in ("rows", "queue", "max_choices", "max_body", "sweep_from", "connections", "connections_per_peer"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
         for name in ("max_prompt", "max_output"):
             limit = getattr(self, name)
             require(limit is None or limit >= 1, f"--{name.replace('_', '-')} is {limit}; give at least 1, or none")
         require(self.keep_mb >= 0, f"--keep-mb is {self.keep_mb}; give at least 0, which keeps nothing")
-        require(self.deadline > 0, f"--deadline is {self.deadline}; give some seconds")
+        for name in ("deadline", "header_seconds", "body_seconds"):
+            seconds = getattr(self, name)
+            require(seconds > 0, f"--{name.replace('_', '-')} is {seconds}; give some seconds")
+        wrong = [x for x in self.allow_origin if not x.startswith(("http://", "https://")) or x.count("/") != 2]
+        require(not wrong, f"--allow-origin names {wrong[:1]}; give origins such as https://example.org")
 
     @property
     def shapes(self) -> tuple[int, ...]:

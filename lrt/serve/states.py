@@ -1,95 +1,195 @@
-"""StoredState states: what finished answers leave behind, so that a conversation goes on where it stopped."""
+"""Kept states: what finished answers leave behind, so that a prompt goes on from the longest beginning that is known.
+
+A state can be continued from its marks: places where its memory is kept. They stand at multiples of 64 tokens, so that
+prompts which share a header share its state, and at the ends of prompts and answers. An index from the hash of every
+marked beginning to the states that hold it finds one without looking at the others. Hashes are keyed by a secret of the
+process and by a scope: what one scope has kept, another never finds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import secrets
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lrt.model.kv_cache import KVCache
 
-MOST_MARKS = 16
+MARK_EVERY = 64
+OTHER_MARKS = 16
+"""Most marks of a state at other places; the latest stay."""
+STATE_BYTES, MARK_BYTES = 1100, 330
+"""What a state and a mark take beside their numbers: objects, entries of the index (measured by a test)."""
+
+
+class Layout(NamedTuple):
+    """The shapes of one row of a cache."""
+
+    heads: int
+    rings: tuple[int, ...]
+    """Slots of every layer."""
+    head_width: int
+    width: int
+
+    @staticmethod
+    def of(cache: KVCache) -> Layout:
+        """That of a cache's rows."""
+        _, heads, _, head_width = cache.keys[0].shape
+        return Layout(heads, tuple(k.shape[2] for k in cache.keys), head_width, cache.memory.shape[1])
 
 
 class StoredState(NamedTuple):
     """One row's state after `tokens`, with the places it can be continued from."""
 
     tokens: np.ndarray
-    keys: list[Tensor]
-    """Per layer the slots in use, [K, n, E]."""
-    values: list[Tensor]
-    marks: dict[int, Tensor]
-    """Memory [D] after so many tokens: the end, and ends of earlier prompts and answers."""
+    marks: np.ndarray
+    """Those places, in order: after so many tokens."""
+    numbers: Tensor
+    """Keys and values of every layer [K, n, E], then the memory [D] at every mark, one after the other."""
+    layout: Layout
 
     @property
     def size(self) -> int:
         """Bytes held."""
-        return sum(x.nbytes for x in (*self.keys, *self.values, *self.marks.values())) + self.tokens.nbytes
+        known = self.tokens.nbytes + self.marks.nbytes + self.numbers.nbytes
+        return known + STATE_BYTES + MARK_BYTES * len(self.marks)
 
-    def usable(self, tokens: np.ndarray) -> int:
-        """The furthest mark that `tokens` pass on their way, leaving at least one token to take in; 0 if none."""
-        n = min(len(self.tokens), len(tokens) - 1)
-        differs = np.flatnonzero(self.tokens[:n] != tokens[:n])
-        common = int(differs[0]) if len(differs) else n
-        return max((mark for mark in self.marks if mark <= common), default=0)
+    def parts(self) -> tuple[list[Tensor], Tensor]:
+        """Keys and values of every layer, in turns, and the memories [marks, D]."""
+        heads, rings, head_width, width = self.layout
+        slots = [min(len(self.tokens), ring) for ring in rings for _ in range(2)]
+        sizes = [heads * n * head_width for n in slots] + [len(self.marks) * width]
+        *pairs, memories = self.numbers.split(sizes)
+        return [x.view(heads, n, head_width) for x, n in zip(pairs, slots, strict=True)], memories.view(-1, width)
+
+    def memories(self) -> dict[int, Tensor]:
+        """The memory at every mark."""
+        return dict(zip(self.marks.tolist(), self.parts()[1], strict=True))
 
     def into(self, cache: KVCache, row: int, mark: int) -> KVCache:
         """`cache` with its row in this state, as it was after `mark` tokens."""
-        for mine, new in zip((*cache.keys, *cache.values), (*self.keys, *self.values), strict=True):
+        pairs, memories = self.parts()
+        places = [x for layer in zip(cache.keys, cache.values, strict=True) for x in layer]
+        for mine, new in zip(places, pairs, strict=True):
             mine[row, :, : new.shape[1]] = new
         memory, length, last = (x.clone() for x in cache.per_row())
-        memory[row], length[row], last[row] = self.marks[mark], mark, int(self.tokens[mark - 1])
+        memory[row], length[row] = memories[bisect_left(self.marks.tolist(), mark)], mark
+        last[row] = int(self.tokens[mark - 1])
         return KVCache(cache.keys, cache.values, memory, length, last, max(cache.longest, mark))
 
 
 @final
 class StateStore:
-    """StoredState states, the least recently used dropped first where they exceed `limit` bytes."""
+    """States, the least recently used dropped first where they exceed `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
-        self._kept: list[StoredState] = []
-        """The most recently used last."""
+        self._kept: OrderedDict[int, StoredState] = OrderedDict()
+        """By number, the most recently used last."""
+        self._holders: dict[bytes, tuple[int, ...]] = {}
+        """Which states hold a marked beginning, by its hash; the newest last."""
+        self._digests: dict[int, tuple[bytes, ...]] = {}
+        """The hashes of each state's marks."""
+        self._lengths: Counter[int] = Counter()
+        self._sorted: list[int] = []
+        """The places of all marks, in order."""
+        self._secret, self._next = secrets.token_bytes(32), 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, tokens: Sequence[int]) -> tuple[StoredState | None, int]:
-        """The state that is furthest on the way to `tokens`, and the mark to continue it from."""
-        wanted = np.asarray(tokens, dtype=np.int64)
-        best = max(self._kept, key=lambda kept: kept.usable(wanted), default=None)
-        mark = best.usable(wanted) if best else 0
-        if best is None or not mark:
-            return None, 0
-        self._touch(best)
-        return best, mark
+    def find(self, scope: bytes, tokens: Sequence[int]) -> tuple[StoredState | None, int]:
+        """The state that is furthest on the way to `tokens`, and the mark to continue it from; None and 0 if none is.
 
-    def add(self, tokens: Sequence[int], cache: KVCache, row: int, marks: dict[int, Tensor]) -> None:
+        At least one token is left to take in.
+        """
+        wanted = np.asarray(tokens, dtype=np.int32)
+        for mark, digest in reversed(list(self._beginnings(scope, wanted, len(wanted) - 1))):
+            for number in reversed(self._holders.get(digest, ())):
+                state = self._kept[number]
+                if np.array_equal(state.tokens[:mark], wanted[:mark]):
+                    self._kept.move_to_end(number)
+                    return state, mark
+        return None, 0
+
+    def add(self, scope: bytes, tokens: Sequence[int], cache: KVCache, row: int, marks: dict[int, Tensor]) -> None:
         """Keep a row that has taken in `tokens`; `marks` hold the memory at places where it may be continued."""
-        known = np.asarray(tokens, dtype=np.int64)
-        n, rings = len(known), [k.shape[2] for k in cache.keys]
-        if not self.limit:
+        known = np.asarray(tokens, dtype=np.int32)
+        n, layout = len(known), Layout.of(cache)
+        wrapped = n > min(layout.rings)
+        if not self.limit or not n:
             return
-        if n > min(rings):  # a window has wrapped: earlier keys are gone, and only the end can be continued
-            marks = {n: marks[n]}
-        for old in [k for k in self._kept if len(k.tokens) <= n and (k.tokens == known[: len(k.tokens)]).all()]:
-            marks = marks if n > min(rings) else old.marks | marks  # this one goes on from there: it replaces it
-            self._drop(old)
-        last = sorted(marks)[-MOST_MARKS:]
-        keys, values = ([x[row, :, : min(n, x.shape[2])].clone() for x in xs] for xs in (cache.keys, cache.values))
-        kept = StoredState(known, keys, values, {mark: marks[mark] for mark in last})
-        if kept.size > self.limit:
-            return
-        self._kept.append(kept)
-        self.size += kept.size
+        for number in self._beginnings_kept(scope, known):  # this one goes on from there: it replaces them
+            marks = self._kept[number].memories() | marks
+            self._drop(number)
+        # Once a window has wrapped, earlier keys are gone, and only the end can be continued.
+        places = [n] if wrapped else _places(marks, n)
+        pairs = [x[row, :, : min(n, x.shape[2])] for layer in zip(cache.keys, cache.values, strict=True) for x in layer]
+        numbers = torch.cat([*(x.reshape(-1) for x in pairs), *(marks[mark] for mark in places)])
+        state = StoredState(known, np.array(places, dtype=np.int32), numbers, layout)
+        if state.size <= self.limit:
+            self._keep(scope, state)
         while self.size > self.limit:
-            self._drop(self._kept[0])
+            self._drop(next(iter(self._kept)))
 
-    def _drop(self, kept: StoredState) -> None:
-        self._kept = [k for k in self._kept if k is not kept]
-        self.size -= kept.size
+    def _keep(self, scope: bytes, state: StoredState) -> None:
+        number, self._next = self._next, self._next + 1
+        self._kept[number] = state
+        self.size += state.size
+        places = state.marks.tolist()
+        for mark in places:
+            if not self._lengths[mark]:
+                insort(self._sorted, mark)
+            self._lengths[mark] += 1
+        own = set(places)
+        found = self._beginnings(scope, state.tokens, len(state.tokens))
+        self._digests[number] = tuple(digest for mark, digest in found if mark in own)
+        for digest in self._digests[number]:
+            self._holders[digest] = (*self._holders.get(digest, ()), number)
 
-    def _touch(self, kept: StoredState) -> None:
-        self._kept = [*(k for k in self._kept if k is not kept), kept]
+    def _drop(self, number: int) -> None:
+        state = self._kept.pop(number)
+        self.size -= state.size
+        for digest in self._digests.pop(number):
+            left = tuple(other for other in self._holders[digest] if other != number)
+            if left:
+                self._holders[digest] = left
+            else:
+                del self._holders[digest]
+        for mark in state.marks.tolist():
+            self._lengths[mark] -= 1
+            if not self._lengths[mark]:
+                del self._lengths[mark]
+                self._sorted.pop(bisect_left(self._sorted, mark))
+
+    def _beginnings(self, scope: bytes, tokens: np.ndarray, most: int) -> Iterator[tuple[int, bytes]]:
+        """The hashes of those beginnings of `tokens` that end where some state has a mark, up to `most` tokens."""
+        hashed, data, at = hashlib.blake2b(scope, key=self._secret, digest_size=16), tokens.tobytes(), 0
+        for mark in self._sorted:
+            if mark > most:
+                return
+            hashed.update(data[4 * at : 4 * mark])
+            at = mark
+            yield mark, hashed.copy().digest()
+
+    def _beginnings_kept(self, scope: bytes, tokens: np.ndarray) -> list[int]:
+        """The states whose tokens are the beginning of these."""
+        return [
+            number
+            for mark, digest in self._beginnings(scope, tokens, len(tokens))
+            for number in self._holders.get(digest, ())
+            if len(self._kept[number].tokens) == mark and np.array_equal(self._kept[number].tokens, tokens[:mark])
+        ]
+
+
+def _places(marks: dict[int, Tensor], end: int) -> list[int]:
+    """Which marks stay: all at multiples of `MARK_EVERY`, and the latest others."""
+    usable = sorted(mark for mark in marks if 0 < mark <= end)
+    others = [mark for mark in usable if mark % MARK_EVERY][-OTHER_MARKS:]
+    return sorted({*others, *(mark for mark in usable if mark % MARK_EVERY == 0)})

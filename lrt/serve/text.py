@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 from lrt.data import Tokenizer
+from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.batch import Ranked
-from lrt.inference.chat_template import ChatTemplate
-from lrt.utils.files import MOST_SETTINGS, read_json, read_text
+from lrt.inference.chat_template import ChatTemplate, Message, Tool
 
-TURN, NEXT = "USER: {}\nBOT:", "\nUSER:"
-"""How `lrt chat` writes a turn, and what ends an answer."""
+TURN, TOOL_TURN, NEXT = "USER: {}\nBOT:", "TOOL: {}\nBOT:", "\nUSER:"
+"""How `lrt chat` writes a turn, how the result of a tool is written, and what ends an answer."""
+NOTHING: Mapping[str, Any] = {}
 
 
 @final
@@ -23,11 +25,22 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, folder: Path | None = None) -> None:
         """`folder` may hold a chat template: chat_template.jinja, or `chat_template` in tokenizer_config.json."""
         self.tokenizer, self._names = tokenizer, {i: name for name, i in tokenizer.specials.items()}
-        self._template = _chat_template(tokenizer, folder)
+        self.longest_token = max(1, *map(len, tokenizer.spellings()))
+        """Most bytes that one token spells."""
+        self.template = _chat_template(tokenizer, folder)
 
     def opened(self, text: str) -> list[int]:
         """`text` as the beginning of a document."""
         return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+
+    def about(self) -> dict[str, Any]:
+        """Special tokens and the chat template, as clients ask for them."""
+        bos = self.spell(self.tokenizer.bos)
+        named = {"bos_token": bos, "eos_token": self.spell(self.tokenizer.eos), "pad_token": None}
+        templates = {} if self.template is None else self.template.templates
+        named |= {} if self.template is None else self.template.specials
+        return named | {"tokenizer_class": type(self.tokenizer).__name__, "vocab_size": self.tokenizer.vocab_size,
+                        "chat_template": templates.get("default")}  # fmt: skip
 
     def spell(self, token: int) -> str:
         """A token as text; one that is no text by itself as `bytes:\\x..`, a special one by its name."""
@@ -39,49 +52,63 @@ class Vocabulary:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def conversation(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], tuple[str, ...]]:
-        """A conversation as a prompt, and the texts that end its answer. ValueError: the template refuses it."""
-        if self._template is None:
-            return self._plain(messages), (NEXT,)
-        ids = self._template.encode(messages)
+    def conversation(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), variables: Mapping[str, Any] = NOTHING
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """A conversation as a prompt, and the texts that end its answer; `variables` are the template's.
+
+        ValueError: the template refuses it.
+        """
+        if self.template is None:
+            if variables:
+                raise ValueError("the model has no chat template: leave out chat_template_kwargs")
+            return self._plain(messages, tools), (NEXT,)
+        reserved = {"messages", "tools", "documents", "add_generation_prompt", *self.template.specials}
+        if wrong := [name for name in variables if name in reserved or not name.isidentifier()]:
+            raise ValueError(f"chat_template_kwargs may not name {wrong[0][:40]!r}")
+        ids = self.template.encode(messages, tools, **variables)
         if not ids:
             raise ValueError("the model's chat template makes nothing of these messages: send some text")
         return ids, ()
 
-    def _plain(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def _plain(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """As `lrt chat` writes it; every message is encoded by itself, so that an answer keeps its tokens."""
         ids, answered = [self.tokenizer.bos], False
         if messages[-1]["role"] == "assistant":
             raise ValueError("messages end with the assistant's; the last one must be the user's")
+        if tools:
+            functions = [tool["function"] for tool in tools]
+            ids += self.tokenizer.encode(f"TOOLS: {json.dumps(functions, ensure_ascii=False)}\n")
         for message in messages:
-            text = message["content"]
-            if message["role"] == "assistant":
-                text = text if text[:1].isspace() else f" {text}"
-            elif message["role"] == "user":
-                text = ("\n" if answered else "") + TURN.replace("{}", text)
-            else:
-                text = f"{text}\n"
+            ids += self.tokenizer.encode(_turn(message, answered))
             answered = message["role"] == "assistant"
-            ids += self.tokenizer.encode(text)
         return ids
 
 
+def _turn(message: Message, answered: bool) -> str:
+    """One message as `lrt chat` writes it."""
+    role, text = message["role"], message["content"]
+    if role == "assistant":
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        calls = [f'{{"name": {json.dumps(f["name"])}, "arguments": {f["arguments"]}}}' for f in functions]
+        text = "\n".join([text, *calls] if text else calls)
+        return text if text[:1].isspace() else f" {text}"
+    if role in ("user", "tool"):
+        return ("\n" if answered else "") + (TURN if role == "user" else TOOL_TURN).replace("{}", text)
+    return f"{text}\n"
+
+
 def _chat_template(tokenizer: Tokenizer, folder: Path | None) -> ChatTemplate | None:
-    """From chat_template.jinja, or `chat_template` in tokenizer_config.json: one, or a list of named ones."""
-    if folder is None:
-        return None
-    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    facts = read_json(config, "tokenizer description") if config.exists() else {}
-    found = read_text(own, "chat template", MOST_SETTINGS) if own.exists() else facts.get("chat_template")
-    named = [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
-    templates = {str(x["name"]): str(x["template"]) for x in named if "name" in x and "template" in x}
-    if isinstance(found, str):
-        templates = {"default": found}
+    """The tokenizer's own, or that of a folder with other settings."""
+    config = tokenizer.config
+    if folder is not None:
+        config = read_tokenizer_config(folder, tokenizer.vocabulary(), tokenizer.specials)
+    named = {"eos_token": config.eos, "pad_token": config.pad, "unk_token": config.unknown}
+    specials = {key: value for key, value in named.items() if value is not None}
     names = {i: name for name, i in tokenizer.specials.items()}
-    specials = {key: value for key, value in facts.items() if key.endswith("_token") and isinstance(value, str)}
     if tokenizer.bos in names:
         specials["bos_token"] = names[tokenizer.bos]
-    return ChatTemplate(tokenizer, templates, specials) if templates else None
+    return ChatTemplate(tokenizer, config.chat_templates, specials) if config.chat_templates else None
 
 
 @final

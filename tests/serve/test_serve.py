@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("serve") / "run")
+    return make_run(tmp_path_factory.mktemp("serve") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_models_and_health(server, client):
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
     text = httpx.get(server.url + "/metrics").text
     assert 'lrt_requests_total{path="/v1/models",status="200"}' in text
-    assert "lrt_steps_total" in text
+    assert "lrt_generated_tokens_total" in text
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -247,16 +247,26 @@ def test_a_conversation_goes_on_from_its_kept_state(server):
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature: Input should be greater"),
         ("completions", {"prompt": "a", "repetition_penalty": 5e-324}, 400, "repetition_penalty: Input should be"),
         ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
-        ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix: Extra inputs are not permitted"),
-        ("completions", {"prompt": "a", "presence_penalty": 1.0}, 400, "use repetition_penalty"),
+        ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix is not supported: leave it out, or give ''"),
+        ("completions", {"prompt": "a", "nonsense": 1}, 400, "nonsense: Extra inputs are not permitted"),
+        ("completions", {"prompt": "a", "best_of": 3}, 400, "choosing the best is not supported"),
+        ("completions", {"prompt": "a", "presence_penalty": 3}, 400, "presence_penalty: Input should be less"),
+        ("completions", {"prompt": "a", "logit_bias": {"9999": 1}}, 400, "token 9999 is outside the vocabulary"),
+        ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias must map token ids to numbers"),
+        ("completions", {"prompt": "a", "stop_token_ids": [9999]}, 400, "token 9999 is outside the vocabulary"),
         ("completions", {"prompt": "a", "stop": ["", "b"]}, 400, "stop must be"),
-        ("completions", {"prompt": "a", "model": "gpt \ud800"}, 404, "is not served here; use 'tiny'"),
-        ("completions", {"prompt": "a\ud800"}, 400, "prompt must be a text"),
+        ("completions", {"prompt": "a", "model": "gpt"}, 404, "is not served here; use 'tiny'"),
+        ("completions", {"prompt": "a\ud800"}, 400, "not valid JSON"),
         ("completions", {"prompt": ["a"] * 40, "n": 40}, 400, "more than 64 answers"),
+        ("completions", {"prompt": ["a"] * 65}, 400, "prompt has 65 prompts; send at most 64 at a time"),
+        ("completions", {"prompt": [1] * 300}, 400, "the prompt has 300 tokens; at most 255 fit here"),
         ("completions", [], 400, "valid dictionary"),
         ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "must be the user's"),
-        ("nowhere", {}, 405, "Method Not Allowed"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages.0: content is missing"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 400, "messages.0.content"),
+        ("nowhere", {}, 404, "Not Found"),
+        ("embeddings", {"input": "a"}, 404, "not offered here"),
     ],
 )  # fmt: skip
 def test_errors_are_4xx_with_one_clear_sentence(server, path, body, status, says):
@@ -272,7 +282,7 @@ def test_errors_are_4xx_with_one_clear_sentence(server, path, body, status, says
 def test_bodies_that_are_no_json_or_too_large(server):
     headers = {"content-type": "application/json"}
     broken = httpx.post(server.url + "/v1/completions", content=b'{"prompt": ', headers=headers)
-    assert (broken.status_code, broken.json()["error"]["message"][:30]) == (400, "the body is not valid JSON: Ex")
+    assert (broken.status_code, broken.json()["error"]["message"][:30]) == (400, "the body is not valid JSON: EO")
     large = httpx.post(server.url + "/v1/completions", content=b" " * 1_000_001, headers=headers)
     assert large.status_code == 413
     assert "larger than 1,000,000 bytes" in large.json()["error"]["message"]
@@ -283,7 +293,7 @@ HOLD = {"prompt": "def", "max_tokens": 256, "temperature": 0, "stop": "\x00"}
 
 def test_deadline_queue_and_key(run):
     """One row, one place to wait: the next is refused; who waits too long is told so."""
-    with Server(run, api_key="secret", rows=1, queue=1, deadline=3) as small:
+    with Server(run, "secret", rows=1, queue=1, deadline=3) as small:
         assert post(small, "/v1/completions", HOLD).status_code == 401
         assert httpx.get(small.url + "/health").status_code == 200
         go = threading.Event()
@@ -414,7 +424,11 @@ def test_strengths_are_the_norms_of_the_injections(server):
 
 @pytest.mark.parametrize(
     ("path", "valid"),
-    [(path, valid) for path in ("/v1/completions", "/v1/chat/completions", "/api/inspect") for valid in (True, False)]
+    [
+        (path, valid)
+        for path in ("/v1/completions", "/v1/chat/completions", "/api/inspect", "/tokenize", "/detokenize")
+        for valid in (True, False)
+    ]
     + [("/v1/models/{name}", True)],  # any name is valid
 )
 def test_schemathesis_finds_no_server_error(server, path, valid):

@@ -124,7 +124,7 @@ def memory() -> int:
 @pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_nobody_notices_those_who_leave_hang_and_send_nonsense(tmp_path, seconds):
     asked = bodies(24)
-    with Server(make_run(tmp_path / "run"), queue=256, keep_mb=4, deadline=300) as server:
+    with Server(make_run(tmp_path / "tiny"), queue=256, keep_mb=4, deadline=300) as server:
         alone = [asyncio.run(ask(server, body)) for body in asked]
         asyncio.run(crowd(server, asked, seconds / 5))  # what is kept and pooled has been taken by now
         server.wait_idle()

@@ -36,7 +36,7 @@ def test_local_completions_agree_with_exact_scoring(tmp_path, monkeypatch):
     simple_evaluate = pytest.importorskip("lm_eval").simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "tiny")
     documents = tmp_path / "documents.jsonl"
     documents.write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS), encoding="utf-8")
     (tmp_path / "task.yaml").write_text(TASK.format(file=documents), encoding="utf-8")

@@ -29,7 +29,7 @@ def browser():
 
 @pytest.fixture
 def server(tmp_path):
-    with Server(make_run(tmp_path / "run")) as running:
+    with Server(make_run(tmp_path / "tiny")) as running:
         yield running
 
 

@@ -15,6 +15,7 @@ from lrt.model.kv_cache import KVCache
 from lrt.serve.states import StateStore
 from lrt.serve.text import Listing, Vocabulary
 
+MINE = b"mine"
 FULL = config(window_pattern="L")
 WINDOWED = config()
 SHIFT, BOTH = (config(window_pattern="L", **memory) for memory in ({"source": 0}, {"shift": True}))
@@ -36,11 +37,11 @@ def test_a_state_goes_on_from_its_marks_in_a_used_row(cfg):
     model, ids = fixed(cfg), tokens(cfg, 1, 20)[0].tolist()
     cache, marks = taken_in(model, ids[:12], [5, 12])
     store = StateStore(10**6)
-    store.add(ids[:12], cache, 1, marks)
+    store.add(MINE, ids[:12], cache, 1, marks)
     if cfg is WINDOWED:
-        assert store.find(ids[:8]) == (None, 0)
+        assert store.find(MINE, ids[:8]) == (None, 0)
     for prompt in (ids[:9], ids[:14]):
-        kept, mark = store.find(prompt)
+        kept, mark = store.find(MINE, prompt)
         if kept is None:
             continue
         assert mark == (12 if len(prompt) == 14 else 5)
@@ -55,32 +56,32 @@ def test_other_tokens_and_whole_prompts_find_nothing():
     model, ids = fixed(FULL), tokens(FULL, 1, 20)[0].tolist()
     cache, marks = taken_in(model, ids[:12], [12])
     store = StateStore(10**6)
-    store.add(ids[:12], cache, 1, marks)
-    assert store.find(ids[:12]) == (None, 0)  # its last token must still be taken in, for its logits
-    assert store.find([*ids[:11], (ids[11] + 1) % 19, 3]) == (None, 0)
-    assert store.find(ids[:13])[1] == 12
+    store.add(MINE, ids[:12], cache, 1, marks)
+    assert store.find(MINE, ids[:12]) == (None, 0)  # its last token must still be taken in, for its logits
+    assert store.find(MINE, [*ids[:11], (ids[11] + 1) % 19, 3]) == (None, 0)
+    assert store.find(MINE, ids[:13])[1] == 12
 
 
 def test_longer_states_replace_their_beginnings_and_the_oldest_leave():
     model, ids = fixed(FULL), tokens(FULL, 1, 20)[0].tolist()
     cache, marks = taken_in(model, ids[:6], [6])
     store = StateStore(10**6)
-    store.add(ids[:6], cache, 1, marks)
+    store.add(MINE, ids[:6], cache, 1, marks)
     cache, marks = taken_in(model, ids[:12], [12])
-    store.add(ids[:12], cache, 1, marks)
+    store.add(MINE, ids[:12], cache, 1, marks)
     assert len(store) == 1
-    assert store.find(ids[:8])[1] == 6
+    assert store.find(MINE, ids[:8])[1] == 6
     size = store.size
     small = StateStore(int(1.5 * size))
     for first in (1, 2):
         other = [first, *ids[1:12]]
         cache, marks = taken_in(model, other, [12])
-        small.add(other, cache, 1, marks)
+        small.add(MINE, other, cache, 1, marks)
     assert len(small) == 1
     assert small.size <= small.limit
-    assert small.find([2, *ids[1:12], 4])[1] == 12
+    assert small.find(MINE, [2, *ids[1:12], 4])[1] == 12
     nothing = StateStore(0)
-    nothing.add(ids[:12], cache, 1, marks)
+    nothing.add(MINE, ids[:12], cache, 1, marks)
     assert len(nothing) == 0
 
 

@@ -1,0 +1,156 @@
+"""POST /v1/chat/completions: one request on its way, from its body to its answer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple, final
+
+from fastapi import Request
+
+from lrt.inference.batch import Emission
+from lrt.serve.calls import Call, Choice, head, usage
+from lrt.serve.grammar import CallReader, GrammarConstraint
+from lrt.serve.http import ApiError
+from lrt.serve.messages import Message, NamedTool, Tool
+from lrt.serve.schemas import ChatRequest
+from lrt.serve.served import Served
+from lrt.serve.text import Listing
+
+
+class ReadyChat(NamedTuple):
+    """A request as tokens."""
+
+    body: ChatRequest
+    prompt: list[int]
+    stop: tuple[str, ...]
+    """Texts by which the model ends an answer."""
+    form: GrammarConstraint | None
+    tools: tuple[str, ...]
+    """Tools that the answer may call."""
+
+    @staticmethod
+    def of(served: Served, data: Any) -> ReadyChat:
+        """From a body's JSON; no part of it needs the event loop. ApiError: what is wrong with it."""
+        body = served.parsed(ChatRequest, data)
+        served.check(body, 1, body.max_completion_tokens or body.max_tokens)
+        form, tools = served.constraint(body, body.response_format, body.tools, _choice(body))
+        prompt, stop = conversation(served, body.messages, body.tools, body.chat_template_kwargs)
+        return ReadyChat(body, prompt, stop, form, tools)
+
+
+def _choice(body: ChatRequest) -> str | None:
+    if isinstance(body.tool_choice, NamedTool):
+        return body.tool_choice.function.name
+    return body.tool_choice or ("auto" if body.tools else None)
+
+
+def conversation(
+    served: Served, messages: list[Message], tools: list[Tool], variables: dict[str, Any]
+) -> tuple[list[int], tuple[str, ...]]:
+    """A conversation as a prompt, and the texts that end its answer. ApiError: it does not fit."""
+    plain = [m.plain() for m in messages]
+    least = sum(len(m["content"].encode()) for m in plain) // served.words.longest_token
+    if least > served.longest_prompt:  # before any of it is made tokens
+        served.too_long(f"at least {least}", "messages")
+    try:
+        found = served.words.conversation(plain, [t.model_dump(exclude_none=True) for t in tools], variables)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from None
+    served.fits(found[0], "messages")
+    return found
+
+
+@final
+class Chat:
+    """One request on its way."""
+
+    def __init__(self, served: Served, ready: ReadyChat, owner: int):
+        self.served, self.body, self.prompt = served, ready.body, ready.prompt
+        self.call = Call(served, owner, ready.body.cache_salt)
+        answers = [Choice(k, self.prompt, Listing(served.words)) for k in range(self.body.n)]
+        self.choices = [ChatChoice(answer, ready.tools) for answer in answers]
+        most = self.body.max_completion_tokens or self.body.max_tokens or served.longest
+        law = self.body.sampling(most, ready.stop if ready.form is None else (), served.words.tokenizer.ends)
+        top = (self.body.top_logprobs or 0) if self.body.logprobs else 0
+        self.call.submit(self.call.answers([self.prompt], self.body.n, law, top, ready.form))
+
+    async def whole(self, request: Request) -> dict[str, Any]:
+        """The answer in one piece."""
+        for event in await self.call.all(request):
+            self.choices[event.number].take(event.what)
+        choices = [
+            {"index": c.answer.index, "message": c.message(), "logprobs": c.listed(self.body.logprobs),
+             "finish_reason": c.finish}
+            for c in self.choices
+        ]  # fmt: skip
+        counted = usage([self.prompt], [c.answer for c in self.choices])
+        return head(self.served, "chatcmpl", "chat.completion") | {"choices": choices, "usage": counted}
+
+    async def pieces(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """The answer as chunks, those that are ready together at once."""
+        with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        plain = head(self.served, "chatcmpl", "chat.completion.chunk")
+        begin = plain | ({"usage": None} if with_usage else {})
+        while events := await self.call.next():
+            chunks = []
+            for event in events:
+                choice = self.choices[event.number]
+                delta = choice.take(event.what)
+                if delta or choice.finish or self.body.logprobs:
+                    listed = choice.listed(self.body.logprobs, last=True)
+                    part = {"index": event.number, "delta": delta, "logprobs": listed, "finish_reason": choice.finish}
+                    chunks.append(begin | {"choices": [part]})
+            if chunks:
+                yield chunks
+        if with_usage:
+            counted = usage([self.prompt], [c.answer for c in self.choices])
+            yield [plain | {"choices": [], "usage": counted}]
+
+
+@final
+class ChatChoice:
+    """One answer as it grows: text, or the call of a tool."""
+
+    def __init__(self, answer: Choice, tools: tuple[str, ...]):
+        self.answer, self.reader = answer, CallReader(tools)
+        self.content, self.arguments, self.call_id = "", "", f"call_{uuid.uuid4().hex[:24]}"
+        self.finish: str | None = None
+        self._opened = self._called = False
+
+    def take(self, e: Emission) -> dict[str, Any]:
+        """Take in a token; what it adds to the message."""
+        self.answer.take(e)
+        text, arguments = self.reader.push(e.text, e.finish)
+        self.content += text
+        self.arguments += arguments
+        called = self.reader.name is not None
+        self.finish = "tool_calls" if called and e.finish == "stop" else e.finish
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if not self._opened:
+            self._opened = True
+            delta = {"role": "assistant", "content": text}
+        if called and (arguments or not self._called):
+            delta["tool_calls"] = [self._call(arguments)]
+            self._called = True
+        return delta
+
+    def _call(self, arguments: str) -> dict[str, Any]:
+        """A piece of the call; the first one says whose it is."""
+        if self._called:
+            return {"index": 0, "function": {"arguments": arguments}}
+        function = {"name": self.reader.name, "arguments": arguments}
+        return {"index": 0, "id": self.call_id, "type": "function", "function": function}
+
+    def message(self) -> dict[str, Any]:
+        """The whole message."""
+        said: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        if self.reader.name is not None:
+            function = {"name": self.reader.name, "arguments": self.arguments}
+            said |= {"content": None, "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
+        return said
+
+    def listed(self, logprobs: bool, last: bool = False) -> dict[str, Any] | None:
+        """Log-probabilities of its tokens, or of the last one."""
+        tokens = self.answer.tokens[-1:] if last else self.answer.tokens
+        return self.answer.listing.chat(tokens) if logprobs else None

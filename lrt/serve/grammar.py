@@ -1,0 +1,167 @@
+"""Answers of a given form: JSON of a schema, and calls of tools, kept by llguidance token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from lrt.data import Tokenizer
+from lrt.serve.messages import ResponseFormat, Tool
+
+MOST_SCHEMA = 65_536
+"""Most characters of a schema."""
+FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written as Python writes it: where white space is free, a small model may write nothing else."""
+ANY_OBJECT = {"type": "object"}
+CALL_HEAD = '{{"name": "{}", "arguments": '
+
+
+@final
+class Grammars:
+    """Makes constraints for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int):
+        """`vocabulary` is the number of the model's tokens."""
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+
+    @cached_property
+    def _tokens(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        spellings = TokenizerWrapper(_Spellings(self.tokenizer, self.vocabulary))
+        return LLTokenizer(spellings, n_vocab=self.vocabulary, eos_token=list(self.tokenizer.ends))
+
+    def of(self, lark: str) -> GrammarConstraint:
+        """The constraint of a grammar, at its beginning. ValueError: llguidance cannot keep it."""
+        try:
+            from llguidance import LLMatcher
+        except ModuleNotFoundError:
+            raise ValueError("llguidance is not installed, which keeps answers to a form: install it") from None
+        if self.tokenizer.positions > 1:
+            raise ValueError("a tokenizer with pauses cannot keep answers to a form: ask for text")
+        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(lark), log_level=0)
+        if matcher.is_error():
+            raise ValueError(f"the schema cannot be kept: {matcher.get_error()}")
+        return GrammarConstraint(matcher)
+
+
+@final
+class GrammarConstraint:
+    """What one answer must look like; see `lrt.inference.batch.Constraint`."""
+
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def copy(self) -> GrammarConstraint:
+        """The same for another answer."""
+        return GrammarConstraint(self._matcher.deep_copy())
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next, boolean [V] on the host."""
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        self._check()
+        return allowed
+
+    def take(self, token: int) -> None:
+        """Take in the token that was drawn."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"the form could not be kept: {self._matcher.get_error()}")
+
+
+class _Spellings:
+    """The tokenizer as llguidance asks for it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int):
+        spellings = tokenizer.spellings()
+        spellings += [b""] * (vocabulary - len(spellings))
+        self.tokens = [spelling or f"<|{i}|>".encode() for i, spelling in enumerate(spellings)]
+        self.special_token_ids = [i for i, spelling in enumerate(spellings) if not spelling]
+        self.bos_token_id = self.eos_token_id = tokenizer.bos
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+class AnswerForm(NamedTuple):
+    """What an answer looks like, as a grammar and as how to read it."""
+
+    lark: str
+    tools: tuple[str, ...]
+    """Names of the tools that it may call."""
+
+
+def answer_form(format_: ResponseFormat | None, tools: Sequence[Tool], choice: str | None) -> AnswerForm | None:
+    """The form that a request asks for; None: free text. ValueError: a schema that is too large.
+
+    `choice` is auto, none, required, or the name of one tool. Where a call is free, the answer begins with `{` if and
+    only if it is one (or the JSON that is asked for).
+    """
+    content = None if format_ is None or format_.type == "text" else ANY_OBJECT
+    if format_ is not None and format_.json_schema is not None:
+        content = format_.json_schema.schema_ or ANY_OBJECT
+    named = [t for t in tools if choice in ("auto", "required", t.function.name)]
+    if content is None and not named:
+        return None
+    rules = [f"start: {' | '.join([*(f'call{i}' for i in range(len(named))), *_others(content, named, choice)])}"]
+    for i, tool in enumerate(named):
+        head = json.dumps(CALL_HEAD.format(tool.function.name))
+        rules += [f'call{i}: {head} arguments{i} "}}"', f"arguments{i}: {_json_rule(tool.function.parameters)}"]
+    rules += ['text: /[^{](.|\\n)*/ | ""'] if content is None else [f"content: {_json_rule(content)}"]
+    return AnswerForm("\n".join(rules), tuple(t.function.name for t in named))
+
+
+def _others(content: Mapping[str, Any] | None, named: Sequence[Tool], choice: str | None) -> list[str]:
+    """What an answer may be that is no call."""
+    if named and choice != "auto":
+        return []
+    return ["text" if content is None else "content"]
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    text = json.dumps({"x-guidance": FORM, **schema})
+    if len(text) > MOST_SCHEMA:
+        raise ValueError(f"a schema has {len(text)} characters; give at most {MOST_SCHEMA}")
+    return f"%json {text}"
+
+
+@final
+class CallReader:
+    """Tells calls of tools from text, as an answer grows."""
+
+    def __init__(self, tools: Sequence[str]):
+        self._heads = {CALL_HEAD.format(name): name for name in tools}
+        self.name: str | None = None
+        """The tool that is called."""
+        self._undecided = bool(tools)
+        self._text = ""
+
+    def push(self, text: str, finish: str | None) -> tuple[str, str]:
+        """What has become certain: text, and arguments of the call. With a `finish` nothing follows."""
+        self._text += text
+        if self._undecided:
+            self._decide(finish is not None)
+        if self._undecided:
+            return "", ""
+        if self.name is None:
+            certain, self._text = self._text, ""
+            return certain, ""
+        keep = 1 if finish in (None, "stop") else 0  # the brace that ends the call
+        certain, self._text = self._text[: len(self._text) - keep], self._text[len(self._text) - keep :]
+        return "", certain
+
+    def _decide(self, ended: bool) -> None:
+        for head, name in self._heads.items():
+            if self._text.startswith(head):
+                self.name, self._text, self._undecided = name, self._text[len(head) :], False
+                return
+        self._undecided = not ended and any(head.startswith(self._text) for head in self._heads)
