@@ -60,7 +60,7 @@ class HostNames:
 
 def _without_port(header: str) -> str:
     if header.startswith("["):
-        return header[1:].partition("]")[0]
+        return header[1:].partition("]")[0] if "]" in header else header
     name, colon, port = header.rpartition(":")
     return name if colon and port.isdigit() else header
 
