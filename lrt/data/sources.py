@@ -4,6 +4,7 @@ Bad input raises ValueError with one line: what is wrong with which file, and th
 """
 
 import codecs
+import collections
 import glob
 import hashlib
 import json
@@ -14,13 +15,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lrt.utils.files import parse_json
+from lrt.data.rows import INSTALL_HF, NOT_READ, PACKED, is_packed, kind_of, opened, rows_of, text_in
+from lrt.utils.files import one_line
 
 WHOLE = 1_000_000  # bytes: a text file up to this size is one document
 PIECE = 64 * 1024  # characters: a larger one becomes documents of about this size
 BLOCK = 256 * 1024  # bytes read at a time
-INSTALL_HF = "pip install 'latent-recurrent-transformer[hf]'"
 PYTHON_SOURCES = ("python", "python+site-packages")
+
+SHOWN = 5  # skipped files that are named
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +43,16 @@ def documents(
     """Stream the documents of a source, none of them empty, cut off after `max_bytes` bytes of UTF-8 text.
 
     source: `python` (the standard library of this interpreter), `python+site-packages`, a file, folder or glob (text,
-        .jsonl, .parquet), or `hf:owner/name` / `hf:folder` for anything `datasets.load_dataset` reads.
-    text_column: where the text is in .jsonl, .parquet and datasets. subset, split: of a dataset.
+        and structured files, see `rows`; also .gz and .zst of them), a folder of `Dataset.save_to_disk`, or
+        `hf:owner/name` / `hf:folder` for anything `datasets.load_dataset` reads.
+    text_column: where the text is in structured files and datasets. subset, split: of a dataset.
 
     A text file is one document; a large one is cut into several at blank lines. ValueError: bad input.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes is {max_bytes}: give at least 1, or leave it out to read everything")
     if source.startswith("hf:"):
-        texts = (_text_in(row, text_column, source) for row in _dataset_rows(source, subset, split))
+        texts = (text_in(row, text_column, source) for row in _dataset_rows(source, subset, split))
     else:
         files, named = _files(source)
         texts = _file_texts(source, files, named, text_column)
@@ -74,7 +78,9 @@ def source_bytes(source: str) -> int | None:
         return None
     files, _ = _files(source)
     return (
-        None if any(file.suffix.lower() == ".parquet" for file in files) else sum(file.stat().st_size for file in files)
+        None
+        if any(file.suffix.lower() in (".parquet", ".arrow", ".feather", *PACKED) for file in files)
+        else sum(file.stat().st_size for file in files)
     )
 
 
@@ -142,7 +148,7 @@ def _files(source: str) -> tuple[list[Path], bool]:
             raise ValueError(f"{source}: the file is empty: name one that holds text")
         return [path], True
     elif os.path.isdir(path):
-        files = list(_walk(path))
+        files = _saved_dataset(path) or list(_walk(path))
     elif any(mark in source for mark in "*?["):
         files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
     else:
@@ -151,6 +157,14 @@ def _files(source: str) -> tuple[list[Path], bool]:
     if not files:
         raise ValueError(f"{source}: no files there: name a file, or a folder or glob that holds some")
     return files, False
+
+
+def _saved_dataset(folder: Path) -> list[Path]:
+    """The tables of a folder that `Dataset.save_to_disk` has written; none if it is not one."""
+    if (folder / "dataset_dict.json").is_file():
+        raise ValueError(f"{folder}: holds several splits, each in a folder: name one of them")
+    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return sorted(folder.glob("*.arrow")) if saved else []
 
 
 def _python_files(*, with_packages: bool) -> list[Path]:
@@ -162,43 +176,68 @@ def _python_files(*, with_packages: bool) -> list[Path]:
 
 
 def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
-    """Every file under a folder, sorted, without hidden ones and byte code."""
-    for parent, folders, names in os.walk(folder):
+    """Every file under a folder, sorted, without hidden ones and byte code.
+
+    Links to folders are not followed, and what this package has written there is no text: both are told. ValueError: a
+    folder that cannot be read.
+    """
+    for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in ("__pycache__", *left_out))
+        for name in list(folders):
+            inner = Path(parent, name)
+            why = "a link to a folder" if inner.is_symlink() else "written by lrt" if _is_output(inner) else ""
+            if why:
+                folders.remove(name)
+                logger.warning("%s: left out, since it is %s", inner, why)
         for name in sorted(names):
             file = Path(parent, name)
             if name[0] != "." and file.is_file():
                 yield file
 
 
+def _unreadable(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: cannot be read ({error.strerror}): check the folder and its permissions")
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder is a run, or token shards."""
+    run = (folder / "config.json").is_file() and (folder / "tokenizer").is_dir()
+    return run or ((folder / "manifest.json").is_file() and (folder / "tokenizer.json").is_file())
+
+
 # --- what is in them -----------------------------------------------------------------------------------------------
 
 
 def _file_texts(source: str, files: list[Path], named: bool, text_column: str) -> Iterator[str]:
-    """The documents of files one after the other. A binary file is an error if `named`, else skipped and counted."""
-    skipped = 0
+    """The documents of files one after the other. A binary file is an error if `named`, else skipped and told."""
+    skipped: list[str] = []
     for file in files:
         try:
             yield from _texts_of(file, text_column)
         except _NotText:
             if named:
                 raise
-            skipped += 1
-        except OSError as error:
-            why = error.strerror or error
+            skipped.append(file.name)
+        except (OSError, EOFError) as error:
+            why = one_line(error.strerror if isinstance(error, OSError) and error.strerror else error, 120)
             raise ValueError(f"{file}: cannot be read ({why}): check the file and its permissions") from None
     if skipped:
         # The standard library is known to hold such files, for its own tests; elsewhere it is news.
         level = logging.INFO if source in PYTHON_SOURCES else logging.WARNING
-        logger.log(level, "%s: skipped %d of %d files: binary or not UTF-8", source, skipped, len(files))
+        shown = ", ".join(skipped[:SHOWN]) + (", .." if len(skipped) > SHOWN else "")
+        about = "%s: skipped %d of %d files: binary, not UTF-8 or of a kind that is not read: %s"
+        logger.log(level, about, source, len(skipped), len(files), shown)
 
 
 def _texts_of(file: Path, text_column: str) -> Iterator[str]:
-    if file.suffix.lower() == ".jsonl":
-        return _jsonl_texts(file, text_column)
-    if file.suffix.lower() == ".parquet":
-        return _parquet_texts(file, text_column)
-    if file.stat().st_size > WHOLE:
+    kind = kind_of(file)
+    if file.suffix.lower() in NOT_READ or kind in NOT_READ:
+        raise _NotText(f"{file}: {file.suffix} files are not read: unpack or convert it to UTF-8 text")
+    rows = rows_of(file, text_column)
+    if rows is not None:
+        return (text_in(row, text_column, place) for place, row in rows)
+    if is_packed(file) or file.stat().st_size > WHOLE:
+        collections.deque(_decoded(file), maxlen=0)  # text to the end, or none of it is taken
         return cut_pieces(_decoded(file))
     return iter(["".join(_decoded(file))])
 
@@ -206,9 +245,10 @@ def _texts_of(file: Path, text_column: str) -> Iterator[str]:
 def _decoded(file: Path) -> Iterator[str]:
     """The text of a UTF-8 file block by block, without its byte order mark; newlines are left as they are."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with file.open("rb") as stream:
+    with opened(file) as stream:
+        at, block = 0, b""
         while True:
-            at = stream.tell()
+            at += len(block)
             block = stream.read(BLOCK)
             if b"\0" in block:
                 raise _NotText(f"{file}: a binary file (NUL byte at {at + block.index(0)}): convert it to UTF-8 text")
@@ -219,35 +259,6 @@ def _decoded(file: Path) -> Iterator[str]:
                 raise _NotText(f"{file}: not UTF-8 (near byte {near}): convert it to UTF-8 text") from None
             if not block:
                 return
-
-
-def _jsonl_texts(file: Path, text_column: str) -> Iterator[str]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{file}:{number}"
-            row = parse_json(line, place, loose=True)
-            if not isinstance(row, dict):
-                raise ValueError(f'{place}: holds no JSON object: each line must be one, like {{"text": "..."}}')
-            yield _text_in(row, text_column, place)
-
-
-def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{file}: reading .parquet needs the package pyarrow: {INSTALL_HF}") from None
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            if text_column not in table.schema_arrow.names:
-                raise _absent(str(file), text_column, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=256, columns=[text_column]):
-                for row in batch.to_pylist():
-                    yield _text_in(row, text_column, str(file))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file}: not a readable parquet file ({_first_line(error)}): write it again") from None
 
 
 def _dataset_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
@@ -262,22 +273,6 @@ def _dataset_rows(source: str, subset: str | None, split: str) -> Iterator[dict[
     except Exception as error:  # the library and its network stack raise many kinds
         remedy = "check name, subset and split, and that the dataset can be reached"
         raise ValueError(f"{source} (subset {subset}, split {split}): {_first_line(error)}: {remedy}") from None
-
-
-def _text_in(row: dict[str, Any], text_column: str, place: str) -> str:
-    """The text of a row; a null counts as empty."""
-    if text_column not in row:
-        raise _absent(place, text_column, row)
-    text = row[text_column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: column {text_column!r} holds {type(text).__name__}, not text: name another column")
-    return text
-
-
-def _absent(place: str, text_column: str, columns: Iterable[str]) -> ValueError:
-    return ValueError(f"{place}: no column {text_column!r}: set text_column to one of {', '.join(columns) or 'none'}")
 
 
 def _first_line(error: BaseException) -> str:

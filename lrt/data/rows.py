@@ -1,0 +1,175 @@
+"""Rows of structured files: JSON lines, JSON, CSV, Parquet and Arrow, packed or not; each row a mapping of columns.
+
+A structured file is read by its name, never as raw text: punctuation is no text to train on. ValueError names the file.
+"""
+
+import csv
+import gzip
+import importlib
+import io
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lrt.utils.files import one_line, parse_json, read_bytes
+
+INSTALL_HF = "pip install 'latent-recurrent-transformer[hf]'"
+PACKED = (".gz", ".zst")
+NOT_READ = (
+    ".zip", ".tar", ".tgz", ".bz2", ".xz", ".lz4", ".7z", ".rar", ".npy", ".npz", ".pt", ".pth", ".bin", ".pkl", ".h5",
+    ".safetensors", ".xlsx", ".xls", ".docx", ".pdf", ".sqlite", ".db", ".avro", ".orc", ".msgpack", ".lance",
+)  # fmt: skip
+"""Endings of files that hold no text to be read as it stands."""
+Row = dict[str, Any]
+Placed = tuple[str, Row]
+"""Where a row stands, and the row."""
+
+
+def kind_of(file: Path) -> str:
+    """The ending that says how a file is read: its last one, or the one before if that is of a packed file."""
+    endings = [ending.lower() for ending in file.suffixes[-2:]]
+    return (endings[-2] if len(endings) > 1 else "") if endings and endings[-1] in PACKED else "".join(endings[-1:])
+
+
+def is_packed(file: Path) -> bool:
+    """Whether a file is compressed in a way that is read."""
+    return file.suffix.lower() in PACKED
+
+
+def opened(file: Path) -> BinaryIO:
+    """A file's bytes, unpacked."""
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file, "rb")  # pyright: ignore[reportReturnType]
+    if file.suffix.lower() == ".zst":
+        return io.BufferedReader(_arrow(file).input_stream(str(file), compression="zstd"))  # pyright: ignore
+    return file.open("rb")
+
+
+def rows_of(file: Path, column: str) -> Iterator[Placed] | None:
+    """The rows of a structured file, with at least `column` of each; None if it is not one."""
+    read = READERS.get(kind_of(file))
+    return None if read is None else read(file, column)
+
+
+def text_in(row: Row, column: str, place: str) -> str:
+    """The text of a row; a null counts as empty."""
+    if column not in row:
+        raise absent(place, column, row)
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: column {column!r} holds {type(text).__name__}, not text: name another column")
+    return text
+
+
+def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:
+    """That there is no such column."""
+    names = one_line(", ".join(columns) or "none", 120)
+    return ValueError(f"{place}: no column {column!r}: set text_column to one of {names}")
+
+
+def _json_lines(file: Path, column: str) -> Iterator[Placed]:
+    with opened(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                place = f"{file}:{number}"
+                yield place, _object(parse_json(line, place, loose=True), place)
+
+
+def _json(file: Path, column: str) -> Iterator[Placed]:
+    """A list of objects, or one object."""
+    if is_packed(file):
+        with opened(file) as stream:
+            content = stream.read()
+    else:
+        content = read_bytes(file, "the source")
+    try:
+        data = parse_json(content, str(file), loose=True)
+    except ValueError:
+        if b"}\n{" in content.replace(b"\r", b""):
+            raise ValueError(f"{file}: holds one JSON object a line: name it {file.stem}.jsonl") from None
+        raise
+    for number, row in enumerate(data if isinstance(data, list) else [data], 1):
+        yield f"{file}, row {number}", _object(row, f"{file}, row {number}")
+
+
+def _object(row: Any, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f'{place}: holds no JSON object: each must be one, like {{"text": "..."}}')
+    return row
+
+
+def _table(delimiter: str) -> Callable[[Path, str], Iterator[Placed]]:
+    def read(file: Path, column: str) -> Iterator[Placed]:
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        with opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
+            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            try:
+                if column not in (rows.fieldnames or ()):
+                    raise absent(str(file), column, rows.fieldnames or ())
+                for row in rows:
+                    if row[column] is None:
+                        raise ValueError(f"{file}:{rows.line_num}: has fewer cells than the header: mend the line")
+                    yield f"{file}:{rows.line_num}", row
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{file}:{rows.line_num}: not readable as CSV in UTF-8 ({error})") from None
+
+    return read
+
+
+def _parquet(file: Path, column: str) -> Iterator[Placed]:
+    pyarrow = _arrow(file)
+    parquet = importlib.import_module("pyarrow.parquet")
+
+    def batches() -> Iterator[Any]:
+        with parquet.ParquetFile(file) as table:
+            if column not in table.schema_arrow.names:
+                raise absent(str(file), column, table.schema_arrow.names)
+            yield from table.iter_batches(batch_size=256, columns=[column])
+
+    return _arrow_rows(file, column, batches, pyarrow.ArrowException)
+
+
+def _arrow_file(file: Path, column: str) -> Iterator[Placed]:
+    pyarrow = _arrow(file)
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(file)) as raw:
+            try:
+                reader = pyarrow.ipc.open_stream(raw)
+            except pyarrow.ArrowInvalid:
+                whole = pyarrow.ipc.open_file(raw)
+                yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
+            else:
+                yield from reader
+
+    return _arrow_rows(file, column, batches, pyarrow.ArrowException)
+
+
+def _arrow_rows(
+    file: Path, column: str, batches: Callable[[], Iterator[Any]], failure: type[Exception]
+) -> Iterator[Placed]:
+    try:
+        for batch in batches():
+            if column not in batch.schema.names:
+                raise absent(str(file), column, batch.schema.names)
+            yield from ((str(file), {column: value}) for value in batch.column(column).to_pylist())
+    except failure as error:
+        kind = kind_of(file)
+        raise ValueError(f"{file}: not a readable {kind[1:]} file ({one_line(error, 120)}): write it again") from None
+
+
+def _arrow(file: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(f"{file}: reading it needs the package pyarrow: {INSTALL_HF}") from None
+    return pyarrow
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Placed]]] = {
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _table(","), ".tsv": _table("\t"),
+    ".parquet": _parquet, ".arrow": _arrow_file, ".feather": _arrow_file,
+}  # fmt: skip

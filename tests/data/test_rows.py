@@ -1,0 +1,118 @@
+"""Structured and packed files are read by their names, never as raw text; what is left out of a folder is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from lrt.data import ByteTokenizer, documents
+from lrt.data.shards import write_shards
+
+pyarrow = pytest.importorskip("pyarrow")
+TEXTS = ["first text", 'second, with "quotes"\nand a line', "日本語"]
+ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def written(folder: Path, name: str) -> Path:
+    """ROWS in the format that a file's name says."""
+    file, table = folder / name, pyarrow.table({"id": [0, 1, 2], "text": TEXTS})
+    kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    if kind in ("arrow", "feather"):
+        make = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+        with make(str(file), table.schema) as writer:
+            writer.write_table(table)
+        return file
+    cells = ["id,text", *(f'{i},"{text.replace(chr(34), 2 * chr(34))}"' for i, text in enumerate(TEXTS))]
+    content = {
+        "jsonl": LINES, "ndjson": LINES, "json": json.dumps(ROWS), "csv": "\n".join(cells) + "\n",
+        "tsv": "\n".join(re.sub(r"^(id|\d),", r"\1\t", cell) for cell in cells) + "\n",
+    }[kind].encode()  # fmt: skip
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    if name.endswith(".zst"):
+        content = pyarrow.compress(content, "zstd", asbytes=True)
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.JSONL", "a.json", "a.csv", "a.tsv", "a.arrow", "a.feather", "a.jsonl.gz", "a.ndjson.zst",
+     "a.json.gz", "a.csv.zst"],
+)  # fmt: skip
+def test_every_format_gives_its_texts(name: str, tmp_path: Path):
+    file = written(tmp_path, name.lower()).rename(tmp_path / name)
+    assert list(documents(str(file))) == TEXTS
+    with pytest.raises(ValueError, match=r"a\..*: no column 'body': set text_column to one of .*text"):
+        list(documents(str(file), text_column="body"))
+
+
+def test_packed_text_and_saved_datasets(tmp_path: Path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"plain text\n"))
+    assert list(documents(str(tmp_path / "a.txt.gz"))) == ["plain text\n"]
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    assert list(documents(str(tmp_path / "saved"))) == TEXTS
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "several"))
+    with pytest.raises(ValueError, match="several: holds several splits, each in a folder: name one"):
+        list(documents(str(tmp_path / "several")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", LINES.encode(), "one JSON object a line: name it a.jsonl"),
+        ("a.json", b"[1]", "row 1: holds no JSON object"),
+        ("a.csv", b"id,text\n1\n", "a.csv:2: has fewer cells"),
+        ("a.csv", b'id,text\n1,"open', "a.csv:.*not readable as CSV"),
+        ("a.csv", b"id,text\n1,\xff\n", "not readable as CSV in UTF-8"),
+        ("a.arrow", b"nothing", "a.arrow: not a readable arrow file"),
+        ("a.jsonl.gz", b"nothing", "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.zst", b"nothing", "a.jsonl.zst: cannot be read"),
+        ("a.zip", b"PK", "a.zip: .zip files are not read"),
+        ("a.tar.gz", b"\x1f\x8b", "a.tar.gz: .gz files are not read"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name: str, content: bytes, message: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(documents(str(tmp_path / name)))
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "half.txt").write_bytes(b"much text\n" * 200_000 + b"\0")
+    (tmp_path / "b.zip").write_bytes(b"PK")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.txt").write_text("c text")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    write_shards([f"document {i}" for i in range(30)], ByteTokenizer(), tmp_path / "runs" / "data", validation=0.1)
+    (tmp_path / "runs" / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "config.json").write_text("{}")
+    assert list(documents(str(tmp_path))) == ["a text", "c text"]
+    assert "skipped 2 of 4 files" in caplog.text and "b.zip, half.txt" in caplog.text
+    assert "link: left out, since it is a link to a folder" in caplog.text
+    assert "data: left out, since it is written by lrt" in caplog.text
+    assert "run: left out, since it is written by lrt" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "locked").mkdir()
+    scan = os.scandir
+
+    def refusing(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match="locked: cannot be read"):
+        list(documents(str(tmp_path)))
