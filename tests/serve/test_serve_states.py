@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +112,62 @@ def test_bytes_that_are_no_text_are_spelled_and_offsets_count_characters():
     assert words.spell(256) == "<|bos|>"
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     assert bytes(words.conversation(talk)[0][1:]) == b"USER: a\nBOT: b\nUSER: c\nBOT:"
+
+
+def test_a_scope_finds_its_own_states_alone():
+    model, ids = fixed(FULL), tokens(FULL, 1, 20)[0].tolist()
+    cache, marks = taken_in(model, ids[:12], [12])
+    store = StateStore(10**6)
+    store.add(b"one", ids[:12], cache, 1, marks)
+    assert store.find(b"one", ids[:13])[1] == 12
+    assert store.find(b"two", ids[:13]) == (None, 0)
+    store.add(b"two", ids[:12], cache, 1, marks)
+    assert len(store) == 2  # what another scope holds is not replaced
+
+
+def test_branches_share_a_beginning_and_it_outlives_one_of_them():
+    model, ids = fixed(FULL), tokens(FULL, 1, 20)[0].tolist()
+    store, branches = StateStore(10**6), [[*ids[:8], 1, 2, 3], [*ids[:8], 4, 5, 6]]
+    for branch in branches:
+        cache, marks = taken_in(model, branch, [8, 11])
+        store.add(MINE, branch, cache, 1, marks)
+    assert len(store) == 2 and store.find(MINE, [*ids[:8], 7])[1] == 8
+    store._drop(next(reversed(store._kept)))
+    assert store.find(MINE, [*ids[:8], 7])[1] == 8
+    store._drop(next(iter(store._kept)))
+    assert store.find(MINE, [*ids[:8], 7]) == (None, 0)
+    assert (store.size, store._holders, store._digests, store._sorted) == (0, {}, {}, [])
+
+
+@pytest.mark.slow
+def test_the_bytes_counted_are_the_bytes_held_and_finding_one_among_many_is_quick():
+    """Among 148,000 small states; in a process of its own, so that no other memory is reused."""
+    code = """
+import gc, time, psutil, torch
+from helpers import config, fixed
+from lrt.model.kv_cache import KVCache
+from lrt.serve.states import StateStore
+model = fixed(config(window_pattern="L"))
+cache, store, n = KVCache.empty(model, 1, 40), StateStore(2**34), 148_000
+memory = cache.memory[0].clone()
+def rss():
+    gc.collect()
+    return psutil.Process().memory_info().rss
+store.add(b"", [1, 2], cache, 0, {2: memory})
+before, counted = rss(), store.size
+for i in range(n):
+    store.add(b"", [i % 19, i // 19 % 19, i // 361 % 19, i // 6859 % 19, i // 130321, 7, 8, 9], cache, 0, {8: memory})
+held, counted = rss() - before, store.size - counted
+begin = time.perf_counter()
+for i in range(100):
+    assert store.find(b"", [i % 19, i // 19 % 19, 0, 0, 0, 7, 8, 9, 3])[1] == 8
+print(held, counted, (time.perf_counter() - begin) / 100)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600,
+                           cwd=Path(__file__).parent.parent)  # fmt: skip
+    held, counted, seconds = map(float, found.stdout.split())
+    print(
+        f"{held / 148_000:.0f} bytes a state held, {counted / 148_000:.0f} counted, {1e3 * seconds:.3f} ms to find one"
+    )
+    assert 0.75 < held / counted < 1.25
+    assert seconds < 0.005

@@ -1,0 +1,219 @@
+"""What ordinary clients send is taken; what changes results is honoured or refused; answers keep the form asked for."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import openai
+import pytest
+from serving import Server, make_run
+
+from lrt.serve.grammar import CallReader
+from lrt.serve.schemas import NEUTRAL, UNUSED
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+TALK = [{"role": "user", "content": "the quick"}]
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+SHORT = {"type": "object", "properties": {"n": DIGIT, "b": {"enum": ["x", "yy"]}},
+         "required": ["n", "b"], "additionalProperties": False}  # fmt: skip
+TOOL = {"type": "function", "function": {"name": "area", "description": "of a box", "parameters": SHORT}}
+LAW = {"max_tokens": 60, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(make_run(tmp_path_factory.mktemp("forms") / "tiny", context=768)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def post(server: Server, path: str, body) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=60)
+
+
+def text(server: Server, **body) -> str:
+    found = post(server, "/v1/completions", {"prompt": "def", "max_tokens": 12, "seed": 3} | body)
+    assert found.status_code == 200, found.text
+    return found.json()["choices"][0]["text"]
+
+
+def test_an_answer_may_be_sent_back_as_it_is(client):
+    messages: list = [*TALK]
+    said = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].message
+    messages += [said, {"role": "user", "content": "go on"}]
+    assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].finish_reason
+    assert (
+        client.completions.create(model="tiny", prompt="the", max_tokens=3, temperature=None).choices[0].finish_reason
+    )
+
+
+def test_null_is_as_good_as_absent(server):
+    plain = text(server)
+    names = ("temperature", "top_p", "n", "stop", "logit_bias", "stream", "logprobs", "best_of", "user", "suffix",
+             "model", "stream_options", "response_format", "top_k", "min_tokens", "presence_penalty")  # fmt: skip
+    assert text(server, **dict.fromkeys(names)) == plain
+
+
+def test_values_that_change_nothing_are_taken_and_others_refused(server):
+    plain = text(server)
+    for name, values in NEUTRAL.items():
+        for value in values:
+            assert text(server, **{name: value}) == plain, name
+        refused = post(server, "/v1/completions", {"prompt": "def", name: {"other": 1}})
+        assert refused.status_code == 400 and name in refused.json()["error"]["message"]
+    unused = {"user": "u", "store": True, "metadata": {"a": "b"}, "parallel_tool_calls": False}
+    assert text(server, **dict.fromkeys(UNUSED, "x") | unused) == plain
+    extra = {"best_of": 1, "logit_bias": {}, "top_k": -1, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": False,
+             "response_format": {"type": "text"}, "presence_penalty": 0, "stop": []}  # fmt: skip
+    assert text(server, **extra) == plain
+    assert text(server, top_k=0) == plain
+    chat = post(server, "/v1/chat/completions", {"messages": TALK, "tools": [], "max_tokens": 2})
+    assert chat.status_code == 200
+
+
+def test_penalties_bias_and_stop_tokens_act(server):
+    ids = server.loaded.tokenizer.encode("def")
+    biased = post(
+        server, "/v1/completions", {"prompt": "def", "max_tokens": 4, "logit_bias": {str(ids[0]): 100}}
+    ).json()
+    assert biased["choices"][0]["text"] == server.loaded.tokenizer.decode([ids[0]] * 4)
+    stopped = {"prompt": "def", "max_tokens": 9, "logit_bias": {str(ids[0]): 100}, "stop_token_ids": [ids[0]]}
+    found = post(server, "/v1/completions", stopped).json()
+    assert (found["choices"][0]["text"], found["choices"][0]["finish_reason"]) == ("", "stop")
+    longer = post(server, "/v1/completions", stopped | {"min_tokens": 3}).json()
+    assert longer["usage"]["completion_tokens"] >= 4
+    often = {"prompt": "def", "max_tokens": 12, "temperature": 0, "logit_bias": {str(ids[0]): 1}}
+    assert text(server, **often) != text(server, **often, presence_penalty=2, frequency_penalty=2)
+
+
+def test_json_of_a_schema_is_kept_whole_and_streamed(client):
+    form = {"type": "json_schema", "json_schema": {"name": "short", "strict": True, "schema": SHORT}}
+    law = {"model": "tiny", "messages": TALK, "response_format": form, "n": 3, **LAW}
+    found = client.chat.completions.create(**law)
+    for choice in found.choices:
+        made = json.loads(choice.message.content)
+        assert set(made) == {"n", "b"} and 0 <= made["n"] <= 9 and made["b"] in ("x", "yy")
+        assert choice.finish_reason == "stop"
+    texts = [""] * 3
+    for chunk in client.chat.completions.create(**law, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [c.message.content for c in found.choices]
+
+
+def test_any_json_object(server):
+    bias = {str(server.loaded.tokenizer.encode("}")[0]): 8}
+    found = text(server, response_format={"type": "json_object"}, max_tokens=200, logit_bias=bias)
+    assert isinstance(json.loads(found), dict)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "area"}}])
+def test_a_call_that_is_asked_for_is_made(client, choice):
+    law = {"model": "tiny", "messages": TALK, "tools": [TOOL], "tool_choice": choice, **LAW}
+    found = client.chat.completions.create(**law).choices[0]
+    (call,) = found.message.tool_calls
+    assert (found.finish_reason, found.message.content, call.function.name) == ("tool_calls", None, "area")
+    assert set(json.loads(call.function.arguments)) == {"n", "b"}
+    name, arguments = "", ""
+    for chunk in client.chat.completions.create(**law, stream=True):
+        for piece in chunk.choices[0].delta.tool_calls or []:
+            name += piece.function.name or ""
+            arguments += piece.function.arguments or ""
+    assert (name, arguments) == ("area", call.function.arguments)
+    messages = [*TALK, found.message, {"role": "tool", "tool_call_id": call.id, "content": "7"}]
+    assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].finish_reason
+
+
+def test_a_free_choice_is_a_call_or_text_that_is_none(server):
+    kinds = set()
+    brace = str(server.loaded.tokenizer.encode("{")[0])
+    for bias in (100, -100):
+        body = {"messages": TALK, "tools": [TOOL], "logit_bias": {brace: bias}, **LAW}
+        choice = post(server, "/v1/chat/completions", body).json()["choices"][0]
+        kinds.add(bool(choice["message"].get("tool_calls")))
+        assert choice["message"].get("tool_calls") or not choice["message"]["content"].startswith("{")
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "json_schema belongs to type json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}}, "cannot be kept"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "cannot be kept"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://x/y"}}}}, "be kept"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "leave out ignore_eos"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "none of the tools"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"top_logprobs": 2}, "need logprobs"),
+        ({"chat_template_kwargs": {"a": 1}}, "no chat template"),
+    ],
+)  # fmt: skip
+def test_forms_that_cannot_be_kept_are_refused(server, body, says):
+    found = post(server, "/v1/chat/completions", {"messages": TALK} | body)
+    assert found.status_code == 400 and says in found.json()["error"]["message"], found.text
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_calls_are_told_from_text_however_they_are_cut(size):
+    def read(said: str, finish: str) -> tuple[str | None, str, str]:
+        reader, got = CallReader(["area"]), ["", ""]
+        cuts = [said[i : i + size] for i in range(0, len(said), size)]
+        for i, piece in enumerate(cuts):
+            text, arguments = reader.push(piece, finish if i == len(cuts) - 1 else None)
+            got = [got[0] + text, got[1] + arguments]
+        return reader.name, got[0], got[1]
+
+    head = '{"name": "area", "arguments": '
+    assert read(head + '{"n": 1}}', "stop") == ("area", "", '{"n": 1}')
+    assert read(head + '{"n": 1', "length") == ("area", "", '{"n": 1')
+    assert read("text {", "stop") == (None, "text {", "")
+    assert read('{"name": "ar', "length") == (None, '{"name": "ar', "")
+
+
+def test_tokens_as_vllm_answers(server):
+    made = post(server, "/tokenize", {"prompt": "def area", "return_token_strs": True}).json()
+    tokenizer = server.loaded.tokenizer
+    assert made["tokens"] == [tokenizer.bos, *tokenizer.encode("def area")]
+    assert (made["count"], made["max_model_len"], made["token_strs"][0]) == (len(made["tokens"]), 768, "<|bos|>")
+    plain = post(server, "/tokenize", {"prompt": "def area", "add_special_tokens": False}).json()["tokens"]
+    assert post(server, "/detokenize", {"tokens": plain}).json() == {"prompt": "def area"}
+    assert post(server, "/tokenize", {"messages": TALK}).json()["count"] > 3
+    assert httpx.get(server.url + "/tokenizer_info").json()["bos_token"] == "<|bos|>"
+    assert post(server, "/detokenize", {"tokens": [9999]}).status_code == 400
+    assert post(server, "/tokenize", {}).status_code == 400
+
+
+def test_error_codes_and_names_of_models(server):
+    long = post(server, "/v1/completions", {"prompt": [1] * 768}).json()["error"]
+    assert long["param"] == "prompt" and "at most 767" in long["message"]
+    assert (
+        post(server, "/v1/completions", {"prompt": "x" * 90_000}).json()["error"]["code"] == "context_length_exceeded"
+    )
+    assert post(server, "/v1/completions", {"prompt": "x", "model": "o/x"}).json()["error"]["code"] == "model_not_found"
+    assert httpx.get(server.url + "/v1/models/org/other").status_code == 404
+    server.served.name = "org/tiny"
+    try:
+        assert httpx.get(server.url + "/v1/models/org/tiny").json()["id"] == "org/tiny"
+    finally:
+        server.served.name = "tiny"
+
+
+def test_kept_states_are_apart_by_salt_and_metrics_do_not_tell(server):
+    prompt, law = "fox jumps over the lazy dog, width and height", {"max_tokens": 2, "temperature": 0}
+    before = server.metric("lrt_reused_tokens_total")
+    for salt in ("a", "b"):
+        post(server, "/v1/completions", {"prompt": prompt, "cache_salt": salt} | law)
+    assert server.metric("lrt_reused_tokens_total") == before
+    post(server, "/v1/completions", {"prompt": prompt + " more", "cache_salt": "a"} | law)
+    assert server.metric("lrt_reused_tokens_total") > before
+    shown = httpx.get(server.url + "/metrics").text
+    for name in ("reused", "swept", "steps", "kept"):
+        assert f"lrt_{name}" not in shown
