@@ -140,6 +140,8 @@ class TrainConfig:
     """Seed of initialisation, data order and drawn schedules."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: cuda where there is one."""
+    threads: int | None = None
+    """CPU threads; none takes one where more are slower, as small models on busy machines have it (measured)."""
     dtype: Dtype = "auto"
     """Autocast type of training; evaluation is float32. `auto`: bfloat16 where the device multiplies it natively."""
     compile: bool = False
@@ -179,6 +181,10 @@ class TrainConfig:
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
         for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
             require(value >= 0, f"train.{name} is {value}; it must be at least 0")
+        threads = self.threads
+        require(
+            threads is None or threads >= 1, f"train.threads is {threads}; it must be at least 1, or none to choose"
+        )
         require(self.max_skipped >= 1, f"train.max_skipped is {self.max_skipped}; it must be at least 1")
         require_choice("train.dtype", self.dtype, Dtype)
         require_choice("train.parallel", self.parallel, Parallelism)

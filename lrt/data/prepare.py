@@ -104,15 +104,26 @@ def prepare(
         report = progress if progress is not None else _silent
         made = given if given is not None else _train(text, vocab_size, validation, report)
         made = _with_pauses(made) if pauses else made
-        total = text.total()
-        write_shards(
-            text.texts(), made, home, validation=validation, normalised=normalised,
-            progress=lambda done: report(done, total, "tokenizing"),
-        )  # fmt: skip
+        _tokenize(text, made, home, validation, normalised, report)
     prepared = _open(home, verify, normalised)
     if given is not None:  # the shards may have been made with the same tokens and other templates
         prepared.tokenizer.config = given.config
     return prepared
+
+
+def _tokenize(
+    text: _Source, tokenizer: Tokenizer, home: Path, validation: float, normalised: bool, report: ReportProgress
+) -> None:
+    """Write the shards; the last report says that all was read, for totals are estimates."""
+    total, read = text.total(), 0
+
+    def tokenized(done: int) -> None:
+        nonlocal read
+        read = done
+        report(done, total, "tokenizing")
+
+    write_shards(text.texts(), tokenizer, home, validation=validation, normalised=normalised, progress=tokenized)
+    report(read, read, "tokenizing")
 
 
 def _open(home: Path, verify: str, normalised: bool) -> Prepared:

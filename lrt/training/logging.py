@@ -15,8 +15,13 @@ from lrt.utils.score_names import unit
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
-"""Receives events: `{"kind": "prepare" | "start" | "train" | "eval" | "sample" | "warning" | "checkpoint", ...}`."""
-RECORDED = ("start", "train", "eval", "sample", "warning", "checkpoint")
+"""Receives events, told apart by `kind`: prepare, start, note, train, stage, eval, sample, warning, checkpoint."""
+RECORDED = ("start", "note", "train", "eval", "sample", "warning", "checkpoint")
+BARS = ("prepare", "train", "stage")
+LEGEND = (
+    "  (bits per byte, lower is better. decoded: token by token, what you get; merged: as the training computes it; "
+    "live gap: decoded less merged)"
+)
 
 
 class Jsonl:
@@ -66,8 +71,10 @@ class Live:
         self.console, self.samples = Console(stderr=True, highlight=False), samples
         columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[note]}"))
         self.bar = Progress(*columns, console=self.console, transient=True)
-        self.tasks: dict[str, TaskID] = {}
+        self.tasks: dict[str, tuple[str, TaskID]] = {}
+        """By run: what is going on, and its bar."""
         self.last: dict[str, float] = {}
+        self.explained = False
 
     def __enter__(self) -> Live:
         return self
@@ -84,29 +91,46 @@ class Live:
 
     def show(self, event: Event, name: str) -> None:
         """Show an event of the run called `name`."""
-        if event["kind"] in ("prepare", "train"):
-            self._advance(name, *(_prepared if event["kind"] == "prepare" else _trained)(event))
-        kinds = {"start": _start, "eval": _eval, "sample": _sample, "warning": _warning}
-        if event["kind"] in kinds and (self.samples or event["kind"] != "sample"):
-            for text in kinds[event["kind"]](event):
+        if event["kind"] in BARS:
+            bar = {"prepare": _prepared, "train": _trained, "stage": _stage}[event["kind"]](event)
+            self._advance(name, *bar, always=event["kind"] == "stage")
+        lines = {"start": _start, "note": _note, "eval": _eval, "sample": _sample, "warning": _warning}
+        if event["kind"] in lines and (self.samples or event["kind"] != "sample"):
+            for text in lines[event["kind"]](event):
                 style = {"warning": "yellow", "sample": "dim"}.get(event["kind"], "")
-                self.console.print(f"{name + ': ' if name else ''}{text}", style=style, markup=False, soft_wrap=True)
+                self._print(f"{name + ': ' if name else ''}{text}", style)
+        if event["kind"] == "eval" and not self.explained:
+            self.explained = True
+            self._print(LEGEND, "dim")
 
-    def _advance(self, name: str, what: str, done: float, total: float | None, note: str) -> None:
-        what = f"{name}: {what}" if name else what
+    def _print(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def _advance(self, name: str, what: str, done: float, total: float | None, note: str, always: bool) -> None:
+        """Move the bar of a run, or begin another one if it does something else now; a total of None moves to and fro.
+
+        Where there is no terminal: a line every now and then, or `always`.
+        """
+        shown = f"{name}: {what}" if name else what
         if self.console.is_terminal:
-            if name not in self.tasks:
-                self.tasks[name] = self.bar.add_task("", note="")
+            before, task = self.tasks.get(name, ("", None))
+            if task is None or before != what:
+                if task is not None:
+                    self.bar.remove_task(task)
+                task = self.bar.add_task(shown, total=total, note="")
+                self.tasks[name] = (what, task)
                 self.bar.start()
-            self.bar.update(self.tasks[name], description=what, completed=done, total=total, note=note)
-        elif time.monotonic() - self.last.get(name, 0) >= self.EVERY:
+            self.bar.update(task, completed=done, total=total, note=note)
+        elif always or time.monotonic() - self.last.get(name, 0) >= self.EVERY:
             self.last[name] = time.monotonic()
-            share = f"{done / total:4.0%}" if total else ""
-            self.console.print(f"{what} {share} {note}", markup=False, soft_wrap=True)
+            share = f"{done / total:4.0%} " if total else ""
+            self._print(f"{shown} {share}{note}")
 
 
 def _prepared(e: Event) -> tuple[str, float, float | None, str]:
-    return f"data: {e['note']}", e["done"], e["total"], f"{e['done'] / 1e6:.1f} MB"
+    """Totals are estimates, so that a bar ends where the text does."""
+    total = e["total"] and max(e["total"], e["done"])
+    return f"data: {e['note']}", e["done"], total, f"{e['done'] / 1e6:.1f} MB"
 
 
 def _trained(e: Event) -> tuple[str, float, float | None, str]:
@@ -117,6 +141,14 @@ def _trained(e: Event) -> tuple[str, float, float | None, str]:
         f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  {left} left"
     )
     return "train", e["step"], e["steps"], note
+
+
+def _stage(e: Event) -> tuple[str, float, float | None, str]:
+    return e["what"], 0, None, e["text"]
+
+
+def _note(e: Event) -> list[str]:
+    return [f"  {e['text']}"]
 
 
 def _start(e: Event) -> list[str]:

@@ -30,6 +30,7 @@ from lrt.training.faults import Skips, Stop, not_finite
 from lrt.training.logging import Sink, tell
 from lrt.training.optimizer import Optimizer, clip, memory_rate, rate
 from lrt.training.parallel import Parallel
+from lrt.training.step_figures import StepFigures
 from lrt.utils.distributed import World
 from lrt.utils.dtensor import whole
 from lrt.utils.files import write_json
@@ -94,6 +95,7 @@ class Session:
         self.logged_flops = self.progress.flops
         self.saved, self.writer = self.progress.step if started else -1, Writer(self.device.type == "cuda")
         self.peak, self.peak_source = peak_flops(self.device, self.dtype)
+        self.begun = replace(self.progress)
         self._begin()
 
     def _begin(self) -> None:
@@ -135,21 +137,20 @@ class Session:
     def loop(self) -> None:
         """Run the steps that are left, with logs, evaluations and checkpoints on the way."""
         t = self.config.train
-        losses: list[Tensor] = []
-        clock, cpu, spent = time.perf_counter(), time.process_time(), 0.0  # spent: seconds since the last log
+        figures = StepFigures()
+        clock, cpu = time.perf_counter(), time.process_time()
         with self.stop.listening():
             for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
                 out, norm = self.step(batch)
-                losses.append(out.loss)
                 now, worked = time.perf_counter(), time.process_time()
                 self.progress.count(self.config, out.passes, now - clock, worked - cpu)
-                spent = spent + now - clock
+                figures.add(out, now - clock)
                 done, last = self.progress.step, self.progress.step == self.steps
                 logged = done % t.log_every == 0 or last
                 if logged:
                     self._check(batch)
-                    self._log(torch.stack(losses), out, norm, spent)
-                    losses, spent = [], 0.0
+                    self._log(figures, norm)
+                    figures = StepFigures()
                 if last or (t.eval_every and done % t.eval_every == 0):
                     self.evaluate()
                 if last or (t.save_every and done % t.save_every == 0):
@@ -230,26 +231,26 @@ class Session:
         )
         self.stop.leave()
 
-    def _log(self, losses: Tensor, out: LossOutput, norm: Tensor, seconds: float) -> None:
+    def _log(self, figures: StepFigures, norm: Tensor) -> None:
+        """Say what the steps since the last time were like; the time left is at the speed of this process."""
         t, p = self.config.train, self.progress
-        loss = losses.nanmean().item()  # of the steps that were not skipped
-        speed = len(losses) * t.batch * t.length / seconds
-        flops = (p.flops - self.logged_flops) / seconds
+        speed = figures.steps * t.batch * t.length / figures.seconds
+        flops = (p.flops - self.logged_flops) / figures.seconds
         self.logged_flops = p.flops
+        a_step = (p.seconds - self.begun.seconds) / (p.step - self.begun.step)
         tell(
-            self.sinks, kind="train", step=p.step, steps=self.steps, loss=loss, per_pass=out.per_pass.tolist(),
-            consistency=out.consistency.item(),
-            passes=[str(q) for q in out.passes][:8], gradient_norm=norm.item(),
+            self.sinks, kind="train", step=p.step, steps=self.steps, **figures.means(), gradient_norm=norm.item(),
             rate=rate(p.step - 1, self.steps, self.config.optim),
             tokens=p.tokens, token_forwards=p.token_forwards, effective_forwards=p.effective_forwards, flops=p.flops,
             seconds=p.seconds, tokens_per_second=speed, flops_per_second=flops,
-            mfu=flops / self.peak / self.world.size, skipped=p.skipped,
-            seconds_left=(self.steps - p.step) * p.seconds / p.step,
+            mfu=flops / self.peak / self.world.size, skipped=p.skipped, seconds_left=(self.steps - p.step) * a_step,
         )  # fmt: skip
 
     def evaluate(self) -> BPB:
         """BPB in every mode on the validation rows, a sample, and a warning when the live gap opens."""
         p, gap = self.progress, self.config.train.gap_warning
+        rows = f"step {p.step:,}: {len(self.rows.tokens)} rows, in parallel and token by token"
+        tell(self.sinks, kind="stage", what="evaluation", text=rows)
         with self.parallel.gathered():
             self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.held_out, world=self.world)
             text = self.sample()  # on every process: under fsdp they gather together

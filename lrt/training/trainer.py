@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from lrt.config.model import require
 from lrt.config.run import RunConfig, require_sense
 from lrt.data import Prepared, prepare
@@ -16,6 +18,7 @@ from lrt.training.logging import Sink, tell
 from lrt.training.session import Result, Session
 from lrt.utils.distributed import World, join
 from lrt.utils.hardware import resolve_device, resolve_dtype
+from lrt.utils.threads import Choice, choose_threads, threads
 
 
 def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
@@ -65,9 +68,30 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
         config = resolve(config, prepared)
         if started is not None and resume is None:
             checkpoint.require_same(config, started)
-        session = Session(config, run, prepared, sinks, started, world)
-        session.loop()
-        return session.finish()
+        config, choice = _with_threads(config, started)
+        with threads(choice.threads):
+            session = Session(config, run, prepared, sinks, started, world)
+            if world.device.type == "cpu":
+                tell(sinks, kind="note", text=_threads_note(choice))
+            session.loop()
+            return session.finish()
+
+
+def _with_threads(config: RunConfig, started: Checkpoint | None) -> tuple[RunConfig, Choice]:
+    """The configuration with its number of CPU threads: what was asked for, what the run had before, or a choice."""
+    asked, had = config.train.threads, started.config.train.threads if started else None
+    if config.train.device != "cpu":
+        return config, Choice(torch.get_num_threads(), "for the host's part")
+    if asked or had:
+        choice = Choice(asked or had or 1, "as configured" if asked else "as before")
+    else:
+        choice = choose_threads(config.model.d, config.train.batch * config.train.length)
+    return replace(config, train=replace(config.train, threads=choice.threads)), choice
+
+
+def _threads_note(choice: Choice) -> str:
+    count = "1 CPU thread" if choice.threads == 1 else f"{choice.threads} CPU threads"
+    return f"{count} ({choice.why}); --train.threads overrides"
 
 
 def _started(run: Path, resume: bool | None, world: World, sinks: Sequence[Sink]) -> Checkpoint | None:
