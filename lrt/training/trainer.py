@@ -18,7 +18,7 @@ from lrt.training.logging import Sink, tell
 from lrt.training.session import Result, Session
 from lrt.utils.distributed import World, join
 from lrt.utils.hardware import resolve_device, resolve_dtype
-from lrt.utils.threads import Choice, choose_threads, threads
+from lrt.utils.threads import ThreadChoice, choose_threads, threads
 
 
 def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
@@ -77,19 +77,19 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
             return session.finish()
 
 
-def _with_threads(config: RunConfig, started: Checkpoint | None) -> tuple[RunConfig, Choice]:
+def _with_threads(config: RunConfig, started: Checkpoint | None) -> tuple[RunConfig, ThreadChoice]:
     """The configuration with its number of CPU threads: what was asked for, what the run had before, or a choice."""
     asked, had = config.train.threads, started.config.train.threads if started else None
     if config.train.device != "cpu":
-        return config, Choice(torch.get_num_threads(), "for the host's part")
+        return config, ThreadChoice(torch.get_num_threads(), "for the host's part")
     if asked or had:
-        choice = Choice(asked or had or 1, "as configured" if asked else "as before")
+        choice = ThreadChoice(asked or had or 1, "as configured" if asked else "as before")
     else:
         choice = choose_threads(config.model.d, config.train.batch * config.train.length)
     return replace(config, train=replace(config.train, threads=choice.threads)), choice
 
 
-def _threads_note(choice: Choice) -> str:
+def _threads_note(choice: ThreadChoice) -> str:
     count = "1 CPU thread" if choice.threads == 1 else f"{choice.threads} CPU threads"
     return f"{count} ({choice.why}); --train.threads overrides"
 

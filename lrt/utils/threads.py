@@ -19,25 +19,25 @@ LEAST_GAIN = 0.95
 """More threads are taken if they need at most this share of one thread's time: they also cost others theirs."""
 
 
-class Choice(NamedTuple):
+class ThreadChoice(NamedTuple):
     """A number of threads, and why."""
 
     threads: int
     why: str
 
 
-def choose_threads(width: int, positions: int) -> Choice:
+def choose_threads(width: int, positions: int) -> ThreadChoice:
     """One thread or all of torch's, whichever does an MLP's forward and backward faster here and now.
 
     width: of the model. positions: of one forward, rows times length.
     """
     most = torch.get_num_threads()
     if most == 1:
-        return Choice(1, "torch has no more")
+        return ThreadChoice(1, "torch has no more")
     one, all_of_them = _medians(_mlp_step(width, min(positions, MOST_POSITIONS)), (1, most))
     if all_of_them <= LEAST_GAIN * one:
-        return Choice(most, f"{one / all_of_them:.1f} times as fast as one, measured now")
-    return Choice(1, f"{most} take {all_of_them / one:.1f} times as long, measured now")
+        return ThreadChoice(most, f"{one / all_of_them:.1f} times as fast as one, measured now")
+    return ThreadChoice(1, f"{most} take {all_of_them / one:.1f} times as long, measured now")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from lrt.training import session, trainer
 from lrt.training.logging import Jsonl, Live
 from lrt.training.step_figures import StepFigures
 from lrt.training.trainer import train
-from lrt.utils.threads import Choice
+from lrt.utils.threads import ThreadChoice
 
 
 def figures(*steps: tuple[str, list[float]]) -> StepFigures:
@@ -89,7 +89,7 @@ def test_the_time_left_is_at_this_processs_speed(source: Path, tmp_path: Path, m
 
 @pytest.mark.parametrize(("asked", "chosen", "has", "says"), [(None, 2, 2, "measured"), (3, 2, 3, "as configured")])
 def test_threads_are_chosen_said_and_given_back(asked, chosen, has, says, source: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(trainer, "choose_threads", lambda width, positions: Choice(chosen, "measured"))
+    monkeypatch.setattr(trainer, "choose_threads", lambda width, positions: ThreadChoice(chosen, "measured"))
     config, during, run = tiny(cpu_demo(), source, steps=2, threads=asked), [], tmp_path / "run"
     said: list[dict] = []
     train(config, run, sinks=[said.append, lambda e: during.append(torch.get_num_threads())])
@@ -100,9 +100,9 @@ def test_threads_are_chosen_said_and_given_back(asked, chosen, has, says, source
 
 def test_a_resumed_run_keeps_its_threads(source: Path, tmp_path: Path, monkeypatch):
     config, run = tiny(cpu_demo(), source, steps=2, save_every=1), tmp_path / "run"
-    monkeypatch.setattr(trainer, "choose_threads", lambda width, positions: Choice(2, "measured"))
+    monkeypatch.setattr(trainer, "choose_threads", lambda width, positions: ThreadChoice(2, "measured"))
     train(config, run)
-    monkeypatch.setattr(trainer, "choose_threads", lambda width, positions: Choice(1, "measured"))
+    monkeypatch.setattr(trainer, "choose_threads", lambda width, positions: ThreadChoice(1, "measured"))
     said: list[dict] = []
     train(config, run, resume=None, sinks=[said.append])
     assert [e["text"].split(" (")[0] for e in said if e["kind"] == "note"] == ["2 CPU threads"]
