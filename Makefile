@@ -6,28 +6,36 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format clean
+.PHONY: .venv demo test test-slow check format docs clean
 
-.venv: pyproject.toml constraints.txt
+.venv: .venv/installed
+
+# The mark is written last, so that an installation that failed is made again.
+.venv/installed: pyproject.toml constraints.txt
+	@echo "Making .venv and installing lrt with its tools: some minutes, about 2 GB the first time."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev]'
-	touch .venv
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
+	@touch .venv/installed
+	@echo "Installed. Next: make demo, or $(BIN)/lrt --help"
 
-demo: .venv
+demo: .venv/installed
 	$(BIN)/lrt demo
 
-test: .venv
+test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile --durations=15
 
-test-slow: .venv
+test-slow: .venv/installed
 	$(BIN)/pytest -m slow --timeout 1200 --durations=15
 
-check: .venv
+check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: .venv
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict --site-dir site
+
+format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
