@@ -7,10 +7,11 @@ questions to one answer (schema), and a text to be continued exactly.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ KINDS: dict[str, dict[str, type]] = {
 OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 ENTRY = {"label": str, "icl_task_type": str, "dataset_uri": str, "continuation_delimiter": str, "num_fewshot": list}
 MOST_SHOTS = 1000
+TASKS_OF_CORE = 22
 Item = dict[str, Any]
 
 
@@ -59,8 +61,37 @@ class Candidate(NamedTuple):
     """How many of the last ids are the answer."""
 
 
+class Known(NamedTuple):
+    """A task of CORE whose items lie as JSON lines in a folder without a task list."""
+
+    kind: str
+    shots: int
+    chance: float
+    delimiter: str = " "
+
+
+MC, SCHEMA, LM = KINDS
+KNOWN = {
+    "jeopardy_all": Known(LM, 10, 0.0, "\nAnswer: "), "bigbench_qa_wikidata": Known(LM, 10, 0.0),
+    "arc_easy": Known(MC, 10, 0.25), "arc_challenge": Known(MC, 10, 0.25), "copa": Known(MC, 0, 0.5),
+    "commonsense_qa": Known(MC, 10, 0.2), "piqa": Known(MC, 10, 0.5), "openbook_qa": Known(MC, 0, 0.25),
+    "lambada_openai": Known(LM, 0, 0.0), "winograd_wsc": Known(SCHEMA, 0, 0.5), "winogrande": Known(SCHEMA, 0, 0.5),
+    "bigbench_dyck_languages": Known(LM, 10, 0.0), "agi_eval_lsat_ar": Known(MC, 3, 0.25),
+    "bigbench_cs_algorithms": Known(LM, 10, 0.0), "bigbench_operators": Known(LM, 10, 0.0),
+    "bigbench_repeat_copy_logic": Known(LM, 10, 0.0), "boolq": Known(MC, 10, 0.62),
+    "bigbench_language_identification": Known(MC, 10, 0.0909),
+}  # fmt: skip
+"""By file name, as the evaluation gauntlet lays them out: shots and chance as CORE has them."""
+
+
 def read_bundle(folder: Path) -> list[CoreTask]:
-    """The bundle's tasks. ValueError: what is missing from it, of another type, or of a kind unknown here."""
+    """The bundle's tasks, or those of a folder of task files (KNOWN), which may lie in folders by category.
+
+    ValueError: what is missing from it, of another type, or of a kind unknown here.
+    """
+    files = sorted(file for file in folder.rglob("*.jsonl") if file.stem in KNOWN)
+    if files and not (folder / "core.yaml").exists():
+        return [_known_task(file, KNOWN[file.stem]) for file in files]
     for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
         require((folder / name).exists(), f"{folder / name} does not exist; give the folder of the evaluation bundle")
     chances, where = _chances(folder / "eval_meta_data.csv"), f"{folder / 'core.yaml'}"
@@ -68,6 +99,12 @@ def read_bundle(folder: Path) -> list[CoreTask]:
     require_fields(tasks, {"icl_tasks": list}, where)
     require(bool(tasks["icl_tasks"]), f"{where} lists no task; unpack the bundle again")
     return [_task(folder, entry, chances, f"{where}, task {n}") for n, entry in enumerate(tasks["icl_tasks"], 1)]
+
+
+def _known_task(file: Path, known: Known) -> CoreTask:
+    items = [_checked(item, known.kind, f"{file}:{number}") for number, item in read_jsonl(file, "items")]
+    require(bool(items), f"{file} holds no item; unpack it again")
+    return CoreTask(file.stem, known.kind, known.shots, known.delimiter, items, known.chance)
 
 
 def _chances(file: Path) -> dict[str, float]:
@@ -164,9 +201,18 @@ def right(model: LRT, task: CoreTask, item: Item, found: list[Candidate], mode: 
 
 
 def core(
-    model: LRT, tokenizer: Tokenizer, tasks: Sequence[CoreTask], *, limit: int | None = None, mode: str = DEFAULT_MODE
+    model: LRT,
+    tokenizer: Tokenizer,
+    tasks: Sequence[CoreTask],
+    *,
+    limit: int | None = None,
+    mode: str = DEFAULT_MODE,
+    tell: Callable[[str, dict[str, Any]], None] = lambda label, scores: None,
 ) -> dict[str, Any]:
-    """Accuracy and centred accuracy, (accuracy - chance) / (1 - chance), of each task, and CORE: the latter's mean."""
+    """Accuracy and centred accuracy, (accuracy - chance) / (1 - chance), of each task, and CORE: the latter's mean.
+
+    Both with their standard errors (n - 1, items independent). `tell` takes each task's figures as they come.
+    """
     found = {}
     for task in tasks:
         chosen = range(len(task.items))[:limit]
@@ -177,5 +223,13 @@ def core(
             hits += right(model, task, task.items[number], options, mode)
         accuracy = hits / len(chosen)
         centred = (accuracy - task.chance) / (1 - task.chance)
-        found[task.label] = {"accuracy": accuracy, "centred": centred, "items": len(chosen)}
-    return {"core": sum(t["centred"] for t in found.values()) / len(found), "tasks": found, "mode": mode}
+        error = math.sqrt(accuracy * (1 - accuracy) / max(len(chosen) - 1, 1)) / (1 - task.chance)
+        found[task.label] = {"accuracy": accuracy, "centred": centred, "centred_error": error, "items": len(chosen)}
+        tell(task.label, found[task.label])
+    scores = found.values()
+    return {
+        "core": sum(t["centred"] for t in scores) / len(found),
+        "core_error": math.sqrt(sum(t["centred_error"] ** 2 for t in scores)) / len(found),
+        "tasks": found,
+        "mode": mode,
+    }

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 import yaml
+from helpers import config, randomised
 
 from lrt.cli.main import main
 from lrt.config.model import ModelConfig
 from lrt.data.tokenizer import ByteTokenizer
-from lrt.evaluation.core import candidates, core, examples, read_bundle, texts
+from lrt.evaluation.core import KNOWN, CoreTask, candidates, core, examples, read_bundle, texts
 from lrt.model.loss import ScheduledLoss
 from lrt.model.transformer import LRT
 from lrt.schedule import Schedule
@@ -88,6 +89,21 @@ def test_a_model_that_knows_the_answers_gets_them_and_accuracy_is_centred(bundle
     assert core(model, tokenizer, tasks[2:], limit=2)["tasks"]["count"]["items"] == 2
 
 
+def test_standard_errors_by_hand(bundle, monkeypatch):
+    from lrt.evaluation import core as module
+
+    answers = iter([True, False, True])
+    monkeypatch.setattr(module, "right", lambda *_: next(answers))
+    monkeypatch.setattr(module, "candidates", lambda *_: [])
+    task = CoreTask("made", "language_modeling", 0, " ", [{}, {}, {}], 0.25)
+    seen = []
+    found = core(randomised(config()), None, [task], tell=lambda *told: seen.append(told))  # type: ignore[arg-type]
+    scores = found["tasks"]["made"]
+    assert scores["accuracy"] == pytest.approx(2 / 3) and scores["centred"] == pytest.approx((2 / 3 - 0.25) / 0.75)
+    assert scores["centred_error"] == pytest.approx((2 / 9 / 2) ** 0.5 / 0.75) == found["core_error"]
+    assert seen == [("made", scores)]
+
+
 def _solved(task, number: int, item) -> list[str]:
     question, answer = texts(task, item, examples(task, number))[item.get("gold", 0)]
     return [question + answer]
@@ -152,3 +168,28 @@ def test_bundles_that_lie_are_refused_in_one_line(bundle, name: str, content, sa
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and name.split("/")[-1].split(".")[0] in error
     assert said in error or said == "is nothing"
+
+
+def test_a_folder_of_task_files_is_read_as_the_gauntlet_lays_it_out(tmp_path):
+
+    items = {
+        "world_knowledge/jeopardy_all": {"context": "CAPITALS: of France", "continuation": "Paris", "category": "x"},
+        "language_understanding/winograd_wsc": {"context_options": ["A", "B"], "continuation": "is.", "gold": 1},
+        "commonsense_reasoning/copa": {"query": "It rained, so", "choices": ["it was wet.", "it was dry."], "gold": 0},
+        "elsewhere/unknown_task": {"any": "thing"},
+    }
+    for name, item in items.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(item) + "\n" for _ in range(3)))
+    tasks = {task.label: task for task in read_bundle(tmp_path)}
+    assert set(tasks) == {"jeopardy_all", "winograd_wsc", "copa"} and len(KNOWN) == 18
+    assert [(t.kind, t.shots, t.chance) for t in tasks.values()] == [
+        ("multiple_choice", 0, 0.5), ("schema", 0, 0.5), ("language_modeling", 10, 0.0),
+    ]  # fmt: skip
+    task = tasks["jeopardy_all"]
+    shown = texts(task, task.items[0], examples(task, 0)[:1])
+    assert shown == [("CAPITALS: of France\nAnswer: Paris\n\nCAPITALS: of France", "\nAnswer: Paris")]
+    (tmp_path / "commonsense_reasoning" / "copa.jsonl").write_text('{"query": "x", "choices": ["a"]}\n')
+    with pytest.raises(ValueError, match="copa.jsonl:1 lacks 'gold'"):
+        read_bundle(tmp_path)
