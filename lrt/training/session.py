@@ -249,7 +249,7 @@ class Session:
     def evaluate(self) -> BPB:
         """BPB in every mode on the validation rows, a sample, and a warning when the live gap opens."""
         p, gap = self.progress, self.config.train.gap_warning
-        rows = f"step {p.step:,}: {len(self.rows.tokens)} rows, in parallel and token by token"
+        rows = f"step {p.step:,}: {len(self.held_out.rows.tokens)} rows, in parallel and token by token"
         tell(self.sinks, kind="stage", what="evaluation", text=rows)
         with self.parallel.gathered():
             self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.held_out, world=self.world)
