@@ -125,7 +125,7 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
     if facts.get("model_type") == "lrt":
         config = from_dict(ModelConfig, facts.get("lrt"), f"{folder / 'config.json'}: lrt")
         prefix = "model.core."
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
         train = from_dict(TrainConfig, facts.get("training") or {}, f"{folder / 'config.json'}: training")
         return ConversionSource(config, weights, words, train)
     config = families.model_config(facts, bos)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from lrt.config.model import ModelConfig
 from lrt.integrations.hf.config import MEMORY_LAYER
-from lrt.model.kv_cache import FUTURE, KVCache
+from lrt.integrations.hf.rows import Rows, order, pick
+from lrt.model.kv_cache import KVCache
 from lrt.model.shapes import HeadsBKNE, PositionsN
+from lrt.model.transformer import LRT
 
 
 class _Memory:
@@ -25,8 +26,9 @@ class _Memory:
 
     def keep(self, m: Tensor, last_token: Tensor) -> None:
         """Take in the newest memory and token, in place where some are held: a compiled step knows their addresses."""
+        m = m.detach()
         if self.m is None or self.last_token is None:
-            self.m, self.last_token = m.detach().clone(), last_token.clone()
+            self.m, self.last_token = m.clone(), last_token.clone()
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.m)
                 torch._dynamo.mark_static_address(self.last_token)
@@ -59,7 +61,7 @@ class MemoryDynamicLayer(_Memory, DynamicLayer):
     is_croppable = False
 
     def keep(self, m: Tensor, last_token: Tensor) -> None:
-        self.m, self.last_token = m.detach().clone(), last_token.clone()
+        self.m, self.last_token = m.clone(), last_token.clone()  # with its gradient, as keys and values here
 
     def reset(self) -> None:
         super().reset()
@@ -97,15 +99,21 @@ def memory_layer(cache: Any, depth: int) -> MemoryDynamicLayer | MemoryStaticLay
 
 
 class Layer(NamedTuple):
-    """One layer of a transformers cache as the core's attention sees it."""
+    """One layer of a transformers cache as the core's attention sees it, for a step of one token a row."""
 
     layer: Any
     positions: PositionsN
     """Of the keys that `extend` returns, [M] or [B, M]."""
+    queries: PositionsN
+    """Of the step's own tokens, [1] or [B, 1]."""
 
     def extend(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[HeadsBKNE, HeadsBKNE]:
-        """All keys and values, once the pass's own have been added."""
-        return self.layer.update(k, v)
+        """All keys and values, once the pass's own have been added. A static cache holds values without gradient."""
+        if not (self.layer.is_compileable and (k.requires_grad or v.requires_grad)):
+            return self.layer.update(k, v)
+        own = (self.positions == self.queries).view(-1, 1, self.positions.shape[-1], 1)
+        keys, values = self.layer.update(k.detach(), v.detach())
+        return torch.where(own, k, keys), torch.where(own, v, values)
 
     def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[tuple[HeadsBKNE], tuple[HeadsBKNE]]:
         """The same as one segment."""
@@ -113,30 +121,12 @@ class Layer(NamedTuple):
         return (keys,), (values,)
 
 
-def places(mask: Tensor) -> PositionsN:
-    """Positions of tokens by a padding mask [B, M]; FUTURE, which nobody sees, where there is padding."""
-    mask = mask.bool()
-    return torch.where(mask, mask.long().cumsum(1) - 1, FUTURE)
-
-
-def order(mask: Tensor) -> Tensor:
-    """Indices [B, N] that bring each row's tokens to the left, in order, and its padding to the right."""
-    return (~mask).long().argsort(dim=1, stable=True)
-
-
-def pick(x: Tensor, index: Tensor, axis: int) -> Tensor:
-    """`x` with its rows' entries along `axis` taken by `index` [B, N]; other axes are kept."""
-    shape = [1] * x.dim()
-    shape[0], shape[axis] = index.shape
-    wide = [n if i not in (0, axis) else index.shape[0 if i == 0 else 1] for i, n in enumerate(x.shape)]
-    return x.gather(axis, index.view(shape).expand(wide))
-
-
-def state_of(cache: Cache | None, model: ModelConfig, seen: Tensor, room: int, like: Tensor) -> KVCache:
+def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache:
     """The core's state of what a transformers cache holds, with `room` more slots; every layer in full.
 
-    `seen` is the mask of the slots in use, boolean [B, M]; `like` gives type and device.
+    `seen` is the mask of the slots in use, boolean [B, M].
     """
+    model, like = core.config, torch.empty(0, dtype=core.stream_dtype, device=seen.device)
     (rows, used), length = seen.shape, seen.sum(1)
     shape = (rows, model.k, used + room + 1, model.e)
     keys, values = ([like.new_zeros(shape) for _ in range(model.layers)] for _ in range(2))
@@ -153,12 +143,26 @@ def state_of(cache: Cache | None, model: ModelConfig, seen: Tensor, room: int, l
     return KVCache(tuple(keys), tuple(values), memory, length, last_token, int(length.max()))
 
 
-def take_back(cache: Cache, state: KVCache, before: Tensor, new: Tensor) -> None:
-    """Add to a transformers cache what the state gained: for each row the tokens of the mask `new` [B, N], in columns
-    of their own; `before` [B] is each row's length without them."""
-    back = order(new).argsort(dim=1)  # column -> place among the row's tokens, padding last
-    slot = (before[:, None] + back).clamp(max=state.keys[0].shape[2] - 1)
+class Gained(NamedTuple):
+    """What a prefill adds to a cache."""
+
+    keys: tuple[HeadsBKNE, ...]
+    values: tuple[HeadsBKNE, ...]
+    offset: Tensor
+    """Where in them each row's new tokens begin, int64 [B]."""
+    memory: Tensor
+    """m of each row's last token, [B, D]."""
+    last_token: Tensor
+    """int64 [B]"""
+
+
+def store(cache: Cache, rows: Rows, gained: Gained) -> None:
+    """Add to a transformers cache what was gained, in the columns of the batch that the rows are of."""
+    places = torch.arange(rows.columns, device=gained.offset.device)
+    back = places if rows.at is None else (rows.at % rows.columns).argsort(dim=1)
+    slot = (gained.offset[:, None] + back).clamp(max=gained.keys[0].shape[2] - 1)
     layers: list[Any] = cache.layers
-    for layer, k, v in zip(layers, state.keys, state.values, strict=True):
-        layer.update(pick(k, slot, 2), pick(v, slot, 2))
-    memory_layer(cache, len(cache.layers)).keep(state.memory, state.last_token)
+    for layer, k, v in zip(layers, gained.keys, gained.values, strict=True):
+        new = (pick(k, slot, 2), pick(v, slot, 2))
+        layer.update(*(x.detach() if layer.is_compileable else x for x in new))
+    memory_layer(cache, len(cache.layers)).keep(gained.memory, gained.last_token)

@@ -22,7 +22,7 @@ class LRTConfig(PreTrainedConfig):
     """Configuration of `LRTForCausalLM`. `lrt` holds the model; everything else says how it is run."""
 
     model_type = "lrt"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - a list, which the Trainer adds to
 
     lrt: dict | None = None
     """`ModelConfig` as plain data; none means its defaults."""

@@ -1,0 +1,83 @@
+"""Vectors in place of tokens: `inputs_embeds`, for prompt tuning and whatever else writes its own input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrt.config.model import require
+from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.transformer import LRT
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def as_tokens(core: LRT, vectors: StreamBND) -> Iterator[TokensBN]:
+    """Tokens [B, N] that `core` reads, while this lasts, as `vectors` [B, N, D], rows as its embedding gives them.
+
+    A vector that is a row of the embedding is that token: BOS resets the memory, value embeddings are its own. Any
+    other gets an id beyond the vocabulary, and has no value embedding.
+    ValueError: the weights are elsewhere, or blocks that look tokens up would run again later.
+    """
+    weight, valued = core.embedding.weight, value_embeddings(core)
+    require(weight.device.type != "meta", "inputs_embeds need the embedding's weights in place; do not offload them")
+    again = "with value embeddings inputs_embeds cannot be recomputed: disable activation checkpointing"
+    require(not (valued and core.execution.recompute and torch.is_grad_enabled()), again)
+    size, table = len(weight), vectors.flatten(0, 1)
+    known = known_tokens(weight.detach(), table.detach().to(weight.dtype))
+    tokens = torch.where(known < 0, size + torch.arange(len(known), device=known.device), known)
+    swaps = [_Swap(core.embedding, table, size), *(_Swap(module, None, size) for module in valued)]
+    try:
+        yield tokens.view(vectors.shape[:2])
+    finally:
+        for swap in swaps:
+            swap.remove()
+
+
+def value_embeddings(core: LRT) -> list[nn.Embedding]:
+    """Those that its blocks have."""
+    tables = (module for module in core.blocks.modules() if isinstance(module, nn.Embedding))
+    return list(tables)
+
+
+def known_tokens(weight: Tensor, vectors: Tensor) -> Tensor:
+    """Which row of `weight` [V, D] each of `vectors` [n, D] is, bit for bit; -1 where it is none; int64 [n]."""
+    odd = 2 * torch.arange(1, weight.shape[1] + 1, device=weight.device) * 0x1E3779B97F4A7C15 + 1  # wraps around
+
+    def keys(x: Tensor) -> Tensor:
+        return (x.contiguous().view(BITS[x.element_size()]).long() * odd).sum(1)
+
+    sorted_, order = keys(weight).sort()
+    found = order[torch.searchsorted(sorted_, keys(vectors)).clamp(max=len(weight) - 1)]
+    return torch.where((weight[found] == vectors).all(1), found, -1)
+
+
+class _Swap:
+    """Makes an embedding answer ids from `size` on by rows of `table`, or by zeros where there is none."""
+
+    def __init__(self, module: nn.Embedding, table: Tensor | None, size: int):
+        self.table, self.size = table, size
+        self._ids: list[Tensor] = []
+        before, after = module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)
+        self._handles = (before, after)
+
+    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        self._ids.append(inputs[0])
+        return (inputs[0].clamp(max=self.size - 1),)
+
+    def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        ids = self._ids.pop()
+        beyond = (ids >= self.size)[..., None]
+        if self.table is None:
+            return output.masked_fill(beyond, 0)
+        return torch.where(beyond, self.table[(ids - self.size).clamp(min=0)].to(output.dtype), output)
+
+    def remove(self) -> None:
+        """The embedding as it was."""
+        for handle in self._handles:
+            handle.remove()

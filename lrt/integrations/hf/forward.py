@@ -1,0 +1,244 @@
+"""What a forward of the transformers classes computes: the schedule's passes, a prefill, or one step on a cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from lrt.config.model import require
+from lrt.inference.prefill import PrefillOptions, solve
+from lrt.integrations.hf.cache import Gained, Layer, memory_layer, state_of, store
+from lrt.integrations.hf.config import LRTConfig
+from lrt.integrations.hf.fold import Folded, ScoredPass, States, Wanted, fold, in_order, recording, settled
+from lrt.integrations.hf.objective import least_length, token_weights
+from lrt.integrations.hf.rows import Rows, pick, places, rows_of, unpacked
+from lrt.model.kv_cache import KVCache
+from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.state import Past
+from lrt.model.transformer import LRT
+from lrt.passes import Pass, Passes
+from lrt.schedule import Curriculum
+
+SETTLES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Relative change of the memory below which rounding hides it, by the type that the stream is computed in."""
+PACKED = "rows that hold several documents have no {}; give them as rows of their own"
+
+
+class Inputs(NamedTuple):
+    """A batch as the forward was given it."""
+
+    tokens: TokensBN
+    mask: Tensor | None
+    """[B, M] of the tokens so far and these; None: no padding."""
+    positions: Tensor | None
+    """[B, N] or [1, N]; None: as the mask implies."""
+    cache: Cache | None
+    use_cache: bool
+    """Whether to fill one, if none is given."""
+    wanted: Wanted
+
+
+class Outcome(NamedTuple):
+    """What it computes."""
+
+    hidden: StreamBND
+    """The head's input, [B, N, D]."""
+    states: States
+    scored: list[tuple[Rows, list[ScoredPass]]]
+    """What a loss counts: documents of like length, each with its passes."""
+    cache: Cache | None = None
+
+
+def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outcome:
+    """The schedule's passes over every document, with their gradient; each position as the last pass leaves it."""
+    schedule = Curriculum.parse(config.schedule).stages[-1][0].draw(config.seed, step)
+    groups = rows_of(inputs.mask, inputs.positions, inputs.tokens)
+    _require_unpacked(inputs, groups)
+    hidden, states, scored = None, States(), []
+    for rows in groups:
+        tokens = rows.take(inputs.tokens)
+        n = tokens.shape[1]
+        tokens = F.pad(tokens, (0, max(0, least_length(schedule) - n)))
+        passes = schedule.passes(tokens.shape[1])
+        folded = _reaching(core, passes, fold(core, tokens, passes, wanted=inputs.wanted))
+        counts = dict(zip(passes, token_weights(schedule, passes), strict=True))
+        scored.append((rows, [ScoredPass(p.positions, counts[p], h) for p, h in folded.passes if p.weight > 0]))
+        hidden = rows.put(folded.hidden[:, :n], hidden)
+        states = _in_batch(folded.states, rows, n, None)
+    assert hidden is not None
+    return Outcome(hidden, states.ending(hidden), scored)
+
+
+def _require_unpacked(inputs: Inputs, groups: list[Rows]) -> bool:
+    """Whether every row is one document. ValueError: they are not, and states are wanted."""
+    alone = len(groups) == 1 and len(groups[0].length) == len(inputs.tokens)
+    require(alone or not inputs.wanted.any, PACKED.format("hidden states or attentions"))
+    return alone
+
+
+def _reaching(core: LRT, passes: Passes, folded: Folded) -> Folded:
+    """The same, with zero-valued gradients, not missing ones, for parameters that only memory uses."""
+    read = any(p.weight > 0 and p is not passes[0] and p.positions[-1] > 0 for p in passes)
+    if read or not torch.is_grad_enabled():
+        return folded
+    zero = folded.hidden.new_zeros(()) + sum(0.0 * p.sum() for p in core.memory_parameters())
+    zero = zero.to(folded.hidden.dtype)
+    return folded._replace(hidden=folded.hidden + zero, passes=[(p, h + zero) for p, h in folded.passes])
+
+
+def decoded(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
+    """The decoded model: one step on a cache that holds memory, or several tokens by the configured prefill."""
+    tokens, cache = inputs.tokens, inputs.cache
+    n = tokens.shape[1]
+    known = cache is not None and memory_layer(cache, core.config.layers).m is not None
+    if cache is not None and known and n == 1:
+        return _step(core, config, inputs, cache)
+    used = 0 if cache is None else int(cache.get_seq_length())
+    mask = inputs.mask if inputs.mask is None else _cut(inputs.mask, used + n)
+    if used:
+        seen = tokens.new_ones(len(tokens), used + n) if mask is None else mask
+        _require_following(inputs.positions, seen, n)
+        return _prefill(core, config, inputs, unpacked(seen[:, used:], tokens), seen[:, :used].bool())
+    groups = rows_of(mask, inputs.positions, tokens)
+    if _require_unpacked(inputs, groups):
+        if inputs.use_cache and cache is None:
+            inputs = inputs._replace(cache=DynamicCache(config=config))
+        return _prefill(core, config, inputs, groups[0], tokens.new_zeros(len(tokens), 0).bool())
+    require(cache is None, PACKED.format("cache"))
+    hidden, scored = None, []
+    for rows in groups:
+        part = _prefill(core, config, inputs, rows, tokens.new_zeros(len(rows.length), 0).bool())
+        hidden, scored = rows.put(part.scored[0][1][0].hidden, hidden), [*scored, *part.scored]
+    assert hidden is not None
+    return Outcome(hidden, States(), scored)
+
+
+def _cut(mask: Tensor, width: int) -> Tensor:
+    narrow = f"the attention_mask has {mask.shape[1]} columns for {width} tokens so far; give one a token"
+    require(mask.shape[1] >= width, narrow)
+    return mask[:, :width]
+
+
+def _require_following(positions: Tensor | None, seen: Tensor, n: int) -> None:
+    """ValueError: positions that do not go on from what a cache holds."""
+    if positions is not None:
+        implied, real = places(seen)[:, -n:], seen[:, -n:].bool()
+        same = (positions.expand_as(implied) == implied) | ~real
+        require(bool(same.all()), "position_ids must go on from the cache's; begin another document without a cache")
+
+
+def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome:
+    """One token per row on top of the cache: tensors in and out, so that it can be compiled."""
+    tokens, layer, seen = inputs.tokens, memory_layer(cache, core.config.layers), cache.get_seq_length()
+    if inputs.mask is None:
+        slots = cache.get_max_length() if cache.is_compileable else seen + 1
+        keys = torch.arange(slots, device=tokens.device)
+        queries = torch.zeros(1, dtype=torch.int64, device=tokens.device) + seen
+    else:
+        keys = places(inputs.mask)
+        queries = inputs.mask.long().sum(1, keepdim=True) - 1
+    past = Past(queries, False, [Layer(one, keys, queries) for one in cache.layers])
+    assert layer.m is not None and layer.last_token is not None
+    with recording(core, inputs.wanted) as recorder:
+        written = core(tokens, past, layer.m[:, None], core.starts(tokens), layer.last_token[:, None])
+    assert written.hidden is not None
+    memory = written.source[:, 0]
+    layer.keep(torch.zeros_like(memory) if config.prefill == "zero_memory" else memory, tokens[:, 0])
+    rows = Rows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
+    scored = [ScoredPass(range(1), 1.0, written.hidden)]
+    return Outcome(written.hidden, recorder.take().ending(written.hidden), [(rows, scored)], cache)
+
+
+def _prefill(core: LRT, config: LRTConfig, inputs: Inputs, rows: Rows, seen: Tensor) -> Outcome:
+    """Several tokens per row, by the configured mode, after the slots of the cache that are taken, `seen` [B, M]."""
+    tokens = rows.take(inputs.tokens)
+    n = tokens.shape[1]
+    state = state_of(inputs.cache, core, seen, n)
+    if config.prefill == "zero_memory":
+        state = state._replace(memory=torch.zeros_like(state.memory))
+    if config.prefill == "zero_memory" or inputs.wanted.any or differentiable(core, inputs):
+        hidden, states, gained = _traced(core, config, tokens, rows.length, state, inputs)
+    else:
+        hidden, states, gained = _solved(core, config, tokens, rows.length, state)
+    if inputs.cache is not None:
+        store(inputs.cache, rows, gained)
+    out = rows.put(hidden)
+    states = _in_batch(states, rows, n, seen).ending(out)
+    return Outcome(out, states, [(rows, [ScoredPass(range(n), 1.0, hidden)])], inputs.cache)
+
+
+def differentiable(core: LRT, inputs: Inputs) -> bool:
+    """Whether the result is to carry a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(p.requires_grad for p in core.parameters()) or core.embedding(inputs.tokens[:1, :1]).requires_grad
+
+
+@torch.no_grad()
+def _solved(
+    core: LRT, config: LRTConfig, tokens: TokensBN, count: Tensor, state: KVCache
+) -> tuple[StreamBND, States, Gained]:
+    hidden, before = [], state.length
+    for _, solved in solve(core, tokens, count, state, prefill_options(config, core.stream_dtype)):
+        hidden, state = [*hidden, solved.hidden], solved.cache
+    return torch.cat(hidden, dim=1), States(), Gained(state.keys, state.values, before, state.memory, state.last_token)
+
+
+def _traced(
+    core: LRT, config: LRTConfig, tokens: TokensBN, count: Tensor, state: KVCache, inputs: Inputs
+) -> tuple[StreamBND, States, Gained]:
+    """The same by passes that carry a gradient and can be watched: sweeps without, then one pass over everything."""
+    n, buffer = tokens.shape[1], state.buffer()
+    passes = [Pass(range(n), detach=True)]
+    if config.prefill == "exact" and core.config.memory.recurrent:
+        passes = [Pass(range(t, t + 1)) for t in range(n)]
+    elif config.prefill == "sweeps" and core.config.memory.recurrent:
+        buffer = settled(core, tokens, count, buffer, prefill_options(config, core.stream_dtype))
+    folded = fold(core, tokens, passes, buffer, inputs.wanted)
+    at = [segment.at for segment in folded.buffer.segments]
+    written = [segment.written for segment in folded.buffer.segments]
+    keys, values = (
+        tuple(in_order(at, parts, n, 2) for parts in zip(*(kind(w) for w in written), strict=True))
+        for kind in (lambda w: w.keys, lambda w: w.values)
+    )
+    last, some = (count - 1).clamp(min=0)[:, None], count > 0
+    memory = in_order(at, [w.source for w in written], n, 1)
+    memory = torch.where(some[:, None], pick(memory, last, 1)[:, 0], state.memory)
+    memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
+    last_token = torch.where(some, tokens.gather(1, last)[:, 0], state.last_token)
+    return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), memory, last_token)
+
+
+def _in_batch(states: States, rows: Rows, n: int, seen: Tensor | None) -> States:
+    """States of rows, of their first `n` places, in the columns of the batch; `seen` is the cache's mask, [B, M].
+
+    What needs no moving stays the tensor it is, so that its gradient can be asked for.
+    """
+    past = 0 if seen is None else seen.shape[1]
+
+    def queries(x: Tensor) -> Tensor:
+        return rows.put(x if x.shape[1] == n else x[:, :n])
+
+    def weights(x: Tensor) -> Tensor:
+        x = x if rows.at is None and x.shape[2] == n else queries(x.transpose(1, 2)).transpose(1, 2)
+        if rows.at is None and not past and x.shape[3] == n:
+            return x
+        before = x.shape[3] - (n if past else x.shape[3])
+        own = x[..., before : before + n]
+        own = own if rows.at is None else pick(own, (rows.at % rows.columns).argsort(dim=1), 3)
+        if seen is None or not past:
+            return own
+        position = (seen.long().cumsum(1) - 1).clamp(0, before - 1)
+        return torch.cat((pick(x[..., :before], position, 3) * seen[:, None, None], own), dim=3)
+
+    return States(tuple(queries(x) for x in states.streams), tuple(weights(x) for x in states.attentions))
+
+
+def prefill_options(config: LRTConfig, dtype: torch.dtype) -> PrefillOptions:
+    """How the memory is solved in a stream of this type: sweeps stop where only rounding still moves it."""
+    mode = "exact" if config.prefill == "exact" else config.prefill_mode
+    return PrefillOptions.parse(mode, max(config.prefill_tolerance, SETTLES.get(dtype, 0.0)))

@@ -1,0 +1,76 @@
+"""The loss of a transformers forward: one definition, by counts over the whole step, for every schedule.
+
+A schedule's loss is the weighted mean over its passes (`ScheduledLoss`), each the mean over its own targets. Of a step,
+the library tells only how many targets there are in all. So the passes that share the positions of one sweep, strides
+or chunks, share its count in proportion to their positions; then every token has one weight, whatever it is padded,
+packed or accumulated with. For full rows whose targets all count, it is the core's own number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrt.config.model import require
+from lrt.integrations.hf.fold import ScoredPass
+from lrt.integrations.hf.rows import Rows
+from lrt.model.cross_entropy import head_loss
+from lrt.model.shapes import IGNORE, TokensBN
+from lrt.model.transformer import LRT
+from lrt.passes import Passes
+from lrt.schedule import Schedule
+
+CONTIGUOUS = ("chunked", "sequential")
+"""Schedules whose passes follow one another: the longer the row, the more there are."""
+
+
+def least_length(schedule: Schedule) -> int:
+    """The shortest row in which a drawn schedule has all its passes."""
+    size = schedule.size.low if schedule.size else 1
+    if schedule.kind in CONTIGUOUS:
+        return (len(schedule.weights) - 1) * size + 1 if schedule.weights else 1
+    return size if schedule.kind == "interleaved" else 1
+
+
+def token_weights(schedule: Schedule, passes: Passes) -> list[float]:
+    """What a token's nats count in each of the passes, times the number of targets.
+
+    Pass p of weight w counts w / sum of w, over its share of the positions of a row; contiguous passes together count
+    as one sweep, in which a weight is relative to the last.
+    """
+    if schedule.kind in CONTIGUOUS:
+        last = schedule.weights[-1] if schedule.weights else 1.0
+        require(last > 0, f"the last weight of schedule {schedule} is 0: later chunks would not be trained")
+        return [p.weight / last for p in passes]
+    least = least_length(schedule)
+    total = sum(p.weight for p in passes)
+    shares = [len(p.positions) / least for p in schedule.passes(least)]
+    return [p.weight / total / share for p, share in zip(passes, shares, strict=True)]
+
+
+def objective(
+    core: LRT, scored: Sequence[tuple[Rows, list[ScoredPass]]], labels: TokensBN, shifted: bool, items: Any
+) -> Tensor:
+    """The loss in nats a target.
+
+    Args:
+        labels: int64 [B, T]; `shifted` ones stand where they are to be predicted, else one place later.
+        items: targets of the whole step; None: of this batch.
+    """
+    hidden, aims, weights, kept = [], [], [], 0
+    for rows, passes in scored:
+        targets = rows.targets(labels, shifted)
+        kept = kept + (targets != IGNORE).sum()
+        longest = max(one.positions[-1] + 1 for one in passes)
+        targets = F.pad(targets, (0, longest - targets.shape[1]), value=IGNORE)
+        for one in passes:
+            hidden.append(one.hidden)
+            aims.append(targets[:, one.positions.start : one.positions.stop : one.positions.step])
+            weights.append(one.weight)
+    count = torch.as_tensor(kept if items is None else items, device=labels.device).clamp(min=1)
+    scales = torch.tensor(weights, dtype=torch.float64, device="cpu").to(labels.device, non_blocking=True) / count
+    return head_loss(core.unembedding, core.config.softcap, hidden, aims, scales)[0]

@@ -1,0 +1,102 @@
+"""What both transformers classes share: weights, embeddings, recomputation, and what other libraries ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import PreTrainedModel
+
+from lrt.config.model import require
+from lrt.config.run import to_dict
+from lrt.integrations.hf.config import LRTConfig
+from lrt.integrations.hf.embeds import value_embeddings
+from lrt.model.transformer import LRT
+
+
+class LRTPreTrainedModel(PreTrainedModel):
+    """What both classes share."""
+
+    config: LRTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config_class = LRTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _is_stateful = True
+    _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - the library's own type
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"steps_done"]  # noqa: RUF012 - folders from before it was kept
+
+    @property
+    def inner(self) -> LRT:
+        """The core's model."""
+        (core,) = (module for module in self.modules() if isinstance(module, LRT))
+        return core
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw the weights that were not loaded, by the core's own table; on the meta device there are none yet."""
+        for name, buffer in self.named_buffers():
+            if name.endswith("steps_done") and not getattr(buffer, "_is_hf_initialized", False):
+                buffer.zero_()
+        for core in (module for module in self.modules() if isinstance(module, LRT) and module.device.type != "meta"):
+            fresh = [(n, p) for n, p in core.named_parameters() if not _kept(core, n, p)]
+            drawn = LRT.build(core.config, core.device, self.config.seed) if fresh else core
+            for name, p in fresh:
+                p.copy_(drawn.get_parameter(name))
+                p._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - the library's own mark
+
+    # Recomputation.
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """Keep only the inputs of blocks for the backward pass: the core's own recomputation, of every block."""
+        require(every_n_layers == 1, f"LRT recomputes every block; every_n_layers is {every_n_layers}, leave it out")
+        for module in self.modules():
+            if isinstance(module, LRT):
+                module.execution = replace(module.execution, recompute=enable)
+            elif isinstance(module, LRTPreTrainedModel):
+                module.gradient_checkpointing = enable
+
+    # Embeddings.
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.inner.embedding = value  # pyright: ignore[reportAttributeAccessIssue]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As the library does, value embeddings and the core's configuration too; they grow by their mean row."""
+        resized = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        core, size = self.inner, len(resized.weight)
+        if size != core.config.vocab_size:
+            for table in value_embeddings(core):
+                table.weight = nn.Parameter(_resized(table.weight.detach(), size), table.weight.requires_grad)
+                table.num_embeddings = size
+            bos = core.config.bos
+            kept = None if bos is None or bos >= size else bos
+            core.config = replace(core.config, vocab_size=size, bos=kept)
+            self.config.lrt, self.config.vocab_size = to_dict(core.config), size
+        return resized
+
+
+def _kept(core: LRT, name: str, p: nn.Parameter) -> bool:
+    """Whether the library has marked a parameter, or its module, as holding what it should."""
+    module = core.get_submodule(name.rpartition(".")[0])
+    return any(getattr(marked, "_is_hf_initialized", False) for marked in (p, module))
+
+
+def _resized(weight: Tensor, size: int) -> Tensor:
+    """The first `size` rows of `weight` [V, D], and its mean row beyond them."""
+    rows = weight[:size]
+    return torch.cat((rows, weight.mean(0, keepdim=True).expand(size - len(rows), -1).to(weight.dtype)))
