@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from lrt.integrations.hf.config import MEMORY_LAYER
-from lrt.integrations.hf.rows import Rows, order, pick
+from lrt.integrations.hf.documents import DocumentRows, order, pick
 from lrt.model.kv_cache import KVCache
 from lrt.model.shapes import HeadsBKNE, PositionsN
 from lrt.model.transformer import LRT
@@ -156,7 +156,7 @@ class Gained(NamedTuple):
     """int64 [B]"""
 
 
-def store(cache: Cache, rows: Rows, gained: Gained) -> None:
+def store(cache: Cache, rows: DocumentRows, gained: Gained) -> None:
     """Add to a transformers cache what was gained, in the columns of the batch that the rows are of."""
     places = torch.arange(rows.columns, device=gained.offset.device)
     back = places if rows.at is None else (rows.at % rows.columns).argsort(dim=1)

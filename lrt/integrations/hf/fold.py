@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
 NOTHING = Wanted()
 
 
-class States(NamedTuple):
+class PassStates(NamedTuple):
     """Recorded states; each empty unless it was wanted."""
 
     streams: tuple[StreamBND, ...] = ()
@@ -45,7 +45,7 @@ class States(NamedTuple):
     attentions: tuple[Tensor, ...] = ()
     """L of [B, H, N, M]."""
 
-    def ending(self, last: StreamBND) -> States:
+    def ending(self, last: StreamBND) -> PassStates:
         """The same, with the model's result in place of the last block's output."""
         return self._replace(streams=(*self.streams[:-1], last)) if self.streams else self
 
@@ -68,7 +68,7 @@ class Folded(NamedTuple):
     passes: list[tuple[Pass, StreamBND]]
     """Those that ran to the top, each with what it gave."""
     buffer: Buffer
-    states: States
+    states: PassStates
 
 
 def fold(
@@ -99,15 +99,15 @@ def in_order(at: Sequence[range], parts: Sequence[Tensor], n: int, axis: int) ->
     return torch.cat(list(parts), dim=axis).index_select(axis, torch.tensor(index, device=parts[0].device))
 
 
-def _last(at: list[range], records: list[States], n: int) -> States:
+def _last(at: list[range], records: list[PassStates], n: int) -> PassStates:
     """The states of each position's last pass."""
     streams, weights = (zip(*kind, strict=True) for kind in zip(*records, strict=True))
-    return States(
+    return PassStates(
         tuple(in_order(at, parts, n, 1) for parts in streams), tuple(in_order(at, parts, n, 2) for parts in weights)
     )
 
 
-def _in_columns(states: States, before: Buffer, p: Pass, n: int) -> States:
+def _in_columns(states: PassStates, before: Buffer, p: Pass, n: int) -> PassStates:
     """Attention weights over keys in the order of positions: those of the history first, then 0..n-1."""
     if before.history is None and p.positions == range(n):
         return states  # the pass's own keys alone, in order
@@ -180,10 +180,10 @@ class Recorder(TorchFunctionMode):
         """Hook: what a block gives."""
         self._streams.append(outputs[0])
 
-    def take(self) -> States:
+    def take(self) -> PassStates:
         """What was recorded since the last time."""
         streams = tuple(self._streams) if self.wanted.streams else ()
-        states = States(streams, tuple(self._weights))
+        states = PassStates(streams, tuple(self._weights))
         self._streams, self._weights = [], []
         return states
 

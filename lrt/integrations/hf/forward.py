@@ -13,9 +13,9 @@ from lrt.config.model import require
 from lrt.inference.prefill import PrefillOptions, solve
 from lrt.integrations.hf.cache import Gained, Layer, memory_layer, state_of, store
 from lrt.integrations.hf.config import LRTConfig
-from lrt.integrations.hf.fold import Folded, ScoredPass, States, Wanted, fold, in_order, recording, settled
+from lrt.integrations.hf.documents import DocumentRows, pick, places, rows_of, unpacked
+from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fold, in_order, recording, settled
 from lrt.integrations.hf.objective import least_length, token_weights
-from lrt.integrations.hf.rows import Rows, pick, places, rows_of, unpacked
 from lrt.model.kv_cache import KVCache
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import Past
@@ -47,8 +47,8 @@ class Outcome(NamedTuple):
 
     hidden: StreamBND
     """The head's input, [B, N, D]."""
-    states: States
-    scored: list[tuple[Rows, list[ScoredPass]]]
+    states: PassStates
+    scored: list[tuple[DocumentRows, list[ScoredPass]]]
     """What a loss counts: documents of like length, each with its passes."""
     cache: Cache | None = None
 
@@ -58,7 +58,7 @@ def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outc
     schedule = Curriculum.parse(config.schedule).stages[-1][0].draw(config.seed, step)
     groups = rows_of(inputs.mask, inputs.positions, inputs.tokens)
     _require_unpacked(inputs, groups)
-    hidden, states, scored = None, States(), []
+    hidden, states, scored = None, PassStates(), []
     for rows in groups:
         tokens = rows.take(inputs.tokens)
         n = tokens.shape[1]
@@ -73,7 +73,7 @@ def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outc
     return Outcome(hidden, states.ending(hidden), scored)
 
 
-def _require_unpacked(inputs: Inputs, groups: list[Rows]) -> bool:
+def _require_unpacked(inputs: Inputs, groups: list[DocumentRows]) -> bool:
     """Whether every row is one document. ValueError: they are not, and states are wanted."""
     alone = len(groups) == 1 and len(groups[0].length) == len(inputs.tokens)
     require(alone or not inputs.wanted.any, PACKED.format("hidden states or attentions"))
@@ -114,7 +114,7 @@ def decoded(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
         part = _prefill(core, config, inputs, rows, tokens.new_zeros(len(rows.length), 0).bool())
         hidden, scored = rows.put(part.scored[0][1][0].hidden, hidden), [*scored, *part.scored]
     assert hidden is not None
-    return Outcome(hidden, States(), scored)
+    return Outcome(hidden, PassStates(), scored)
 
 
 def _cut(mask: Tensor, width: int) -> Tensor:
@@ -148,12 +148,12 @@ def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome
     assert written.hidden is not None
     memory = written.source[:, 0]
     layer.keep(torch.zeros_like(memory) if config.prefill == "zero_memory" else memory, tokens[:, 0])
-    rows = Rows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
+    rows = DocumentRows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
     scored = [ScoredPass(range(1), 1.0, written.hidden)]
     return Outcome(written.hidden, recorder.take().ending(written.hidden), [(rows, scored)], cache)
 
 
-def _prefill(core: LRT, config: LRTConfig, inputs: Inputs, rows: Rows, seen: Tensor) -> Outcome:
+def _prefill(core: LRT, config: LRTConfig, inputs: Inputs, rows: DocumentRows, seen: Tensor) -> Outcome:
     """Several tokens per row, by the configured mode, after the slots of the cache that are taken, `seen` [B, M]."""
     tokens = rows.take(inputs.tokens)
     n = tokens.shape[1]
@@ -181,16 +181,20 @@ def differentiable(core: LRT, inputs: Inputs) -> bool:
 @torch.no_grad()
 def _solved(
     core: LRT, config: LRTConfig, tokens: TokensBN, count: Tensor, state: KVCache
-) -> tuple[StreamBND, States, Gained]:
+) -> tuple[StreamBND, PassStates, Gained]:
     hidden, before = [], state.length
     for _, solved in solve(core, tokens, count, state, prefill_options(config, core.stream_dtype)):
         hidden, state = [*hidden, solved.hidden], solved.cache
-    return torch.cat(hidden, dim=1), States(), Gained(state.keys, state.values, before, state.memory, state.last_token)
+    return (
+        torch.cat(hidden, dim=1),
+        PassStates(),
+        Gained(state.keys, state.values, before, state.memory, state.last_token),
+    )
 
 
 def _traced(
     core: LRT, config: LRTConfig, tokens: TokensBN, count: Tensor, state: KVCache, inputs: Inputs
-) -> tuple[StreamBND, States, Gained]:
+) -> tuple[StreamBND, PassStates, Gained]:
     """The same by passes that carry a gradient and can be watched: sweeps without, then one pass over everything."""
     n, buffer = tokens.shape[1], state.buffer()
     passes = [Pass(range(n), detach=True)]
@@ -213,8 +217,8 @@ def _traced(
     return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), memory, last_token)
 
 
-def _in_batch(states: States, rows: Rows, n: int, seen: Tensor | None) -> States:
-    """States of rows, of their first `n` places, in the columns of the batch; `seen` is the cache's mask, [B, M].
+def _in_batch(states: PassStates, rows: DocumentRows, n: int, seen: Tensor | None) -> PassStates:
+    """PassStates of rows, of their first `n` places, in the columns of the batch; `seen` is the cache's mask, [B, M].
 
     What needs no moving stays the tensor it is, so that its gradient can be asked for.
     """
@@ -235,10 +239,11 @@ def _in_batch(states: States, rows: Rows, n: int, seen: Tensor | None) -> States
         position = (seen.long().cumsum(1) - 1).clamp(0, before - 1)
         return torch.cat((pick(x[..., :before], position, 3) * seen[:, None, None], own), dim=3)
 
-    return States(tuple(queries(x) for x in states.streams), tuple(weights(x) for x in states.attentions))
+    return PassStates(tuple(queries(x) for x in states.streams), tuple(weights(x) for x in states.attentions))
 
 
 def prefill_options(config: LRTConfig, dtype: torch.dtype) -> PrefillOptions:
     """How the memory is solved in a stream of this type: sweeps stop where only rounding still moves it."""
     mode = "exact" if config.prefill == "exact" else config.prefill_mode
-    return PrefillOptions.parse(mode, max(config.prefill_tolerance, SETTLES.get(dtype, 0.0)))
+    options = PrefillOptions.parse(mode, config.prefill_tolerance)
+    return options._replace(tolerance=max(options.tolerance, SETTLES.get(dtype, 0.0)))

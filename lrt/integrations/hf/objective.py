@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.config.model import require
+from lrt.integrations.hf.documents import DocumentRows
 from lrt.integrations.hf.fold import ScoredPass
-from lrt.integrations.hf.rows import Rows
 from lrt.model.cross_entropy import head_loss
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.transformer import LRT
@@ -53,7 +53,7 @@ def token_weights(schedule: Schedule, passes: Passes) -> list[float]:
 
 
 def objective(
-    core: LRT, scored: Sequence[tuple[Rows, list[ScoredPass]]], labels: TokensBN, shifted: bool, items: Any
+    core: LRT, scored: Sequence[tuple[DocumentRows, list[ScoredPass]]], labels: TokensBN, shifted: bool, items: Any
 ) -> Tensor:
     """The loss in nats a target.
 

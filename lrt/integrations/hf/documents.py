@@ -12,7 +12,7 @@ from lrt.model.kv_cache import FUTURE
 from lrt.model.shapes import IGNORE, PositionsN, TokensBN
 
 
-class Rows(NamedTuple):
+class DocumentRows(NamedTuple):
     """Documents of a batch of B rows and T columns, as R rows of N places, padded on the right."""
 
     at: Tensor | None
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
         return own.masked_fill(places >= self.length[:, None] - (0 if shifted else 1), IGNORE)
 
 
-def rows_of(mask: Tensor | None, positions: PositionsN | None, like: TokensBN) -> list[Rows]:
+def rows_of(mask: Tensor | None, positions: PositionsN | None, like: TokensBN) -> list[DocumentRows]:
     """The documents of a batch, those of like length together.
 
     Args:
@@ -64,19 +64,19 @@ def rows_of(mask: Tensor | None, positions: PositionsN | None, like: TokensBN) -
     return [unpacked(mask, like)]
 
 
-def unpacked(mask: Tensor | None, like: TokensBN) -> Rows:
+def unpacked(mask: Tensor | None, like: TokensBN) -> DocumentRows:
     """Every row of a batch [B, T] as one document, its tokens brought to the left."""
     rows, columns = like.shape
     if mask is None:
-        return Rows(None, torch.full_like(like[:, 0], columns), rows, columns)
+        return DocumentRows(None, torch.full_like(like[:, 0], columns), rows, columns)
     count = mask.long().sum(1)
     if not torch.compiler.is_compiling() and bool((mask[:, 1:] <= mask[:, :-1]).all()):
-        return Rows(None, count, rows, columns)  # padded on the right already
-    return Rows(order(mask) + columns * torch.arange(rows, device=like.device)[:, None], count, rows, columns)
+        return DocumentRows(None, count, rows, columns)  # padded on the right already
+    return DocumentRows(order(mask) + columns * torch.arange(rows, device=like.device)[:, None], count, rows, columns)
 
 
-def _documents(mask: Tensor, positions: PositionsN) -> list[Rows] | None:
-    """Rows that hold several documents each as rows of their own; None where no row does."""
+def _documents(mask: Tensor, positions: PositionsN) -> list[DocumentRows] | None:
+    """DocumentRows that hold several documents each as rows of their own; None where no row does."""
     row, column = mask.nonzero(as_tuple=True)
     position = positions[row, column]
     begins = torch.ones_like(row, dtype=torch.bool)
@@ -94,12 +94,12 @@ def _documents(mask: Tensor, positions: PositionsN) -> list[Rows] | None:
     return [_group(place, first[size == n], count[size == n], mask) for n in size.unique().tolist()]
 
 
-def _group(place: Tensor, first: Tensor, count: Tensor, mask: Tensor) -> Rows:
+def _group(place: Tensor, first: Tensor, count: Tensor, mask: Tensor) -> DocumentRows:
     """Documents that begin at `first` of the tokens whose places are given, with `count` tokens each."""
     batch, columns = mask.shape
     offset = torch.arange(int(count.max()), device=place.device)
     token = (first[:, None] + offset).clamp(max=len(place) - 1)
-    return Rows(place[token].masked_fill(offset >= count[:, None], batch * columns), count, batch, columns)
+    return DocumentRows(place[token].masked_fill(offset >= count[:, None], batch * columns), count, batch, columns)
 
 
 def places(mask: Tensor) -> PositionsN:
