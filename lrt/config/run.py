@@ -154,6 +154,8 @@ class TrainConfig:
     """Steps between evaluations; the last step is always evaluated. 0: only then."""
     eval_rows: int = 64
     """Validation rows of an evaluation."""
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is written in any case. 0: never for the time's sake."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved. 0: only then."""
     keep: int = 2
@@ -179,6 +181,8 @@ class TrainConfig:
         require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
         require(self.keep >= 1, f"train.keep is {self.keep}; at least 1 checkpoint must be kept")
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
+        minutes = self.save_minutes
+        require(0 <= minutes < math.inf, f"train.save_minutes is {minutes}; give minutes, or 0 for none")
         for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
             require(value >= 0, f"train.{name} is {value}; it must be at least 0")
         threads = self.threads

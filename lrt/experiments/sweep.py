@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from lrt.config.recipes import recipe
 from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
-from lrt.training import checkpoint
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import read_json, read_toml, write_json, write_jsonl
@@ -175,10 +173,9 @@ def finished(run: Run, folder: Path) -> bool:
 
 def _run_one(config: RunConfig, folder: Path, tell: Sink) -> None:
     """Train (or go on with) one run and record it; in a process of its own."""
-    started, _ = checkpoint.newest_valid(folder)
-    if started is None and folder.exists():
-        shutil.rmtree(folder)  # it was stopped before its first checkpoint
-    train(config, folder, resume=started is not None, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
+    strange = folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir())
+    require(not strange, f"{folder} holds something else than a run; move it, or choose another --out")
+    train(config, folder, resume=None, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
     found = record(folder)
     write_json(folder / RECORD, found | {"settings": to_dict(config)})
 

@@ -240,6 +240,10 @@ def newest_valid(run: Path, verify: bool = True) -> tuple[Checkpoint | None, lis
 
 def require_same(config: RunConfig, started: Checkpoint) -> None:
     """ValueError naming a field, unless the checkpoint was trained as `config` says in all that decides the outcome."""
+    name, had = config.name, started.config.name
+    require(
+        name == had, f"--name is {name}, but {started.folder} is of the run {had}; give that, or choose another --out"
+    )
     for part, names in {
         "model": None, "optim": None, "data": None,
         "train": ("schedule", "consistency", "batch", "length", "horizon", "seed", "dtype"),

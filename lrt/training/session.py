@@ -27,6 +27,7 @@ from lrt.training.adaptive import Settling, restored
 from lrt.training.budget import Progress, horizon
 from lrt.training.checkpoint import Checkpoint, Writer
 from lrt.training.faults import Skips, Stop, not_finite
+from lrt.training.lock import RunLock
 from lrt.training.logging import Sink, tell
 from lrt.training.optimizer import Optimizer, clip, memory_rate, rate
 from lrt.training.parallel import Parallel
@@ -89,6 +90,12 @@ class Session:
         self.optimizer = Optimizer(self.model, config.optim, self.dtype)
         self.progress, self.settling, self.stop = Progress(), Settling(), Stop()
         self.bpb, self.scored = None, -1
+        self.lock, self.resumed, self.stepped, self.saved_at = (
+            RunLock(run),
+            started is not None,
+            False,
+            time.monotonic(),
+        )
         if started is not None:
             self._restore(started)
         self.skips = Skips(self.progress.skipped, self.device)
@@ -99,10 +106,9 @@ class Session:
         self._begin()
 
     def _begin(self) -> None:
-        if self.world.first:
-            self.run.mkdir(parents=True, exist_ok=True)
-            write_json(self.run / "config.json", to_dict(self.config))
-            self.prepared.tokenizer.save(self.run / "tokenizer")
+        self.world.agree(self._take_folder)
+        if self.progress.step == self.steps:  # a finished run: there is nothing to say
+            return
         groups = parameters_by_group(self.config.model)
         tell(
             self.sinks, kind="start", name=self.config.name, run=str(self.run),
@@ -110,6 +116,15 @@ class Session:
             parameters=groups | {"total": sum(groups.values())}, schedule=self.config.train.schedule,
             device=str(self.device), dtype=self.config.train.dtype, peak_flops=self.peak, peak_source=self.peak_source,
         )  # fmt: skip
+
+    def _take_folder(self) -> int:
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.lock.take()
+        begun = self.resumed or not checkpoint.checkpoints(self.run)
+        require(begun, f"{self.run} was trained meanwhile by another process; continue it with --resume {self.run}")
+        write_json(self.run / "config.json", to_dict(self.config))
+        self.prepared.tokenizer.save(self.run / "tokenizer")
+        return 0
 
     def _begin_from(self, run: Path) -> None:
         """Take over the weights of another run of the same model; its context may differ."""
@@ -132,6 +147,7 @@ class Session:
         )
         require(fine, f"{started.folder / checkpoint.META} does not say what was spent; resume an earlier checkpoint")
         self.progress = Progress(**spent)
+        self.bpb, self.scored = restored_bpb(started.extra.get("bpb")), self.progress.step
         self.settling = restored(started.extra.get("settling"), self.plan, str(started.folder / checkpoint.META))
 
     def loop(self) -> None:
@@ -142,9 +158,11 @@ class Session:
         with self.stop.listening():
             for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
                 out, norm = self.step(batch)
+                self.stepped = True
                 now, worked = time.perf_counter(), time.process_time()
-                self.progress.count(self.config, out.passes, now - clock, worked - cpu)
-                figures.add(out, now - clock)
+                spent = max(0.0, now - clock)
+                self.progress.count(self.config, out.passes, spent, max(0.0, worked - cpu))
+                figures.add(out, spent)
                 done, last = self.progress.step, self.progress.step == self.steps
                 logged = done % t.log_every == 0 or last
                 if logged:
@@ -153,12 +171,19 @@ class Session:
                     figures = StepFigures()
                 if last or (t.eval_every and done % t.eval_every == 0):
                     self.evaluate()
-                if last or (t.save_every and done % t.save_every == 0):
+                if last or (t.save_every and done % t.save_every == 0) or self._overdue(logged):
                     self.save()
                 if (logged or self.world.size == 1) and self.world.any(bool(self.stop.signal)):
                     self._leave()
                 clock, cpu = time.perf_counter(), time.process_time()
         self.writer.wait()
+
+    def _overdue(self, logged: bool) -> bool:
+        """Whether the last checkpoint is `train.save_minutes` old; several processes agree on it when they log."""
+        minutes = self.config.train.save_minutes
+        if not minutes or not (logged or self.world.size == 1):
+            return False
+        return self.world.any(time.monotonic() - self.saved_at >= 60 * minutes)
 
     def step(self, batch: Batch) -> tuple[LossOutput, Tensor]:
         """One optimizer step, skipped unless loss and gradient are finite; the step's losses (nan where it was skipped)
@@ -234,8 +259,9 @@ class Session:
     def _log(self, figures: StepFigures, norm: Tensor) -> None:
         """Say what the steps since the last time were like; the time left is at the speed of this process."""
         t, p = self.config.train, self.progress
-        speed = figures.steps * t.batch * t.length / figures.seconds
-        flops = (p.flops - self.logged_flops) / figures.seconds
+        seconds = max(figures.seconds, 1e-9)  # the clock of a suspended machine may stand still
+        speed = figures.steps * t.batch * t.length / seconds
+        flops = (p.flops - self.logged_flops) / seconds
         self.logged_flops = p.flops
         a_step = (p.seconds - self.begun.seconds) / (p.step - self.begun.step)
         tell(
@@ -253,7 +279,8 @@ class Session:
         tell(self.sinks, kind="stage", what="evaluation", text=rows)
         with self.parallel.gathered():
             self.bpb = bpb = evaluate(self.model, self.loss.schedule, self.held_out, world=self.world)
-            text = self.sample()  # on every process: under fsdp they gather together
+            # On every process: under fsdp they gather together. Weights that are not finite say nothing.
+            text = self.sample() if math.isfinite(bpb.decoded) else ""
         self.scored = p.step
         spent = {"step": p.step, "tokens": p.tokens, "effective_forwards": p.effective_forwards, "seconds": p.seconds}
         tell(self.sinks, kind="eval", **spent, bpb=bpb.as_dict())
@@ -281,7 +308,7 @@ class Session:
         p.skipped, row, _ = self.skips.read()
         if self.saved == p.step or row:
             return
-        self.saved = p.step
+        self.saved, self.saved_at = p.step, time.monotonic()
         bpb = self.bpb.as_dict() if self.bpb and self.scored == p.step else None
         extra = {"progress": dict(vars(p)), "data": self.prepared.train.hash, "bpb": bpb}
         extra["settling"] = dict(vars(self.settling))
@@ -307,6 +334,14 @@ class Session:
         bpb = self.bpb or self.evaluate()
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
         result["peak_memory_bytes"] = peak_memory(self.device)
-        if self.world.first:
+        if self.world.first and not (self.resumed and not self.stepped and (self.run / "result.json").exists()):
             write_json(self.run / "result.json", result)
         return Result(self.model.eval(), self.prepared, self.progress, bpb, self.world.first)
+
+
+def restored_bpb(stored: Any) -> BPB | None:
+    """The evaluation that a checkpoint holds; None where there is none, or it lacks a figure (null, once NaN)."""
+    if not isinstance(stored, dict) or any(x is None for name, x in stored.items() if name != "share"):
+        return None
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items() if name != "live_gap"}
+    return BPB(**values) if values.keys() == {f.name for f in fields(BPB)} else None

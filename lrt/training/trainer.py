@@ -71,10 +71,13 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
         config, choice = _with_threads(config, started)
         with threads(choice.threads):
             session = Session(config, run, prepared, sinks, started, world)
-            if world.device.type == "cpu":
+            if world.device.type == "cpu" and session.progress.step < session.steps:
                 tell(sinks, kind="note", text=_threads_note(choice))
-            session.loop()
-            return session.finish()
+            try:
+                session.loop()
+                return session.finish()
+            finally:
+                session.lock.release()
 
 
 def _with_threads(config: RunConfig, started: Checkpoint | None) -> tuple[RunConfig, ThreadChoice]:

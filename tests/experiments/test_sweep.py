@@ -130,3 +130,20 @@ def test_a_job_array_does_the_same_and_finished_runs_are_not_submitted_again(pla
 def test_the_sweeps_that_are_shipped_can_be_read(file):
     runs = read_sweep(file)
     assert runs and len({run.name for run in runs}) == len(runs)
+
+
+def test_a_sweep_deletes_nothing(place, capsys):
+    """A folder that merely bears a run's name, and a run whose checkpoint a newer version wrote: named, and left."""
+    (place / "tiny.toml").write_text(TINY.format(steps=2), encoding="utf-8")
+    strange, newer = place / "o" / "plain-seed0", place / "o" / "layerwise-settled-seed0"
+    strange.mkdir(parents=True)
+    (strange / "thesis.tex").write_text("years of work", encoding="utf-8")
+    step = newer / "checkpoints" / "step_00000002"
+    step.mkdir(parents=True)
+    (newer / "config.json").write_text("{}", encoding="utf-8")
+    (step / "meta.json").write_text('{"format": 99}', encoding="utf-8")
+    before = {p: p.read_bytes() for p in (place / "o").rglob("*") if p.is_file()}
+    assert main(["sweep", "tiny.toml", "--out", "o", "--jobs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "plain-seed0 holds something else than a run" in said and "has format 99" in said
+    assert all(p.read_bytes() == content for p, content in before.items())

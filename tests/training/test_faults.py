@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from lrt.data import open_split
 from lrt.training import checkpoint
 from lrt.training import session as training
 from lrt.training.checkpoint import META, MODEL, OPTIMIZER, Writer
+from lrt.training.lock import RunLock
 from lrt.training.logging import Jsonl
 from lrt.training.session import Session
 from lrt.training.trainer import prepare_data, resolve, train
@@ -332,3 +334,60 @@ def test_every_fault_in_the_docs_names_a_test_that_exists():
     }
     assert len(named) >= 20
     assert named <= there, sorted(named - there)
+
+
+# One training a folder.
+
+
+def test_two_trainings_in_one_folder(home: Path, tmp_path: Path):
+    """The second is refused by one line with the pid of the first; what a killed process held is free again."""
+    run = tmp_path / "run"
+    shutil.copytree(home / "whole", run)
+    held = RunLock(run)
+    held.take()
+    with pytest.raises(ValueError, match=rf"is being trained by process {os.getpid()}; wait for it"):
+        recorded(small(home), run, resume=True)
+    held.release()
+    script = "import time; from pathlib import Path; from lrt.training.lock import RunLock; "
+    script += f"RunLock(Path({str(run)!r})).take(); print(1, flush=True); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match=f"by process {process.pid};"):
+            recorded(small(home), run, resume=True)
+        process.kill()
+    recorded(small(home), run, resume=True)
+
+
+def test_resuming_a_finished_run_adds_no_lines(home: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(home / "whole", run)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    recorded(small(home), run, resume=True)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert len(events(run, "eval")) == 1
+
+
+def test_checkpoints_are_also_written_by_time(home: Path, tmp_path: Path):
+    run, said = tmp_path / "run", []
+    recorded(small(home, save_every=0, save_minutes=1e-9, keep=20), run, sinks=[said.append])
+    assert [e["step"] for e in said if e["kind"] == "checkpoint"] == list(range(1, 13))
+    assert RunConfig().train.save_minutes > 0
+    with pytest.raises(ValueError, match="save_minutes"):
+        small(home, save_minutes=-1.0)
+
+
+def test_or_resume_under_another_name_is_refused(home: Path, tmp_path: Path):
+    shutil.copytree(home / "whole", tmp_path / "run")
+    with pytest.raises(ValueError, match="--name is other, but .* is of the run cpu_demo"):
+        recorded(replace(small(home), name="other"), tmp_path / "run", resume=None)
+
+
+def test_a_clock_that_stands_still_or_goes_back(home: Path, tmp_path: Path, monkeypatch):
+    """A suspended machine: no step took any time, or less than none."""
+    clock = iter(range(10_000, 0, -1))
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(training.time, name, lambda: float(next(clock)))
+    recorded(small(home, save_minutes=0.0), tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(home / "whole")
