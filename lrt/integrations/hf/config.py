@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -14,6 +15,17 @@ from lrt.schedule import Curriculum
 
 MEMORY_LAYER = "lrt_full_attention"
 """Type of the cache layer that holds the memory beside keys and values: the last one."""
+PEFT_TARGETS = {
+    f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING": ["query", "value"]
+    for method in (
+        "LORA", "ADALORA", "BOFT", "C3A", "DELORA", "DEFT", "GLORA", "HRA", "LOHA", "LOKR", "MISS", "OFT", "POLY",
+        "RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA", "WAVEFT", "FOURIERFT", "BONE",
+    )
+} | {
+    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": ["key", "value", "down"],
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": ["down"],
+}  # fmt: skip
+"""What PEFT's methods adapt where they are not told: the memory's own value projections too, which have that name."""
 PREFILLS = ("sweeps", "exact", "zero_memory")
 
 
@@ -62,6 +74,11 @@ class LRTConfig(PreTrainedConfig):
         Curriculum.parse(self.schedule)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the library has it. PEFT asks for this before it looks its default targets up: it is told ours then."""
+        _tell_peft()
+        return super().to_dict()
+
     def model_config(self) -> ModelConfig:
         """The model."""
         return from_dict(ModelConfig, self.lrt or {}, "lrt")
@@ -73,3 +90,11 @@ class LRTConfig(PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Ours is not among the library's own types."""
+
+
+def _tell_peft() -> None:
+    """Enter the projections that adapters go to by default in PEFT's tables, where it has been imported."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in vars(constants).items() if constants else ():
+        if name in PEFT_TARGETS:
+            table.setdefault("lrt", PEFT_TARGETS[name])
