@@ -13,7 +13,7 @@ from lrt.experiments import draw
 from lrt.schedule import Schedule
 
 TEXT = """\
-interleaved-2:weights=0/1 over 5 positions: 3 passes, 2.00 token forwards, 2.00 effective, exact prefix 2
+interleaved-2:weights=0/1 over 5 positions: 3 passes, 2.00 token forwards, 2.00 effective at most, exact prefix 2
 
 pass  positions  0
                  01234
