@@ -40,7 +40,8 @@ class MemoryConfig:
     """Block (1..L) after which the memory is taken; none means the last one, L; a fraction between 0 and 1 means that
     share of L. 0 is the token shift: the memory is RMSNorm of the previous token's embedding, without recurrence."""
     shift: bool = False
-    """Read the previous token's embedding beside the recurrent memory, by a W_K, W_V and gamma of its own."""
+    """Read the previous token's embedding beside the recurrent memory, by a W_K, W_V and gamma of its own. Says nothing
+    new with source 0, which is that shift, nor without projections and residual, where nothing is read."""
     start: MemoryStart = "uniform"
     """Where W_K and W_V start: `uniform`, as the other matrices, or `zero`."""
     blocks: tuple[int, int] | None = None
@@ -57,10 +58,6 @@ class MemoryConfig:
             not isinstance(share, float) or 0 < share < 1,
             f"model.memory.source is {share}; write a whole number for a block, or a fraction between 0 and 1",
         )
-        twice = "model.memory.shift with source 0 would read the previous token's embedding twice; leave one out"
-        require(not (self.shift and self.source == 0), twice)
-        nothing = "model.memory.shift reads nothing without projections and residual; set one of them"
-        require(self.on or not self.shift, nothing)
 
     @property
     def on(self) -> bool:

@@ -10,8 +10,12 @@ from lrt.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 PAPER_MEMORY = MemoryConfig(projection="shared")
 """The paper's default: shared projections, both injections, memory from the last block."""
-LRT_MEMORY = MemoryConfig(projection="layerwise")
-"""Ours: a projection per layer."""
+SHIFT_MEMORY = MemoryConfig(projection="shared", source=0, start="zero")
+"""The token shift: the previous token's embedding by the same injection, without recurrence."""
+LRT_MEMORY = MemoryConfig(projection="shared", source=1 / 3, shift=True, start="zero")
+"""Ours: recurrence from a third of the depth, beside a token shift; the best recurrent recipe of docs/results.md."""
+LRT_SCHEDULE = "settled-1..3:p=0.8/0.1/0.1"
+"""Ours: one sweep in most steps, more of them rarely, so that sweeps keep contracting."""
 
 
 def cpu_demo() -> RunConfig:
@@ -21,8 +25,16 @@ def cpu_demo() -> RunConfig:
         model=ModelConfig(depth=3, width=64, heads=2, context=256, memory=LRT_MEMORY),
         data=DataConfig(source="python", tokenizer="bpe", vocab_size=512, max_bytes=16_000_000),
         optim=OptimConfig(embedding_lr=0.1),
-        train=TrainConfig(schedule="settled-1..3", batch=8, length=128, horizon="compute=9", eval_every=400),
+        train=TrainConfig(schedule=LRT_SCHEDULE, batch=8, length=128, horizon="flops_of_plain=9", eval_every=400),
     )
+
+
+def cpu_demo_layerwise() -> RunConfig:
+    """The demo model of the first round, at equal effective compute: a projection per layer, no shift, 1..3 sweeps."""
+    base = cpu_demo()
+    model = replace(base.model, memory=MemoryConfig(projection="layerwise"))
+    train = replace(base.train, schedule="settled-1..3", horizon="compute=9")
+    return replace(base, name="cpu_demo_layerwise", model=model, train=train)
 
 
 def cpu_demo_paper() -> RunConfig:
@@ -35,7 +47,7 @@ def cpu_demo_paper() -> RunConfig:
 def cpu_demo_shift() -> RunConfig:
     """The demo model with a token shift in place of the recurrence: one pass, ordinary cost."""
     base = cpu_demo()
-    model = replace(base.model, memory=MemoryConfig(projection="shared", source=0, start="zero"))
+    model = replace(base.model, memory=SHIFT_MEMORY)
     return replace(base, name="cpu_demo_shift", model=model, train=replace(base.train, schedule="parallel"))
 
 
@@ -51,7 +63,7 @@ def _depth(depth: int, name: str, rows: int) -> RunConfig:
         name=name,
         model=ModelConfig(depth=depth, value_embeddings="alternating", window_pattern="SSSL", memory=LRT_MEMORY),
         data=DataConfig(source="python+site-packages", tokenizer="bpe", vocab_size=8192),
-        train=TrainConfig(schedule="settled-1..3", batch=rows, length=2048, horizon="ratio=20"),
+        train=TrainConfig(schedule=LRT_SCHEDULE, batch=rows, length=2048, horizon="ratio=20"),
     )
 
 
@@ -90,7 +102,19 @@ def d24_paper() -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    f.__name__: f for f in (cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift, d4, d8, d12, d20_paper, d24_paper)
+    f.__name__: f
+    for f in (
+        cpu_demo,
+        cpu_demo_paper,
+        cpu_demo_plain,
+        cpu_demo_shift,
+        cpu_demo_layerwise,
+        d4,
+        d8,
+        d12,
+        d20_paper,
+        d24_paper,
+    )
 }
 
 

@@ -1,4 +1,7 @@
-"""`lrt demo`: a plain transformer and two LRTs at equal effective compute, trained here and now, and compared."""
+"""`lrt demo`: four models at equal training FLOPs, trained here and now, and compared in words.
+
+A plain transformer, the same with a token shift, our LRT (recurrence beside the shift) and the paper's recipe.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
-from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain
+from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
 from lrt.experiments.pages import curves, page, read_run
 from lrt.experiments.record import record
@@ -28,8 +31,9 @@ from lrt.utils.tables import Table
 
 ARMS: dict[str, Callable[[], RunConfig]] = {
     "plain": cpu_demo_plain,
-    "lrt-shared-interleaved-2": cpu_demo_paper,
-    "lrt-layerwise-settled-1-3": cpu_demo,
+    "shift": cpu_demo_shift,
+    "lrt": cpu_demo,
+    "paper": cpu_demo_paper,
 }
 HEADER = (
     "method", "parameters", "tokens", "token forwards", "train s", "BPB zero memory", "merged", "decoded", "live gap",
@@ -40,12 +44,12 @@ PROMPT = "def read_lines(path):\n"
 
 @dataclass(frozen=True)
 class Demo:
-    """Train three arms at equal effective compute, print one table, write report.html and report.json."""
+    """Train four arms at equal training FLOPs, print one table and a verdict, write report.html and report.json."""
 
     out: Path = Path("runs/demo")
     """Folder of the report; each arm's run is a folder in it."""
     compute: float | None = None
-    """Effective compute, in token forwards per scaling parameter; by default the recipe's."""
+    """Training FLOPs, as tokens per scaling parameter that the plain model sees for them; by default the recipe's."""
     source: str = "python"
     """Text to train on: `python` is the standard library's sources; see `lrt train --help`."""
     seed: int = 0
@@ -70,7 +74,7 @@ def run_demo(demo: Demo) -> str:
 
 
 def _configure(config: RunConfig, name: str, demo: Demo) -> RunConfig:
-    horizon = config.train.horizon if demo.compute is None else f"compute={demo.compute}"
+    horizon = config.train.horizon if demo.compute is None else f"flops_of_plain={demo.compute}"
     training = replace(config.train, horizon=horizon, seed=demo.seed)
     return replace(config, name=name, train=training, data=replace(config.data, source=demo.source))
 
@@ -98,21 +102,38 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     figure = curves([read_run(out / row["name"]) for row in rows])
     figure.savefig(out / "report.png", dpi=130)
     about = (
-        f"Equal effective compute ({rows[0]['effective_compute']:,.0f} token forwards, one without gradient counted a "
-        f"third); tokens seen differ. Each arm had one CPU core or the GPU; evaluation in float32 on the same rows; "
-        f"decoding eager, one row; {seconds:.0f} s in all."
+        f"Equal training FLOPs ({rows[0]['flops'] / 1e12:.3g} TFLOP each), so the tokens seen differ. Each arm had one "
+        f"CPU core or the GPU. Evaluation is in float32 on the same rows; decoding is eager, one row. "
+        f"{seconds:.0f} s in all."
     )
     samples = {f"sample: {row['name']}": row["sample"] for row in rows}
     name = "bits per byte of the normalised text" if rows[0]["normalised"] else "bits per byte"
     about += f" Bits per byte are of {rows[0]['scored']}."
-    blocks = [(name, Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
+    said = verdict(rows)
+    blocks = [("verdict", said), (name, Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
     html = page("lrt demo", about, blocks)
     write_text(out / "report.html", html)
-    write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about})
+    write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about, "verdict": said})
     texts = [f"--- {name}\n{text}" for name, text in samples.items()]
-    return "\n\n".join(
-        [Table(HEADER, cells).markdown(), about, *texts, f"{out / 'report.html'}, report.png, report.json"]
+    files = f"{out / 'report.html'}, report.png, report.json"
+    return "\n\n".join([*texts, Table(HEADER, cells).markdown(), about, said, next_commands(out), files])
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """The comparison in words: who decodes best, and how far each arm is from the plain transformer."""
+    bits = {row["name"]: row["bpb"]["decoded"] for row in rows}
+    best = min(bits, key=lambda name: bits[name])
+    others = [f"{name} {bits[name] - bits['plain']:+.3f}" for name in bits if name != "plain"]
+    return (
+        f"Verdict: {best} decodes best, {bits[best]:.3f} bits per byte (lower is better). Less the plain transformer: "
+        f"{', '.join(others)}. One seed each: a difference below 0.03 is none. docs/results.md has three seeds."
     )
+
+
+def next_commands(out: Path) -> str:
+    """What to try next, ready to copy."""
+    run = out / "lrt"
+    return f"Try next:\n  lrt chat {run}\n  lrt sample {run} --prompt 'def '\n  lrt serve {run}\n  lrt analyze {run}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The demo, shrunk: three arms at equal effective compute, a table, a page, a picture, and report.json as promised."""
+"""The demo, shrunk: four arms at equal training FLOPs, a table, a verdict, a page, a picture, report.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shlex
 import pytest
 
 from lrt.cli.main import main
-from lrt.experiments.demo import ARMS, HEADER
+from lrt.config.recipes import LRT_SCHEDULE
+from lrt.experiments.demo import ARMS, HEADER, next_commands, verdict
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +26,40 @@ def demo(tmp_path_factory):
 def test_report_json_has_what_is_promised(demo):
     runs = json.loads((demo / "report.json").read_text(encoding="utf-8"))["runs"]
     assert [r["name"] for r in runs] == list(ARMS)
-    assert [r["schedule"] for r in runs] == ["parallel", "interleaved-2", "settled-1..3"]
-    assert [r["projection"] for r in runs] == ["none", "shared", "layerwise"]
+    assert [r["schedule"] for r in runs] == ["parallel", "parallel", LRT_SCHEDULE, "interleaved-2"]
+    assert [r["projection"] for r in runs] == ["none", "shared", "shared", "shared"]
     for r in runs:
         assert {"parameters", "tokens", "token_forwards", "effective_compute", "wall_seconds"} <= set(r)
         assert set(r["bpb"]) == {"zero_memory", "passes", "merged", "decoded"}
         assert r["live_gap"] == pytest.approx(r["bpb"]["decoded"] - r["bpb"]["merged"])
         assert r["decode_tokens_per_second"] > 0
-    assert len(runs[1]["bpb"]["passes"]) == 3
+    assert len(runs[3]["bpb"]["passes"]) == 3
     assert runs[0]["live_gap"] == pytest.approx(0, abs=1e-5)
 
 
-def test_effective_compute_is_equal_and_tokens_are_not(demo):
+def test_flops_are_equal_and_tokens_are_not(demo):
     runs = json.loads((demo / "report.json").read_text(encoding="utf-8"))["runs"]
-    plain, interleaved, settled = (r["effective_compute"] for r in runs)
-    assert interleaved == pytest.approx(plain, rel=0.1)
+    plain, shift, settled, interleaved = (r["flops"] for r in runs)
+    assert shift == pytest.approx(plain, rel=0.1) and interleaved == pytest.approx(plain, rel=0.15)
     assert settled == pytest.approx(plain, rel=0.3)  # r is drawn: few steps stray from its mean
-    assert runs[0]["tokens"] > 1.5 * runs[1]["tokens"]
+    assert runs[0]["tokens"] > 1.5 * runs[3]["tokens"]
+
+
+def test_the_verdict_names_the_best_arm_and_the_distances():
+    rows = [
+        {"name": name, "bpb": {"decoded": bits}}
+        for name, bits in (("plain", 2.0), ("shift", 1.9), ("lrt", 2.05), ("paper", 2.1))
+    ]
+    said = verdict(rows)
+    assert "shift decodes best, 1.900" in said
+    assert "shift -0.100, lrt +0.050, paper +0.100" in said
+
+
+def test_what_it_says_to_try_next_exists(demo):
+    said = json.loads((demo / "report.json").read_text(encoding="utf-8"))
+    assert said["verdict"] in (demo / "report.html").read_text(encoding="utf-8").replace("&#x27;", "'")
+    commands = next_commands(demo).splitlines()[1:]
+    assert all((demo / "lrt" / "result.json").exists() and str(demo / "lrt") in line for line in commands)
 
 
 def test_pages_and_pictures(demo):
