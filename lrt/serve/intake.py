@@ -7,6 +7,7 @@ before contents, the first thing wrong ends it (lrt/serve/fields.py), and tokeni
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ WAITING = 64
 """Most requests that wait for a thread."""
 HELD = 32
 """Most bodies of the largest size that are held together; smaller ones fit more often."""
+TRIM_BYTES, TRIM_SECONDS = 4_000_000, 1.0
+"""Bytes of bodies after which freed memory is given back, once none has come for so many seconds."""
 CLOSING = "the server is shutting down; ask again later"
 
 
@@ -41,6 +44,8 @@ class Intake:
         self._held = self._waiting = 0
         self._reading: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self._untrimmed = 0
+        self._trimming: asyncio.TimerHandle | None = None
 
     async def take(self, request: Request, prepare: Callable[[Any], T], worker: str = "text") -> T:
         """What `prepare` makes of a request's JSON, in a thread. ApiError: too large, too slow, not JSON, too many."""
@@ -62,6 +67,9 @@ class Intake:
 
     def end(self) -> None:
         """End the threads."""
+        self._closing = True
+        if self._trimming is not None:
+            self._trimming.cancel()
         for pool in (self._parser, *self._workers.values()):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -111,6 +119,29 @@ class Intake:
             return await loop.run_in_executor(self._workers[worker], prepare, data)
         finally:
             self._waiting -= 1
+            self._untrimmed += sum(map(len, parts))
+            if self._untrimmed > TRIM_BYTES:
+                self._trim_later()
+
+    def _trim_later(self) -> None:
+        """Give freed memory back once it is quiet: a pause every time would be felt."""
+        if self._trimming is not None:
+            self._trimming.cancel()
+        self._trimming = asyncio.get_running_loop().call_later(TRIM_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        self._untrimmed, self._trimming = 0, None
+        if not self._closing:
+            self._parser.submit(give_back)
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can (glibc keeps it otherwise)."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)
 
 
 def _busy() -> ApiError:
