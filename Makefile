@@ -12,7 +12,7 @@ BIN := .venv/bin
 
 # The mark is written last, so that an installation that failed is made again.
 .venv/installed: pyproject.toml constraints.txt
-	@echo "Making .venv and installing lrt with its tools: some minutes, about 2 GB the first time."
+	@echo "Making .venv and installing lrt with its tools. torch is the large part."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
 	@touch .venv/installed
