@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt.utils.files import read_jsonl
+from lrt.utils.files import read_jsonl, require_fields
 
 Record = dict[str, Any]
 Measure = Callable[[Record], float]
@@ -44,17 +44,28 @@ def seeds_and_mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def read_groups(files: Sequence[Path]) -> list[RunGroup]:
-    """Runs recorded in JSON-lines files, grouped, in the files' order. ValueError: a line that is no record."""
+    """Runs recorded in JSON-lines files, grouped, in the files' order; one that is given twice counts once.
+
+    ValueError: a line that is no record.
+    """
     found: dict[tuple[str, str, str], list[Record]] = {}
     for file in files:
         for number, record in read_jsonl(file, "records", loose=True):
             _require_record(record, f"{file}:{number}")
             sweep = file.parent.name if file.name == "results.jsonl" else file.stem
             point = ", ".join(f"{name} {value}" for name, value in record["grid"].items())
-            found.setdefault((sweep, point, record["arm"]), []).append(record)
+            group = found.setdefault((sweep, point, record["arm"]), [])
+            if not any(_same_run(record, other) for other in group):
+                group.append(record)
     return [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in found.items()]
 
 
 def _require_record(record: Record, where: str) -> None:
     if not {"arm", "grid", "seed", "bpb"} <= set(record):
         raise ValueError(f"{where} is not the record of a run; remove the line")
+    require_fields(record, {"arm": str, "grid": dict, "seed": int, "bpb": dict}, where)
+
+
+def _same_run(one: Record, other: Record) -> bool:
+    """Whether two records of a group are of one run: the same seed and settings."""
+    return one["seed"] == other["seed"] and one.get("config") == other.get("config")

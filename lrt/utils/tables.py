@@ -14,8 +14,8 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """With aligned columns."""
-        cells = [list(self.header), *map(list, self.rows)]
+        """With aligned columns; a bar within a cell is escaped, since it would end the cell."""
+        cells = [[" ".join(c.split()).replace("|", r"\|") for c in row] for row in (self.header, *self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
         lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
         return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

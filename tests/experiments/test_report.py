@@ -9,6 +9,7 @@ import pytest
 from lrt.cli.main import main
 from lrt.experiments.groups import read_groups
 from lrt.experiments.report import MARKS
+from lrt.utils.tables import Table
 
 
 def record(arm: str, seed: int, decoded: float, compute: str = "compute=5", **more) -> dict:
@@ -91,3 +92,24 @@ def test_what_is_no_record_is_named(records, capsys):
     arguments = [str(records / "text.jsonl"), "--out", str(records / "out"), "--into", str(records / "page.md")]
     assert main(["report", *arguments]) == 2
     assert "lacks the lines" in capsys.readouterr().err
+
+
+def test_the_same_results_given_twice_count_once(records):
+    text, copy = records / "text.jsonl", records / "copy" / "text.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(text.read_bytes())
+    once, twice = read_groups([text]), read_groups([text, copy, text])
+    assert once == twice and [len(g.records) for g in once] == [2, 3, 1, 1]
+
+
+@pytest.mark.parametrize("change", [{"arm": 3}, {"grid": []}, {"seed": "0"}, {"seed": None}, {"bpb": 1.0}])
+def test_records_of_other_types_are_named(records, capsys, change):
+    (records / "bad.jsonl").write_text(json.dumps(record("plain", 0, 2.0) | change) + "\n", encoding="utf-8")
+    assert main(["report", str(records / "bad.jsonl"), "--out", str(records / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"bad.jsonl:1: {next(iter(change))} is" in error and error.count("\n") == 1
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell():
+    lines = Table(["a", "b"], [["x | y", "1\n2"]]).markdown().splitlines()
+    assert lines[2] == r"| x \| y | 1 2 |" and len({len(line) for line in lines}) == 1
