@@ -49,8 +49,6 @@ BAD: list[tuple[type, dict, list[str]]] = [
     (ModelConfig, {"depth": 3, "memory": MemoryConfig(blocks=(2, 4))}, ["model.memory.blocks is (2, 4)", "1..3"]),
     (ModelConfig, {"depth": 3, "memory": MemoryConfig(blocks=(3, 2))}, ["model.memory.blocks is (3, 2)", "1..3"]),
     (MemoryConfig, {"source": 1.5}, ["model.memory.source is 1.5", "a fraction between 0 and 1"]),
-    (MemoryConfig, {"source": 0, "shift": True}, ["model.memory.shift with source 0", "leave one out"]),
-    (MemoryConfig, {"shift": True, "projection": "gates", "residual": False}, ["model.memory.shift reads nothing"]),
     (MemoryConfig, {"start": "small"}, ["model.memory.start is 'small'", "uniform, zero"]),
     (ModelConfig, {"depth": 1, "memory": MemoryConfig(gate_width=65)}, ["gate_width is 65", "width, 64"]),
     (ModelConfig, {"depth": 1, "memory": MemoryConfig(gate_width=0)}, ["gate_width is 0", "between 1 and"]),

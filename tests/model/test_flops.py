@@ -216,3 +216,13 @@ def test_description_holds_every_schedule_and_adds_up():
     assert set(about["train_flops_per_token"]) == {"parallel", "settled-1..3"}
     assert about["memory_bytes_per_sequence"] == 48
     assert set(about["decode_flops_per_token"]) == {"0", "15"}
+
+
+def test_a_shift_beside_source_0_or_without_any_injection_says_nothing_new():
+    """So that a recipe with a shift becomes the shift alone, or the plain model, by one flag or two."""
+    alone = config(projection="shared", source=0)
+    both = replace(alone, memory=replace(alone.memory, shift=True))
+    off = replace(MEMORY_OFF, shift=True)
+    assert parameters_by_group(both) == parameters_by_group(alone)
+    assert passes_flops(both, passes("parallel", 8)) == passes_flops(alone, passes("parallel", 8))
+    assert parameters_by_group(replace(alone, memory=off)) == parameters_by_group(replace(alone, memory=MEMORY_OFF))

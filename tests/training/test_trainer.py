@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import CODE, events, tiny
 
-from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
+from lrt.config.recipes import cpu_demo, cpu_demo_layerwise, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
 from lrt.model.flops import scaling_parameters, train_flops_per_token
 from lrt.schedule import Curriculum, Schedule
@@ -38,7 +38,7 @@ def test_training_lowers_the_loss_and_records_everything(base, source, tmp_path)
 
 def test_effective_compute_counts_every_pass(source, tmp_path):
     run = tmp_path / "run"
-    result = train(tiny(cpu_demo(), source, schedule="settled-2"), run)
+    result = train(tiny(cpu_demo_layerwise(), source, schedule="settled-2"), run)
     p = result.progress
     assert p.token_forwards == 3 * p.tokens
     assert p.effective_forwards == pytest.approx(p.tokens * (1 + 2 / 3))
