@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer
 from lrt.inference.chat_template import ChatTemplate, TemplateRenderer
 
-SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+NAMES = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 TALK = [
     {"role": "system", "content": " Be brief.\n"},
@@ -52,9 +52,7 @@ def build() -> tuple[BPETokenizer, tokenizers.Tokenizer]:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=NAMES, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(["the quick brown fox jumps over the lazy dog im_start user assistant </s> "] * 9, trainer)
     return BPETokenizer(core, "<s>"), core
 
@@ -108,13 +106,13 @@ def test_messages_never_spell_special_tokens_however_they_are_put_together():
         chat = made(template)
         ids, (text, own) = chat.encode(messages), chat.render(messages)
         written = "".join(c if any(a <= i < b for a, b in own) else "\0" for i, c in enumerate(text))
-        wanted = sum(written.count(s) for s in SPECIALS)
+        wanted = sum(written.count(s) for s in NAMES)
         assert sum(i in TOKENIZER.specials.values() for i in ids) == wanted
         spelt = "".join({i: n for n, i in TOKENIZER.specials.items()}.get(i) or TOKENIZER.decode([i]) for i in ids)
         assert spelt == text or "�" in spelt
 
 
-PIECES = st.sampled_from([*SPECIALS, "<", ">", "|", "im_end|>", "<|im_", "s>", "</", " ", "\n", "fox", "é"])
+PIECES = st.sampled_from([*NAMES, "<", ">", "|", "im_end|>", "<|im_", "s>", "</", " ", "\n", "fox", "é"])
 CONTENT = st.lists(PIECES, max_size=5).map("".join)
 
 
