@@ -9,7 +9,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
-from lrt.config.model import require
+from lrt.config.model import require_at_least
+from lrt.config.run import Device
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,20 @@ class AnalyzeFlags:
     """Rows."""
     out: Path | None = None
     """PNG of the heat map by layer and head; by default RUN/analysis.png."""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda or auto."""
     json: bool = False
     """Print one JSON object."""
 
 
+FLAGS = AnalyzeFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(AnalyzeFlags, args, "analyze")
+    require_at_least(1, rows=flags.rows)
+
     from lrt.evaluation.bits_per_byte import Rows
     from lrt.evaluation.held_out import held_out
     from lrt.evaluation.memory_analysis import analyse, heat_map, tables
@@ -39,8 +46,6 @@ def main(args: list[str]) -> int:
     from lrt.utils.hardware import resolve_device
     from lrt.utils.score_names import share_text
 
-    flags = parse(AnalyzeFlags, args, "analyze")
-    require(flags.rows >= 1, f"--rows is {flags.rows}; take at least 1")
     loaded = load_model(flags.run, resolve_device(flags.device))
     rows, of = held_out(loaded, flags.source, rows=flags.rows, length=loaded.config.train.length)
     scored = share_text({"rows": len(rows.tokens), "text": of.name, "share": of.share})

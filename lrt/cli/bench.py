@@ -6,10 +6,18 @@ import importlib
 
 from lrt.config.model import require
 
-KINDS = ("train", "decode", "serve")
+KINDS = {
+    "train": "a training step of every schedule against the plain transformer's",
+    "decode": "milliseconds per token with memory and without; prefill and scoring against token by token",
+    "serve": "tokens per second and time to the first token of a served model, by number of clients",
+}
 
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    if args[:1] in (["-h"], ["--help"]):
+        rows = "\n".join(f"  {kind:<8} {text}" for kind, text in KINDS.items())
+        print(f"usage: lrt bench KIND ...\n\nMeasure on this machine.\n\n{rows}\n\nlrt help bench KIND says more.")
+        return 0
     require(args[:1] != [] and args[0] in KINDS, f"bench {' '.join(args[:1])}: choose one of {', '.join(KINDS)}")
     return importlib.import_module(f"lrt.cli.bench_{args[0]}").main(args[1:])

@@ -22,11 +22,15 @@ class BenchDecodeFlags:
     """End with one JSON object."""
 
 
+FLAGS = BenchDecodeFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(BenchDecodeFlags, args, "bench decode")
+
     from lrt.benchmarks.latency import run
 
-    flags = parse(BenchDecodeFlags, args, "bench decode")
     result = run(flags.settings, partial(print, flush=True))
     if flags.json:
         print(json.dumps(result))

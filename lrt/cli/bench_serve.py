@@ -25,6 +25,9 @@ class BenchServeFlags:
     """End with one JSON object."""
 
 
+FLAGS = BenchServeFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(BenchServeFlags, args, "bench serve")

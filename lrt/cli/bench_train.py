@@ -21,11 +21,15 @@ class BenchTrainFlags:
     """End with one JSON object on a line of its own."""
 
 
+FLAGS = BenchTrainFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(BenchTrainFlags, args, "bench train")
+
     from lrt.benchmarks.training_step import lines, measure
 
-    flags = parse(BenchTrainFlags, args, "bench train")
     result = measure(flags.settings)
     print("\n".join(lines(result)))
     if flags.json:

@@ -32,14 +32,18 @@ class ChatFlags:
     )
 
 
+FLAGS = ChatFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(ChatFlags, args, "chat")
+    require("{}" in flags.template, f"--template {flags.template!r} has no place for your text; put {{}} into it")
+
     from lrt.inference.chat import Conversation
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    flags = parse(ChatFlags, args, "chat")
-    require("{}" in flags.template, f"--template {flags.template!r} has no place for your text; put {{}} into it")
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
     talk = Conversation(loaded.model, loaded.tokenizer, flags.decoding.prefill)
     print("Type a line; /new forgets, end of input (Ctrl-D) leaves.", file=sys.stderr)

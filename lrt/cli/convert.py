@@ -24,11 +24,15 @@ class ConvertFlags:
     conversion: Annotated[Conversion, tyro.conf.arg(name="")] = field(default_factory=Conversion)
 
 
+FLAGS = ConvertFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(ConvertFlags, args, "convert")
+
     from lrt.integrations.convert import convert
 
-    flags = parse(ConvertFlags, args, "convert")
     config = convert(flags.source, flags.out, flags.conversion)
     on = "with" if config.memory.on else "without"
     print(f"{flags.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")

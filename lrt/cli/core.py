@@ -12,7 +12,8 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.decoding import DEFAULT_MODE
-from lrt.config.model import require
+from lrt.config.model import require_at_least
+from lrt.config.run import Device
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,25 @@ class CoreFlags:
     """Items of each task; by default all."""
     mode: str = DEFAULT_MODE
     """How texts are taken in: exact, jacobi, interleaved-G, or zero_memory."""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda or auto."""
     json: bool = False
     """Print one JSON object."""
 
 
+FLAGS = CoreFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(CoreFlags, args, "core")
+    require_at_least(1, limit=flags.limit)
+
     from lrt.evaluation.core import TASKS_OF_CORE, core, read_bundle
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
     from lrt.utils.tables import Table
 
-    flags = parse(CoreFlags, args, "core")
-    require(flags.limit is None or flags.limit >= 1, f"--limit is {flags.limit}; take at least 1 item")
     tasks, loaded = read_bundle(flags.bundle), load_model(flags.run, resolve_device(flags.device))
 
     def tell(label: str, scores: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams
+from lrt.config.run import Device
 
 
 @dataclass(frozen=True)
@@ -19,5 +20,5 @@ class DecodingFlags:
     )
     prefill: str = DEFAULT_MODE
     """How the prompt is taken in: exact, jacobi or interleaved-G."""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda or auto."""

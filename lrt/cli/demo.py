@@ -1,13 +1,18 @@
-"""`lrt demo`: three arms trained here and now, and compared."""
+"""`lrt demo`: four arms trained here and now, and compared."""
 
 from __future__ import annotations
 
 from lrt.cli.parse import parse
+from lrt.config.experiments import DemoConfig
+
+FLAGS = DemoConfig
 
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    from lrt.experiments.demo import Demo, run_demo
+    flags = parse(DemoConfig, args, "demo")
 
-    print(run_demo(parse(Demo, args, "demo")))
+    from lrt.experiments.demo import run_demo
+
+    print(run_demo(flags))
     return 0

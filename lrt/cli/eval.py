@@ -11,7 +11,8 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.decoding import DEFAULT_MODE
-from lrt.config.model import require
+from lrt.config.model import require, require_at_least
+from lrt.config.run import Device
 from lrt.schedule import Curriculum
 from lrt.utils.score_names import share_text, unit
 
@@ -43,21 +44,26 @@ class EvalFlags:
     """How tasks are scored: exact, jacobi, interleaved-G or zero_memory."""
     limit: int | None = None
     """Examples per task."""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda or auto."""
     json: bool = False
     """Print one JSON object."""
 
 
+FLAGS = EvalFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(EvalFlags, args, "eval")
+    require_at_least(1, rows=flags.rows, limit=flags.limit)
+    require_at_least(2, length=flags.length)
+
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
     from lrt.evaluation.held_out import held_out
     from lrt.training.checkpoint import load_model
     from lrt.utils.distributed import join
 
-    flags = parse(EvalFlags, args, "eval")
-    require(flags.rows >= 1, f"--rows is {flags.rows}; score at least 1")
     with join(flags.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(flags.run, world.device)
         if flags.tasks:
@@ -67,7 +73,7 @@ def main(args: list[str]) -> int:
                 loaded, flags.tasks, flags.mode, flags.include_path, flags.limit, plain=flags.json,
                 normalised=flags.normalised,
             )  # fmt: skip
-        length = flags.length or loaded.config.train.length
+        length = loaded.config.train.length if flags.length is None else flags.length
         context = loaded.config.model.context
         require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
         found = Curriculum.parse(flags.schedule or loaded.config.train.schedule)

@@ -26,16 +26,20 @@ class ExportFlags:
     """How the exported model's forward computes a whole sequence; kept in its config.json."""
 
 
+FLAGS = ExportFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(ExportFlags, args, "export")
+    require(not flags.folder.exists(), f"{flags.folder} exists; remove it or choose another folder")
+
     from lrt.integrations.convert import save_family
     from lrt.integrations.families import FAMILIES
     from lrt.integrations.hf.export import save_export
     from lrt.integrations.hf.fast_tokenizer import fast_tokenizer, save_tokenizer
     from lrt.training.checkpoint import load_model
 
-    flags = parse(ExportFlags, args, "export")
-    require(not flags.folder.exists(), f"{flags.folder} exists; remove it or choose another folder")
     loaded = load_model(flags.run)
     tokenizer = fast_tokenizer(loaded)
     if flags.to in FAMILIES:

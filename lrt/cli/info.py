@@ -1,47 +1,70 @@
-"""`lrt info`: what a recipe's model costs."""
+"""`lrt info`: what the model of a recipe or a run costs."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from lrt.cli.parse import early_value, parse
-from lrt.config.model import ModelConfig
-from lrt.config.recipes import recipe
+from tyro.conf import Positional
+
+from lrt.cli.parse import early_positional, early_value, names_of, parse
+from lrt.config.model import ModelConfig, require, require_at_least
+from lrt.config.recipes import RecipeName, recipe
+from lrt.config.run import RunConfig
+from lrt.utils.files import expand_home
 
 INFO_SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "refinement-3", "settled-1..3")
 
 
 @dataclass(frozen=True)
 class InfoFlags:
-    """Show what a recipe's model costs: parameters by group, FLOPs per token of every schedule, cache bytes."""
+    """What a model costs: parameters by group, FLOPs per token of every schedule, cache bytes."""
 
     model: ModelConfig
-    """The model; flags override the recipe's."""
-    recipe: str = "cpu_demo"
+    """The model; flags override what the recipe or the run says."""
+    run: Positional[Path | None] = None
+    """Run folder, or one of its checkpoints; without one the recipe's model is described."""
+    recipe: RecipeName = "cpu_demo"
     """Recipe to start from."""
     length: int | None = None
-    """Row length for the FLOP figures; by default the recipe's."""
+    """Row length for the FLOP figures; by default the one trained with."""
     json: bool = False
     """Print one JSON object."""
 
 
+FLAGS = InfoFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    run = early_positional(args, ("--json", "--no-json"))
+    base = recipe(early_value(args, "--recipe", "cpu_demo")) if run is None else _config_of(run)
+    flags = parse(InfoFlags, args, "info", default=InfoFlags(base.model, length=base.train.length))
+
     from lrt.model.flops import describe
 
-    base = recipe(early_value(args, "--recipe", "cpu_demo"))
-    flags = parse(InfoFlags, args, "info", default=InfoFlags(base.model, base.name, base.train.length))
-    schedules = dict.fromkeys((*INFO_SCHEDULES, base.train.schedule))
-    facts = describe(flags.model, flags.length or base.train.length, schedules)
-    print(json.dumps({"recipe": flags.recipe} | facts) if flags.json else _info_text(flags, facts))
+    length = flags.length if flags.length is not None else base.train.length
+    require_at_least(1, length=length)
+    require(flags.run is None or run is not None, f"{flags.run} is neither a flag nor a run; see lrt info --help")
+    require(run is None or "--recipe" not in names_of(args), "give a run or --recipe, not both")
+    facts = describe(flags.model, length, dict.fromkeys((*INFO_SCHEDULES, base.train.schedule)))
+    described = {"recipe": flags.recipe} if flags.run is None else {"run": str(flags.run)}
+    print(json.dumps(described | facts) if flags.json else _info_text(*described.values(), flags.model, facts))
     return 0
 
 
-def _info_text(flags: InfoFlags, facts: dict) -> str:
-    m, p = flags.model, facts["parameters"]
+def _config_of(run: str) -> RunConfig:
+    """The configuration that a run was trained with."""
+    from lrt.training.checkpoint import open_checkpoint
+
+    return open_checkpoint(expand_home(run), verify=False).config
+
+
+def _info_text(name: str, m: ModelConfig, facts: dict) -> str:
+    p = facts["parameters"]
     total, without = p["total"], p["total"] - p["memory"]
-    shape = f"{flags.recipe}: depth {m.depth}, width {m.d}, {m.h} heads ({m.k} key/value), vocabulary {m.vocab_size}"
+    shape = f"{name}: depth {m.depth}, width {m.d}, {m.h} heads ({m.k} key/value), vocabulary {m.vocab_size}"
     lines = [shape, f"memory: {m.memory_text}", ""]
     lines += [f"{name:<18}{n:>16,}" for name, n in p.items()]
     lines.append(f"{'without memory':<18}{without:>16,}  ({without / 1e9:.3f} B)")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "demo": "train a plain transformer and two LRTs on this machine, write a report",
-    "info": "parameters, FLOPs of every schedule, cache bytes of a recipe",
+    "info": "parameters, FLOPs of every schedule, cache bytes of a recipe or a run",
     "schedule": "draw a schedule as text or SVG",
     "tokenize": "turn a text source into token shards",
     "train": "train a recipe on your text, or resume a run",
@@ -26,30 +27,32 @@ COMMANDS = {
     "analyze": "where a run's memory acts, and how far back it reaches",
     "bench": "measure on this machine: bench train, decode, serve",
     "plan": "memory, step time, communication and days of a recipe on a cluster",
+    "completion": "completion of commands and flags for bash, zsh or fish",
 }
 """Each command and its line in the overview; the module of its name in this folder is imported only when it runs."""
+HELP = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. SystemExit(0): its help was printed."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # what they cannot spell becomes a question mark, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     show_traceback = "--traceback" in args[:1]
     args = args[show_traceback:]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if args[0] == "--version":
-        from lrt import __version__
-
-        print(f"lrt {__version__}")
-        return 0
-    name = args[0]
+    if args[1:] and args[0] in HELP:
+        args = [*args[1:], "--help"]
+    name = args[0] if args else "--help"
+    if name in HELP:
+        return _run("lrt", lambda: _print(overview()), show_traceback)
+    if name == "--version":
+        return _run("lrt", lambda: _print(f"lrt {importlib.import_module('lrt').__version__}"), show_traceback)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"lrt: unknown command {name!r}; {hint}", file=sys.stderr)
-        return 2
-    return _run(name, args[1:], show_traceback)
+        return _fail("lrt", f"unknown command {name!r}; {hint}")
+    return _run(f"lrt {name}", lambda: importlib.import_module(f"lrt.cli.{name}").main(args[1:]), show_traceback)
 
 
 def overview() -> str:
@@ -57,21 +60,50 @@ def overview() -> str:
     rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
     return (
         "usage: lrt [--traceback] COMMAND ...\n\nThe Latent Recurrent Transformer: train it in parallel passes, "
-        f"decode it exactly with memory.\n\n{rows}\n\nlrt COMMAND --help says more. lrt --version prints the version."
+        f"decode it exactly with memory.\n\n{rows}\n\n"
+        "lrt help COMMAND says more. lrt --version prints the version."
     )
 
 
-def _run(name: str, args: list[str], show_traceback: bool) -> int:
+def _print(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _run(label: str, work: Callable[[], int], show_traceback: bool) -> int:
+    """The exit code of `work`, or of what ended it, told in one line."""
     try:
-        return importlib.import_module(f"lrt.cli.{name}").main(args)
+        code = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except KeyboardInterrupt:
-        print(f"lrt {name}: interrupted", file=sys.stderr)
-        return 130
+        return _fail(label, "interrupted", 130)
     except (ValueError, OSError) as error:
         if show_traceback:
             raise
-        print(f"lrt {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(label, error)
+
+
+def _fail(label: str, error: object, code: int = 2) -> int:
+    """Print one line of at most 300 printable characters, whatever the error quotes."""
+    from lrt.utils.files import one_line
+
+    try:
+        print(one_line(f"{label}: {error}"), file=sys.stderr, flush=True)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a full disk behind one of them: the exit code says the rest
+        _discard_output()
+    return code
+
+
+def _discard_output() -> None:
+    """Let the interpreter's last flush go nowhere, so that it does not fail again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            os.dup2(nowhere, stream.fileno())

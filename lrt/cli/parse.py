@@ -3,26 +3,83 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from lrt.utils.files import expand_home
+
 T = TypeVar("T")
+WIDE = "1000000"
+"""Columns of the terminal that tyro's message boxes are made for, so that no line in them is broken."""
 
 
-def parse(what: Callable[..., T], args: list[str], command: str, **options: Any) -> T:
-    """Read flags into a dataclass or function arguments with tyro; a wrong one becomes one line (ValueError)."""
+def parse(flags: type[T], args: Sequence[str], command: str, short_help: str = "", **options: Any) -> T:
+    """Read arguments into `flags` with tyro; `~` in paths is expanded.
+
+    Where there is a `short_help`, --help prints that, and --help-all what tyro makes of all flags. ValueError: a wrong
+    argument, in one line; a number that no machine holds. SystemExit(0): help was printed.
+    """
     import tyro
 
+    if {"-h", "--help", "--help-all"} & set(args):
+        if short_help and "--help-all" not in args:
+            print(short_help)
+            raise SystemExit(0)
+        return tyro.cli(flags, args=["--help"], prog=f"lrt {command}", **options)
     message_box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message_box):
-            return tyro.cli(what, args=args, prog=f"lrt {command}", **options)
+        with contextlib.redirect_stderr(message_box), _terminal_of(WIDE):
+            parsed = tyro.cli(flags, args=args, prog=f"lrt {command}", **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(f"{_first_line(message_box.getvalue())}; see lrt {command} --help") from None
+    return _checked(parsed, "")
+
+
+def names_of(args: Sequence[str]) -> list[str]:
+    """The flags among arguments, spelled as help spells them, without values."""
+    flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return [flag.replace("_", "-") for flag in flags]
+
+
+def early_value(args: Sequence[str], flag: str, default: str) -> str:
+    """The value of one flag, before the rest can be parsed; of several the last, as tyro takes it."""
+    value = default
+    for i, arg in enumerate(args):
+        name, equals, after = arg.partition("=")
+        if name.replace("_", "-") == flag and (equals or i + 1 < len(args)):
+            value = after if equals else args[i + 1]
+    return value
+
+
+def early_positional(args: Sequence[str], switches: Collection[str]) -> str | None:
+    """The first argument that is neither a flag nor a flag's value; `switches` are flags that take none."""
+    before = ""
+    for arg in args:
+        takes_it = before.startswith("-") and "=" not in before and before not in switches
+        if not arg.startswith("-") and not takes_it:
+            return arg
+        before = arg
+    return None
+
+
+@contextlib.contextmanager
+def _terminal_of(columns: str) -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = columns
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _first_line(box: str) -> str:
@@ -39,11 +96,19 @@ def _first_line(box: str) -> str:
     return message + (f"; did you mean {near[0]}?" if near else "")
 
 
-def early_value(args: list[str], flag: str, default: str) -> str:
-    """The value of one flag, before the rest can be parsed."""
-    for i, arg in enumerate(args):
-        if arg == flag and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return default
+def _checked(value: Any, name: str) -> Any:
+    """`value` with `~` in its paths expanded. ValueError: an integer of more than 64 bits, or a NaN."""
+    if isinstance(value, Path):
+        return expand_home(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"--{name} is {value}; it must fit 64 bits")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"--{name} is not a number; give one")
+    if type(value) is tuple:
+        return tuple(_checked(item, name) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        checked = {n: _checked(v, f"{name}.{n}".lstrip(".").replace("_", "-")) for n, v in fields.items()}
+        changed = {n: v for n, v in checked.items() if v is not fields[n] and v != fields[n]}
+        return dataclasses.replace(value, **changed) if changed else value
+    return value

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
-from lrt.cli.parse import early_value, parse
+from lrt.cli.parse import early_value, names_of, parse
 from lrt.config.benchmarks import Cluster
-from lrt.config.recipes import recipe
-from lrt.config.run import RunConfig
+from lrt.config.model import require
+from lrt.config.recipes import RecipeName, recipe
+from lrt.config.run import RunConfig, with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,44 @@ class PlanFlags:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
-    recipe: str = "cpu_demo"
+    recipe: RecipeName = "cpu_demo"
     """Recipe to start from."""
     json: bool = False
     """Print one JSON object."""
 
 
+FLAGS = PlanFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    from lrt.benchmarks.cluster import plan
-
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
     flags = parse(PlanFlags, args, "plan", default=PlanFlags(base, recipe=base.name))
-    facts = plan(flags.config, flags.cluster)
-    print(json.dumps(facts) if flags.json else "\n".join(lines(flags, facts)))
+
+    from lrt.benchmarks.cluster import plan
+
+    config = planned(flags.config, args)
+    facts = plan(config, flags.cluster)
+    print(json.dumps(facts) if flags.json else "\n".join(lines(flags.recipe, config, flags.cluster, facts)))
     return 0
 
 
-def lines(flags: PlanFlags, facts: dict[str, Any]) -> Iterable[str]:
+def planned(config: RunConfig, args: Sequence[str]) -> RunConfig:
+    """`config` with the vocabulary that its training will have.
+
+    ValueError: the arguments ask for another than the tokenizer's.
+    """
+    fitted = with_vocabulary(config)
+    refused = "--model.vocab-size" in names_of(args) and fitted != config
+    require(not refused, "--model.vocab-size is what the tokenizer has; set --data.vocab-size, or leave it out")
+    return fitted
+
+
+def lines(name: str, config: RunConfig, c: Cluster, facts: dict[str, Any]) -> Iterable[str]:
     """The plan as a table for people."""
-    m, c, t = flags.config.model, flags.cluster, flags.config.train
+    m, t = config.model, config.train
     yield (
-        f"{flags.recipe}: depth {m.depth}, width {m.d}, {facts['parameters']['total'] / 1e9:.3f} B parameters; "
+        f"{name}: depth {m.depth}, width {m.d}, {facts['parameters']['total'] / 1e9:.3f} B parameters; "
         f"batch {t.batch} x {t.length}, {t.horizon}; {c.devices} devices of {c.memory / 1e9:.0f} GB, "
         f"{c.flops * c.efficiency / 1e12:.4g} TFLOP/s reached"
     )

@@ -25,15 +25,19 @@ class ReportFlags:
     """Markdown page whose part between the lrt report marks is replaced; its pictures go to img/ beside it."""
 
 
+FLAGS = ReportFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(ReportFlags, args, "report")
+    require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
+
     from lrt.experiments.groups import read_groups
     from lrt.experiments.pages import page
     from lrt.experiments.report import ABOUT, markdown, replace_marked, report_blocks
     from lrt.utils.files import write_text
 
-    flags = parse(ReportFlags, args, "report")
-    require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
     blocks = report_blocks(read_groups(flags.files), flags.baseline)
     intro = f"From {', '.join(f.name for f in flags.files)}. {ABOUT}"
     flags.out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
-from lrt.config.model import require
+from lrt.config.model import require_at_least
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,18 @@ class SampleFlags:
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = field(default_factory=DecodingFlags)
 
 
+FLAGS = SampleFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(SampleFlags, args, "sample")
+    require_at_least(1, samples=flags.samples)
+
     from lrt.inference.chat import complete
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    flags = parse(SampleFlags, args, "sample")
-    require(flags.samples >= 1, f"--samples is {flags.samples}; draw at least 1")
     sampling, mode = flags.decoding.sampling, flags.decoding.prefill
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt

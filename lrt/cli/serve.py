@@ -14,7 +14,8 @@ from typing import Annotated
 import tyro
 
 from lrt.cli.parse import parse
-from lrt.config.model import require
+from lrt.config.model import require, require_at_least
+from lrt.config.run import Device
 from lrt.serve.settings import Settings
 
 SWITCH_INTERVAL = 5e-4
@@ -43,14 +44,20 @@ class ServeFlags:
     """Threads of a step; by default one core less than there are, which is the web side's."""
     compile: bool = False
     """Compile the step; it takes a minute or so, once."""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda or auto."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+
+FLAGS = ServeFlags
 
 
 def main(args: list[str]) -> int:
     """Run the server until SIGINT or SIGTERM."""
     flags = parse(ServeFlags, args, "serve")
+    require(0 <= flags.drain < 86_400, f"--drain is {flags.drain}; give at least 0 seconds, at most a day")
+    require_at_least(1, threads=flags.threads)
+    require(0 <= flags.port < 2**16, f"--port is {flags.port}; give 0 to 65535")
     keys = _keys(flags.api_key)
     try:
         from lrt.serve.keys import ApiKeys, HostNames
@@ -64,8 +71,6 @@ def main(args: list[str]) -> int:
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
-    require(0 <= flags.drain < 86_400, f"--drain is {flags.drain}; give at least 0 seconds, at most a day")
-    require(0 <= flags.port < 2**16, f"--port is {flags.port}; give 0 to 65535")
     api_keys = ApiKeys(keys)
     torch.set_num_threads(flags.threads or max(1, (os.cpu_count() or 2) - 1))
     sys.setswitchinterval(SWITCH_INTERVAL)

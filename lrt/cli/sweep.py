@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
-from lrt.config.model import require
+from lrt.config.model import require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,19 @@ class SweepFlags:
     """Runs at a time, each a process with one thread; by default one per core, or one on the GPU."""
 
 
+FLAGS = SweepFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(SweepFlags, args, "sweep")
+    require_at_least(1, jobs=flags.jobs)
+    known = (None, "slurm", "local", "debug")
+    require(flags.cluster in known, f"--cluster is {flags.cluster}; use slurm, local, debug")
+
     from lrt.experiments.runner import at_once
     from lrt.experiments.sweep import read_sweep, run_sweep, sweep_tables
 
-    flags = parse(SweepFlags, args, "sweep")
-    require(flags.jobs is None or flags.jobs >= 1, f"--jobs is {flags.jobs}; run at least 1 at a time")
-    require(
-        flags.cluster in (None, "slurm", "local", "debug"), f"--cluster is {flags.cluster}; use slurm, local, debug"
-    )
     runs, out = read_sweep(flags.file), flags.out or Path("runs/sweeps") / flags.file.stem
     resources = sweep_tables(flags.file).get("cluster", {}) if flags.cluster else {}
     print(run_sweep(runs, out, flags.jobs or at_once(), flags.cluster, **resources))

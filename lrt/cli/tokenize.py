@@ -18,13 +18,17 @@ class TokenizeFlags:
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
 
 
+FLAGS = TokenizeFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    flags = parse(TokenizeFlags, args, "tokenize")
+
     from lrt.data import TaskRows
     from lrt.training.logging import Live
     from lrt.training.trainer import prepare_data
 
-    flags = parse(TokenizeFlags, args, "tokenize")
     with Live() as live:
         prepared = prepare_data(RunConfig(data=flags.data), [live])
     if isinstance(prepared.train, TaskRows) or isinstance(prepared.val, TaskRows):

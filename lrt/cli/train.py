@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from lrt.cli.parse import early_value, parse
+from lrt.cli.parse import early_value, names_of, parse
+from lrt.cli.plan import planned
 from lrt.config.model import require
-from lrt.config.recipes import recipe
+from lrt.config.recipes import RECIPES, RecipeName, recipe
 from lrt.config.run import RunConfig
+from lrt.utils.files import expand_home
+
+_NAMES = f"\n{' ' * 28}".join(textwrap.wrap(", ".join(RECIPES), 50))
+SHORT_HELP = f"""\
+usage: lrt train [--recipe NAME] [--out FOLDER] [--data.source TEXT] [FLAGS]
+
+Train a recipe on your text. Every field of a recipe is a flag; these are the
+ones to begin with. lrt train --help-all lists all of them.
+
+  --recipe NAME             {_NAMES}
+  --out FOLDER              the run's folder, and its name (runs/NAME)
+  --resume RUN              go on with a run as it was, from its last checkpoint
+  --or-resume               go on if --out holds a run already, else begin
+  --init-from RUN           begin with the weights and tokenizer of this run
+  --data.source TEXT        file, folder, glob, python, or hf:owner/name
+  --data.tokenizer KIND     bytes, bpe, or a tokenizer's file or folder
+  --data.vocab-size N       vocabulary of a bpe tokenizer
+  --model.depth N           blocks; --model.width N channels
+  --model.memory.projection none, gates, shared or layerwise
+  --train.schedule NAME     parallel, interleaved-2, settled-1..3, ...
+  --train.horizon WHEN      steps=1000, tokens=1e6, ratio=20 or compute=20
+  --train.batch N           rows of a step; --train.length N positions of each
+  --train.device NAME       auto, cpu or cuda; --train.seed N
+
+lrt train --data.source book.txt --out runs/book"""
+ON_RESUME = ("--resume", "--train.device")
+"""Flags that go with --resume: which run, and what machine it is on now."""
 
 
 @dataclass(frozen=True)
@@ -19,58 +49,79 @@ class TrainFlags:
     """Train a recipe on your text. Any field of the recipe can be overridden; --resume continues a run as it was."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    recipe: str = "cpu_demo"
+    recipe: RecipeName = "cpu_demo"
     """Recipe to start from (see docs/recipes.md)."""
     out: Path | None = None
-    """Run folder; by default runs/NAME."""
+    """Run folder, and the run's name; by default runs/NAME."""
     resume: Path | None = None
-    """Continue the run in this folder from its newest valid checkpoint; no other flag may be flags."""
+    """Continue the run in this folder from its newest valid checkpoint; of the other flags only --train.device may be
+    given, where the run goes on on another machine."""
     or_resume: bool = False
     """Continue the run if --out already holds a checkpoint of it, else begin: what restarted and requeued jobs need."""
     init_from: Path | None = None
     """Start from the weights of this run, of whatever step, with its model and tokenizer (see `lrt convert`)."""
 
 
+FLAGS = TrainFlags
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    from lrt.training import checkpoint
-    from lrt.training.logging import Jsonl, Live
-    from lrt.training.trainer import train as run_training
-    from lrt.utils.score_names import unit
-
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
     origin = early_value(args, "--init-from", "")
-    base = replace(base, **_from_run(base, Path(origin))) if origin else base
-    flags = parse(TrainFlags, args, "train", default=TrainFlags(config=base, recipe=base.name))
-    folder, config = flags.out or Path("runs") / flags.config.name, flags.config
+    base = _from_run(base, expand_home(origin)) if origin else base
+    flags = parse(TrainFlags, args, "train", SHORT_HELP, default=TrainFlags(config=base, recipe=base.name))
     if flags.resume is not None:
-        require(len(args) == 2 or "=" in args[0], "--resume takes its settings from the run; give no other flag")
-        started, problems = checkpoint.newest_valid(flags.resume, verify=False)  # the training verifies
-        require(
-            started is not None, f"{flags.resume} holds no checkpoint to resume; {' '.join(problems) or 'train first'}"
-        )
-        assert started is not None
-        folder, config = flags.resume, started.config
+        config, folder = _resumed(flags.resume, flags.config, args), flags.resume
+    else:
+        config = flags.config if origin else planned(flags.config, args)
+        config, folder = _placed(config, flags.out, args)
+    return _train(config, folder, None if flags.or_resume else flags.resume is not None)
+
+
+def _train(config: RunConfig, folder: Path, resume: bool | None) -> int:
+    from lrt.training.logging import Jsonl, Live
+    from lrt.training.trainer import train
+    from lrt.utils.score_names import unit
+
     with Live() as live:
-        resume = None if flags.or_resume else flags.resume is not None
-        result = run_training(config, folder, resume=resume, sinks=[live, Jsonl(folder / "metrics.jsonl")])
+        result = train(config, folder, resume=resume, sinks=[live, Jsonl(folder / "metrics.jsonl")])
     if result.first:
         name = unit(result.bpb.as_dict())
         print(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
     return 0
 
 
-def _from_run(base: RunConfig, run: Path) -> dict[str, Any]:
-    """The parts of `base` that a run to start from replaces: model, tokenizer, and what must fit them."""
+def _placed(config: RunConfig, out: Path | None, args: Sequence[str]) -> tuple[RunConfig, Path]:
+    """The run's folder, and the configuration with its name: each is called after the other unless both are given."""
+    folder = out or Path("runs") / config.name
+    named = out is None or "--name" in names_of(args)
+    return config if named else replace(config, name=folder.absolute().name), folder
+
+
+def _resumed(run: Path, given: RunConfig, args: Sequence[str]) -> RunConfig:
+    """The configuration that a run goes on with: its own, on the device that is asked for."""
+    from lrt.training import checkpoint
+
+    others = [name for name in names_of(args) if name not in ON_RESUME]
+    require(not others, f"--resume takes its settings from the run; leave out {', '.join(others)}")
+    started, problems = checkpoint.newest_valid(run, verify=False)  # the training verifies
+    if started is None:
+        raise ValueError(f"{run} holds no checkpoint to resume; {' '.join(problems) or 'train first'}")
+    device = given.train.device if "--train.device" in names_of(args) else started.config.train.device
+    return replace(started.config, train=replace(started.config.train, device=device))
+
+
+def _from_run(base: RunConfig, run: Path) -> RunConfig:
+    """`base` with what a run to start from replaces: model, tokenizer, and what must fit them."""
     from lrt.training.checkpoint import open_checkpoint
 
-    found = open_checkpoint(run)
-    length = min(base.train.length, found.config.model.context)
-    schedule = (
-        base.train.schedule if found.config.model.memory.on else "parallel"
-    )  # sweeps would have nothing to settle
-    return {
-        "model": found.config.model,
-        "data": replace(base.data, tokenizer=str(found.folder.parent.parent / "tokenizer")),
-        "train": replace(base.train, init_from=str(run), length=length, schedule=schedule),
-    }
+    start = open_checkpoint(run)
+    tokenizer = start.folder.parent.parent / "tokenizer"
+    length = min(base.train.length, start.config.model.context)
+    return replace(
+        base,
+        model=start.config.model,
+        data=replace(base.data, tokenizer=str(tokenizer)),
+        train=replace(base.train, init_from=str(run), length=length),
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrt.config.model import Backend, require
-from lrt.config.run import Dtype
+from lrt.config.model import Backend, require, require_at_least
+from lrt.config.recipes import RecipeName
+from lrt.config.run import Device, Dtype
 from lrt.schedule import Schedule
 
 TIMED_SCHEDULES = (
@@ -19,9 +20,9 @@ TIMED_SCHEDULES = (
 class StepBenchmark:
     """Time training steps of every schedule against the plain transformer's."""
 
-    device: str = "auto"
+    device: Device = "auto"
     """`cpu`, `cuda` or `auto`."""
-    recipe: str | None = None
+    recipe: RecipeName | None = None
     """Take model and length from a recipe; by default depth 4, width 256, vocabulary 4096, shared projections."""
     depth: int | None = None
     """Blocks, in place of the recipe's."""
@@ -53,8 +54,8 @@ class StepBenchmark:
     """Also time transformers' own nanochat model of the same sizes (its whole step with fused AdamW alone)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "repeats"):
-            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(1, batch=self.batch, repeats=self.repeats, depth=self.depth, width=self.width)
+        require_at_least(2, length=self.length, vocab_size=self.vocab_size)
         for name in self.schedules:
             require(Schedule.parse(name) == Schedule.parse(name).at_largest(), f"schedule {name} has a range; fix it")
 
@@ -63,7 +64,7 @@ class StepBenchmark:
 class DecodingBenchmark:
     """What is measured."""
 
-    recipe: str = "d12"
+    recipe: RecipeName = "d12"
     """Model of the latency figures; its weights are random, which latency does not mind."""
     checkpoint: Path | None = None
     """Run folder of the trained model whose prefill and scoring are measured; without one they are left out."""
@@ -79,8 +80,14 @@ class DecodingBenchmark:
     """Compile the step."""
     peer: bool = False
     """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda or auto."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, steps=self.steps)
+        for name, sizes in (("batches", self.batches), ("contexts", self.contexts), ("lengths", self.lengths)):
+            require(bool(sizes), f"--{name} are none; give at least one number")
+            require_at_least(1, **{name: min(sizes)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
@@ -22,7 +23,7 @@ def cpu_demo() -> RunConfig:
     """A model for two CPU cores and a minute or two; the Python standard library in 512 BPE tokens."""
     return RunConfig(
         name="cpu_demo",
-        model=ModelConfig(depth=3, width=64, heads=2, context=256, memory=LRT_MEMORY),
+        model=ModelConfig(depth=3, width=64, heads=2, context=256, vocab_size=512, memory=LRT_MEMORY),
         data=DataConfig(source="python", tokenizer="bpe", vocab_size=512, max_bytes=16_000_000),
         optim=OptimConfig(embedding_lr=0.1),
         train=TrainConfig(schedule=LRT_SCHEDULE, batch=8, length=128, horizon="flops_of_plain=9", eval_every=400),
@@ -59,9 +60,12 @@ def cpu_demo_plain() -> RunConfig:
 
 
 def _depth(depth: int, name: str, rows: int) -> RunConfig:
+    model = ModelConfig(
+        depth=depth, vocab_size=8192, value_embeddings="alternating", window_pattern="SSSL", memory=LRT_MEMORY
+    )
     return RunConfig(
         name=name,
-        model=ModelConfig(depth=depth, value_embeddings="alternating", window_pattern="SSSL", memory=LRT_MEMORY),
+        model=model,
         data=DataConfig(source="python+site-packages", tokenizer="bpe", vocab_size=8192),
         train=TrainConfig(schedule=LRT_SCHEDULE, batch=rows, length=2048, horizon="ratio=20"),
     )
@@ -116,6 +120,12 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         d24_paper,
     )
 }
+
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
+"""The names as a type, so that help and completion list them."""
 
 
 def recipe(name: str) -> RunConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from lrt.config.model import (
@@ -21,6 +21,11 @@ from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+TASK = "task:"
+"""Beginning of a source that is a synthetic task."""
+PAUSES = "+pauses"
+"""End of a tokenizer's name that asks for a pause after every token."""
 Parallelism = Literal["ddp", "fsdp"]
 C = TypeVar("C")
 
@@ -261,6 +266,21 @@ def require_sense(config: RunConfig) -> None:
         f"train.consistency is {t.consistency}, but no pass of {t.schedule} writes memory in place of some that it "
         "read; set it to 0, or train.schedule to settled-1..3, say",
     )
+
+
+def expected_vocabulary(data: DataConfig) -> int | None:
+    """Ids of the tokenizer that `data` describes, or asks a BPE for; None of one in a file, and of a task's own."""
+    if data.source.startswith(TASK):
+        return None
+    kind = data.tokenizer.removesuffix(PAUSES)
+    size = {"bytes": 257, "bpe": data.vocab_size}.get(kind)
+    return None if size is None else size + data.tokenizer.endswith(PAUSES)
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """`config` whose model has the vocabulary of its tokenizer, where that is known before it is trained or read."""
+    size = expected_vocabulary(config.data)
+    return config if size is None else replace(config, model=replace(config.model, vocab_size=size))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

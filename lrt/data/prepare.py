@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from lrt.config.run import PAUSES, TASK
 from lrt.data.manifest import Manifest
 from lrt.data.normalised import lost_text
 from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
-from lrt.data.synthetic import PREFIX, TaskRows, task_rows, task_tokenizer
+from lrt.data.synthetic import TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
+from lrt.utils.files import expand_home
 
-PAUSES = "+pauses"
 CHECKED = 2  # of what a preparation checks: data prepared with less is prepared again
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
 
@@ -90,7 +91,7 @@ def prepare(
     ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
     A synthetic task, `task:NAME`, needs no folder.
     """
-    if source.startswith(PREFIX):
+    if source.startswith(TASK):
         train, val = task_rows(source, tokenizer)
         return Prepared(Path(folder), task_tokenizer(train), train, val)
     text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
@@ -99,7 +100,7 @@ def prepare(
     kind = (f"bpe{vocab_size}" if given is None else given.hash) + pauses
     facts = [CHECKED, text.fingerprint(), max_bytes, validation, kind]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    home = Path(folder).expanduser() / f"{_slug(source)}-{_slug(kind if given is None else tokenizer)}-{key}"
+    home = expand_home(folder) / f"{_slug(source)}-{_slug(kind if given is None else tokenizer)}-{key}"
     if not home.exists():
         report = progress if progress is not None else _silent
         made = given if given is not None else _train(text, vocab_size, validation, report)

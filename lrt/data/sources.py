@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.data.rows import INSTALL_HF, NOT_READ, PACKED, is_packed, kind_of, opened, rows_of, text_in
-from lrt.utils.files import one_line
+from lrt.utils.files import expand_home, one_line
 
 WHOLE = 1_000_000  # bytes: a text file up to this size is one document
 PIECE = 64 * 1024  # characters: a larger one becomes documents of about this size
@@ -65,7 +65,7 @@ def source_fingerprint(
     """Sha256 hex of what the source reads: names, sizes and modification times of its files, or the dataset's name."""
     facts: list[Any] = [source if source.startswith("hf:") else "files", text_column, subset, split]
     name = source.removeprefix("hf:")
-    if not source.startswith("hf:") or os.path.exists(Path(name).expanduser()):
+    if not source.startswith("hf:") or os.path.exists(expand_home(name)):
         for file in _files(name)[0]:
             stat = file.stat()
             facts.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
@@ -138,7 +138,7 @@ def _utf8(text: str) -> bytes:
 
 def _files(source: str) -> tuple[list[Path], bool]:
     """The files of a source in a fixed order, and whether the source names one file itself."""
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if source in PYTHON_SOURCES:
         files = _python_files(with_packages=source != "python")
     elif not source:
@@ -267,7 +267,7 @@ def _dataset_rows(source: str, subset: str | None, split: str) -> Iterator[dict[
     except ImportError:
         raise ValueError(f"{source}: reading a dataset needs the package datasets: {INSTALL_HF}") from None
     name = source.removeprefix("hf:")
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    name = str(expand_home(name)) if name.startswith("~") else name
     try:
         yield from datasets.load_dataset(name, subset, split=split, streaming=True)
     except Exception as error:  # the library and its network stack raise many kinds

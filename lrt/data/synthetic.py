@@ -14,12 +14,12 @@ from typing import final
 import numpy as np
 import torch
 
+from lrt.config.run import TASK
 from lrt.data.loader import Batch, Batches, Loader, RowSource
 from lrt.data.recall_tasks import copying, induction, mapping, mqar, pointers, recall
 from lrt.data.state_tasks import STRINGS, Ids, Pair, asked_once, parity, sums, swaps, whole_strings, word_problem
 from lrt.data.tokenizer import ByteTokenizer
 
-PREFIX = "task:"
 BOS_ID = 256
 """Of the bytes tokenizer; no task uses it as a symbol, since it resets the memory."""
 
@@ -76,7 +76,7 @@ class TaskRows:
     @property
     def hash(self) -> str:
         """What resuming compares."""
-        return f"{PREFIX}{self.name}"
+        return f"{TASK}{self.name}"
 
     @property
     def vocab_size(self) -> int:
@@ -131,7 +131,7 @@ class TaskLoader:
 
 def task_rows(source: str, tokenizer: str) -> tuple[TaskRows, TaskRows]:
     """Training and validation rows of `task:NAME`. ValueError: no such task, or another tokenizer than bytes."""
-    name = source.removeprefix(PREFIX)
+    name = source.removeprefix(TASK)
     train, val = TaskRows(name, 0), TaskRows(name, 1)
     if tokenizer != "bytes":
         raise ValueError(f"data.tokenizer is {tokenizer!r}; tasks are written in byte ids: set it to bytes")

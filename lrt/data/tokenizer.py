@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from lrt.data.token_bytes import byte_of_character, spellings
 from lrt.data.tokenizer_config import CONFIG, TokenizerConfig, read_tokenizer_config, token_text
 from lrt.data.tokenizer_trial import try_tokenizer
-from lrt.utils.files import one_line, read_json, write_json
+from lrt.utils.files import expand_home, one_line, read_json, write_json
 
 BOS = "<|bos|>"
 MOST_BYTES = 2**28  # of a tokenizer file
@@ -291,7 +291,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
     A foreign tokenizer opens documents with its BOS token, or else with its document separator.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"{file}: no such tokenizer: name a folder with tokenizer.json in it, or such a file")

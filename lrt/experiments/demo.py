@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lrt.config.decoding import SamplingParams
+from lrt.config.experiments import DemoConfig
 from lrt.config.model import require
 from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
@@ -42,21 +43,7 @@ HEADER = (
 PROMPT = "def read_lines(path):\n"
 
 
-@dataclass(frozen=True)
-class Demo:
-    """Train four arms at equal training FLOPs, print one table and a verdict, write report.html and report.json."""
-
-    out: Path = Path("runs/demo")
-    """Folder of the report; each arm's run is a folder in it."""
-    compute: float | None = None
-    """Training FLOPs, as tokens per scaling parameter that the plain model sees for them; by default the recipe's."""
-    source: str = "python"
-    """Text to train on: `python` is the standard library's sources; see `lrt train --help`."""
-    seed: int = 0
-    """Seed of all arms."""
-
-
-def run_demo(demo: Demo) -> str:
+def run_demo(demo: DemoConfig) -> str:
     """Train the arms, as many at a time as there are cores, and report; returns the table and samples as text."""
     require(demo.compute is None or demo.compute > 0, f"--compute is {demo.compute}; it must be positive")
     for name in ARMS:
@@ -73,7 +60,7 @@ def run_demo(demo: Demo) -> str:
     return _write(demo.out, rows, time.perf_counter() - started)
 
 
-def _configure(config: RunConfig, name: str, demo: Demo) -> RunConfig:
+def _configure(config: RunConfig, name: str, demo: DemoConfig) -> RunConfig:
     horizon = config.train.horizon if demo.compute is None else f"flops_of_plain={demo.compute}"
     training = replace(config.train, horizon=horizon, seed=demo.seed)
     return replace(config, name=name, train=training, data=replace(config.data, source=demo.source))

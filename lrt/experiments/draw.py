@@ -49,8 +49,11 @@ def mark(p: Pass, position: int) -> str:
     return LOSS if p.weight > 0 else GRADIENT if p.grad else SETTLING
 
 
+ASCII = str.maketrans({LOSS: "#", GRADIENT: "+", SETTLING: "-", ABSENT: "."})
+
+
 def as_text(schedule: Schedule, length: int) -> str:
-    """The drawing for a terminal."""
+    """The drawing for a terminal; `.translate(ASCII)` for one that spells nothing else."""
     passes = schedule.passes(length)
     early = memory_only(passes)
     width = max(len("positions"), *(len(str(p)) for p in passes))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lrt import __version__
 from lrt.config.decoding import SamplingParams
-from lrt.config.run import RunConfig, to_dict
-from lrt.data.synthetic import PREFIX, TaskRows
+from lrt.config.run import TASK, RunConfig, to_dict
+from lrt.data.synthetic import TaskRows
 from lrt.evaluation.bits_per_byte import bits_per_byte
 from lrt.evaluation.held_out import held_out_rows
 from lrt.evaluation.in_context import in_context_score
@@ -81,8 +81,8 @@ def scored(loaded: Loaded) -> dict[str, Any]:
     Of a task's run, accuracy at multiples of the trained length.
     """
     t, source, found = loaded.config.train, loaded.config.data.source, {}
-    if source.startswith(PREFIX):
-        task = TaskRows(source.removeprefix(PREFIX), 1)
+    if source.startswith(TASK):
+        task = TaskRows(source.removeprefix(TASK), 1)
         return {"task": task.name, "accuracy": by_length(loaded.model, task, t.length)}
 
     def nats(model: LRT, times: int) -> tuple[Tensor, float]:

@@ -80,7 +80,8 @@ class Live:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.tasks:
+            self.bar.stop()
 
     def __call__(self, event: Event) -> None:
         self.show(event, "")

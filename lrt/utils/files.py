@@ -56,6 +56,11 @@ def one_line(said: object, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
+def expand_home(path: Path | str) -> Path:
+    """`~` and `~user` as the user's home; where there is no such user, the path as it is, as a shell has it."""
+    return Path(os.path.expanduser(path))
+
+
 # --- reading --------------------------------------------------------------------------------------------------------
 
 

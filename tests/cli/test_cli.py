@@ -143,7 +143,7 @@ def test_schedule_is_drawn_as_text_and_svg(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "█···█···█···█···" in out and "exact prefix 4" in out
     svg = (tmp_path / "s.svg").read_text(encoding="utf-8")
-    assert svg.startswith("<svg") and svg.count("#2f6fde") >= 16 + 16
+    assert "<svg" in svg and svg.count("#2f6fde") >= 16 + 16
     main(["schedule", "settled-1..3", "--length", "8"])
     assert "no gradient" in capsys.readouterr().out
 

@@ -1,0 +1,61 @@
+"""`lrt completion`: a script that teaches a shell the commands, flags and choices."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from lrt.cli.parse import parse
+
+UNBOUND = {"bench": ("train", "decode", "serve")}
+"""Commands with commands of their own."""
+
+
+@dataclass(frozen=True)
+class CompletionFlags:
+    """Print a shell's completion script. bash: eval "$(lrt completion bash)", or keep it where the shell looks for it:
+
+    bash ~/.local/share/bash-completion/completions/lrt, zsh a folder of $fpath as _lrt,
+    fish ~/.config/fish/completions/lrt.fish
+    """
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """The shell."""
+
+
+FLAGS = CompletionFlags
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    shell = parse(CompletionFlags, args, "completion").shell
+    try:
+        tyro.cli(all_commands(), prog="lrt", args=["--tyro-print-completion", shell])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def all_commands() -> Any:
+    """The flags of every command as one type, a command each."""
+    from lrt.cli.main import COMMANDS
+
+    return _one_of({name: _flags(name) for name in COMMANDS})
+
+
+def _flags(command: str) -> Any:
+    kinds = UNBOUND.get(command, ())
+    if kinds:
+        return _one_of({kind: _flags(f"{command}_{kind}") for kind in kinds})
+    return importlib.import_module(f"lrt.cli.{command}").FLAGS
+
+
+def _one_of(types: dict[str, Any]) -> Any:
+    named = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in types.items()]
+    return reduce(or_, named)

@@ -1,0 +1,234 @@
+"""What surrounds the commands: help, completion, names of runs and recipes, errors on any terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrt.cli.main import COMMANDS, main
+from lrt.cli.parse import early_positional, early_value, names_of
+from lrt.cli.plan import planned
+from lrt.cli.train import SHORT_HELP, _placed
+from lrt.config.recipes import RECIPES, recipe
+from lrt.config.run import DataConfig, RunConfig, expected_vocabulary
+
+
+def printed(capsys, arguments: list[str]) -> str:
+    """What a command prints that ends well."""
+    code: object = None
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 0
+    return capsys.readouterr().out
+
+
+def failure(capsys, arguments: list[str]) -> str:
+    """The one line with which a command fails."""
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# Help.
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_before_or_after_the_command(command: str, capsys):
+    texts = {printed(capsys, arguments) for arguments in ([command, "--help"], ["help", command], ["--help", command])}
+    assert len(texts) == 1 and len(texts.pop()) > 100
+
+
+@pytest.mark.parametrize("kind", ["train", "decode", "serve"])
+def test_help_of_every_bench(kind: str, capsys):
+    assert kind in printed(capsys, ["bench", "--help"])
+    assert "--json" in printed(capsys, ["help", "bench", kind]) == printed(capsys, ["bench", kind, "--help"])
+
+
+def test_help_of_training_is_one_screen_and_all_of_it_is_behind(capsys):
+    short, whole = printed(capsys, ["train", "--help"]), printed(capsys, ["train", "--help-all"])
+    assert len(short.splitlines()) <= 24 and max(map(len, short.splitlines())) <= 80
+    assert len(whole.splitlines()) > 100
+    flags = {word.strip(";,[]") for word in SHORT_HELP.split() if word.lstrip("[").startswith("--")}
+    flags = {flag.lstrip("[") for flag in flags} - {"--help-all"}
+    assert len(flags) > 12 and all(flag in whole for flag in flags)
+    assert all(name in short and name in whole for name in RECIPES)
+
+
+# The shells' completion.
+
+BASH = """
+source /dev/stdin
+COMP_WORDS=({words}); COMP_CWORD={last}; COMP_LINE="{words}"; COMP_POINT=${{#COMP_LINE}}
+_tyro_lrt
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+def completed(script: str, words: str) -> set[str]:
+    """What bash offers for the last of the words."""
+    ask = BASH.format(words=words, last=len(words.split(" ")) - 1)
+    run = subprocess.run(["bash", "-c", ask], input=script, capture_output=True, text=True, check=True)
+    return {line.strip() for line in run.stdout.splitlines() if line.strip()}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_flags_and_choices(capsys):
+    script = printed(capsys, ["completion", "bash"])
+    assert set(COMMANDS) <= completed(script, "lrt ")
+    assert completed(script, "lrt tra") == {"train"}
+    assert {"train", "decode", "serve"} <= completed(script, "lrt bench ")
+    assert "--max-new-tokens" in completed(script, "lrt sample --")
+    assert set(RECIPES) <= completed(script, "lrt train --recipe ")
+    assert completed(script, "lrt export --to ") == {"hf", "llama", "mistral", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_a_script_that_their_shell_reads(shell: str, capsys):
+    script = printed(capsys, ["completion", shell])
+    assert all(command in script for command in COMMANDS)
+    if shutil.which(shell) is not None:
+        subprocess.run([shell, "-n", "/dev/stdin"], input=script, text=True, check=True)
+
+
+def test_completion_and_help_of_any_command_need_no_torch():
+    code = "import sys; from lrt.cli.main import COMMANDS, main\n"
+    code += "from lrt.cli.completion import all_commands; all_commands()\n"
+    code += "for command in COMMANDS:\n    try: main([command, '--help'])\n    except SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Arguments that are read before the rest.
+
+
+def test_arguments_are_read_early_as_tyro_reads_them():
+    args = ["--recipe", "d4", "--out=x", "--recipe=d8", "--or_resume", "run"]
+    assert early_value(args, "--recipe", "cpu_demo") == "d8"
+    assert early_value(["--recipe"], "--recipe", "cpu_demo") == "cpu_demo"
+    assert names_of(args) == ["--recipe", "--out", "--recipe", "--or-resume"]
+    assert early_positional(["--json", "run", "--length", "3"], ["--json"]) == "run"
+    assert early_positional(["--length", "3", "--json"], ["--json"]) is None
+    assert early_positional(["--length=3", "run"], []) == "run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        (["--resume=RUN", "--train.batch", "64"], "--train.batch"),
+        (["--resume", "RUN", "--train.batch=64"], "--train.batch"),
+        (["--train.batch=64", "--resume=RUN"], "--train.batch"),
+        (["--resume=RUN", "--or-resume"], "--or-resume"),
+        (["--resume=RUN", "--model.memory.no-residual"], "--model.memory.no-residual"),
+        (["--resume=RUN", "--out", "elsewhere"], "--out"),
+    ],
+)
+def test_resuming_drops_no_flag(flags: list[str], culprit: str, capsys):
+    assert culprit in failure(capsys, ["train", *flags])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "info --length 0", "schedule interleaved-2 --length 0", "eval RUN --length 0", "eval RUN --rows 0",
+        "eval RUN --limit 0", "core RUN --bundle x --limit 0", "sample RUN --samples 0", "sweep x.toml --jobs 0",
+        "serve RUN --threads 0", "serve RUN --threads -1", "bench train --length 0", "bench decode --steps 0",
+        "bench decode --batches 0", "analyze RUN --rows 0",
+    ],
+)  # fmt: skip
+def test_zero_is_a_number_and_not_the_default(arguments: str, capsys):
+    *_, flag, value = arguments.split()
+    line = failure(capsys, arguments.split())
+    assert flag in line and value in line, line
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_the_vocabulary_that_its_training_has(name: str, capsys):
+    config = recipe(name)
+    assert expected_vocabulary(config.data) == config.model.vocab_size
+    facts = json.loads(printed(capsys, ["info", "--recipe", name, "--json"]))
+    assert facts["parameters"]["head"] == config.data.vocab_size * config.model.d
+
+
+def test_a_plan_follows_the_tokenizer():
+    config = recipe("cpu_demo")
+    larger = RunConfig(data=DataConfig(tokenizer="bpe", vocab_size=1000))
+    assert planned(larger, []).model.vocab_size == 1000
+    assert planned(RunConfig(data=DataConfig(tokenizer="bytes+pauses")), []).model.vocab_size == 258
+    assert planned(config, ["--model.vocab-size", "512"]) == config
+    with pytest.raises(ValueError, match=r"set --data\.vocab-size"):
+        planned(larger, ["--model.vocab-size=32768"])
+
+
+def test_a_run_is_called_after_its_folder_unless_it_is_named():
+    config = recipe("cpu_demo")
+    assert _placed(config, None, []) == (config, Path("runs/cpu_demo"))
+    assert _placed(config, Path("somewhere/mine"), [])[0].name == "mine"
+    assert _placed(config, Path("somewhere/mine"), ["--name=other"])[0].name == "cpu_demo"
+
+
+# Errors on any terminal.
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "lrt", *arguments]
+    return subprocess.run(command, capture_output=True, env=os.environ | environment)
+
+
+def test_errors_are_short_and_hold_no_control_characters():
+    for hostile in ("\x1b[31mred\x1b[0m\x07", "x" * 5000, "a\nb\tc", "\u202egnp", "\udcff"):
+        for arguments in (["info", f"--{hostile}"], [hostile], ["info", "--recipe", hostile], ["sample", hostile]):
+            done = shell(*arguments)
+            assert done.returncode == 2
+            (line,) = done.stderr.decode().splitlines()
+            assert len(line) <= 300 and line.isprintable(), line
+
+
+def test_output_that_cannot_spell_a_character_shows_another():
+    done = shell("schedule", "interleaved-2:weights=0/1", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    drawing = done.stdout.decode("ascii")
+    assert "?" not in drawing and all(sign in drawing for sign in "#+.")
+    assert shell("info", "--recipe", "é", PYTHONIOENCODING="ascii").returncode == 2
+
+
+def test_a_reader_that_leaves_and_a_full_disk_are_no_traceback():
+    command = shlex.join([sys.executable, "-m", "lrt"])
+    for redirected, code in ((" | true", 0), (" > /dev/full", 2), (" >&-", 0)):
+        ask = f"set -o pipefail; {command} --help{redirected}"
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr, "Exception" in done.stderr) == (code, False, False)
+
+
+def test_numbers_that_no_machine_holds_are_refused(capsys):
+    for arguments in (
+        ["sample", "RUN", "--seed", str(10**20)], ["demo", "--seed", str(10**20)], ["train", "--train.seed", "1" * 40],
+        ["convert", "X", "--out", "Y", "--seed", str(2**63)], ["info", "--length", str(10**30)],
+    ):  # fmt: skip
+        line = failure(capsys, arguments)
+        assert "seed" in line or "length" in line
+        assert "64 bits" in line or "at most" in line
+    assert "temperature" in failure(capsys, ["sample", "RUN", "--temperature", "nan"])
+
+
+def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["sample", "~/none"], ["info", "~/none"], ["train", "--resume=~/none"]):
+        assert str(tmp_path / "none") in failure(capsys, arguments)
+    for arguments in (
+        ["sample", "~nobody-of-this-name/run"], ["info", "~nobody-of-this-name"],
+        ["train", "--data.source", "~nobody-of-this-name"], ["train", "--data.tokenizer", "~nobody-of-this-name/x"],
+        ["tokenize", "--source", "~nobody-of-this-name"], ["train", "--init-from=~nobody-of-this-name"],
+    ):  # fmt: skip
+        assert "~nobody-of-this-name" in failure(capsys, arguments)
