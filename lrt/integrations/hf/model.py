@@ -170,7 +170,6 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
         labels: TokensBN | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: TokensBN | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -182,9 +181,11 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
         Args:
             labels: int64 [B, N], -100 where nothing is to be predicted: tokens at their own places.
             logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
-            shift_labels: targets where they are to be predicted, in place of labels.
             num_items_in_batch: targets of the whole step, which the loss is a mean over; None: of this batch.
+            kwargs: `shift_labels`, targets where they are to be predicted, in place of labels; no parameter of its own,
+                since the Trainer takes every parameter with such a name for something that each batch has.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         targets = labels if shift_labels is None else shift_labels
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
