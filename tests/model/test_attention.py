@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrt.config.model import Execution, ModelConfig
 from lrt.config.run import TrainConfig
-from lrt.model.attention import MERGE_FROM, attend, look, visible
+from lrt.model.attention import MERGE_FROM, attend, look, products, visible
 from lrt.model.loss import ScheduledLoss
 from lrt.model.merged import cuts
 from lrt.model.state import Buffer, PassOutput
@@ -133,3 +133,38 @@ def test_merged_attention_is_not_compiled():
         TrainConfig(attention="merged", compile=True)
     with pytest.raises(ValueError, match="choose one of auto, masked, merged"):
         TrainConfig(attention="flash")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["causal", "mask", "a mask per row"])
+def test_plain_products_are_attention(kv_heads: int, kind: str):
+    """Value and gradients, in float64; queries may be fewer than keys."""
+    random = torch.Generator().manual_seed(0)
+    n, m = (6, 6) if kind == "causal" else (4, 7)
+    q, k, v = (
+        torch.randn(3, h, length, 8, dtype=torch.float64, generator=random).requires_grad_()
+        for h, length in ((4, n), (kv_heads, m), (kv_heads, m))
+    )
+    queries, keys = torch.tensor([1, 3, 5, 6]), torch.arange(7)
+    seen = {
+        "causal": None, "mask": visible(queries, keys, 3),
+        "a mask per row": visible(queries + torch.tensor([[0], [0], [1]]), keys.expand(3, 7), 4),
+    }[kind]  # fmt: skip
+    fast, slow = products(q, k, v, seen), attend(q, k, v, seen)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(fast.shape, dtype=torch.float64, generator=random)
+    grads = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (fast, slow)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [2, 40, 600])
+def test_bfloat16_on_a_cpu_is_as_close_to_float64_as_its_rounding(length: int):
+    """By products where rows are short, by the kernel where they are long."""
+    random = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, length, 16, generator=random).bfloat16().requires_grad_() for _ in range(3))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    outs = attend(q, k, v, None), attend(*exact, None)
+    grads = [torch.autograd.grad(out.square().sum(), x) for out, x in zip(outs, ((q, k, v), exact), strict=True)]
+    for a, b in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        assert (a.double() - b).norm() < 0.02 * b.norm()
