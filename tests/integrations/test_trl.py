@@ -14,7 +14,7 @@ from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
 
 transformers = pytest.importorskip("transformers")
-from lrt.integrations.hf.export import wrapped  # noqa: E402
+from lrt.integrations.hf.export import save_export, wrapped  # noqa: E402
 from lrt.integrations.hf.fast_tokenizer import fast_tokenizer  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -55,10 +55,6 @@ COMMON = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "us
           "learning_rate": 1e-2, "disable_tqdm": True, "save_strategy": "no"}  # fmt: skip
 
 
-def unmoved(model, before: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name, p in model.named_parameters() if torch.equal(p.detach(), before[name])]
-
-
 def trained(trainer) -> list[str]:
     """What did not move, of what is to be trained."""
     wanted = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -90,10 +86,9 @@ def test_sft_with_lora_moves_the_adapters_alone(model, words, tmp_path: Path):
     assert base.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in base.items())
 
 
-def test_dpo_moves_every_tensor(model, words, tmp_path: Path):
+def test_dpo_moves_every_tensor(run: Path, words, tmp_path: Path):
     trl = pytest.importorskip("trl")
-    del model.config.auto_map  # the package is installed: no code travels
-    model.save_pretrained(tmp_path / "start")
+    save_export(load_model(run), tmp_path / "start")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "start")  # the reference is loaded from there
     options = trl.DPOConfig(str(tmp_path / "out"), **COMMON)
     assert trained(trl.DPOTrainer(model, args=options, train_dataset=rows(PAIRS), processing_class=words)) == []
