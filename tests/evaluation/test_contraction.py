@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrt.evaluation import bits_per_byte as evaluation
 from lrt.evaluation import contraction as module
-from lrt.evaluation.bits_per_byte import Rows, evaluate
+from lrt.evaluation.bits_per_byte import HeldOut, Rows, ScoredText, evaluate
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
 from lrt.model.reference import reference
 from lrt.model.run_passes import run_passes
@@ -83,20 +83,24 @@ def last_keys_values(model: LRT, ids: Tensor, text: str) -> list[Tensor]:
     return [torch.stack([newest[i, t] for t in range(ids.shape[1])], dim=2) for i in range(2 * model.config.layers)]
 
 
+def of(rows: Rows) -> HeldOut:
+    return HeldOut(rows, ScoredText("a text", 0.25))
+
+
 def test_in_parts_it_is_the_same(monkeypatch):
     """However many logits, keys and values exist at a time."""
     rows = Rows(packed(config(), 3, LENGTH), packed(config(), 3, LENGTH, seed=1), packed(config(), 3, LENGTH) == 0,
                 torch.ones(3, LENGTH, dtype=torch.int64))  # fmt: skip
-    whole = evaluate(fixed(config()), Schedule.parse("settled-2"), rows)
+    whole = evaluate(fixed(config()), Schedule.parse("settled-2"), of(rows))
     assert len(whole.kl) == SWEEPS + 1 and whole.kv_errors[1] > whole.kv_errors[4] > 0
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
     monkeypatch.setattr(evaluation, "KEYS_AT_ONCE", 1)
-    parts = evaluate(fixed(config()), Schedule.parse("settled-2"), rows)
+    parts = evaluate(fixed(config()), Schedule.parse("settled-2"), of(rows))
     for name in ("kl", "kv_errors", "argmax_agreement"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-9, abs=1e-14), name
     monkeypatch.setattr(evaluation, "COMPARED", 1)
-    first = evaluate(fixed(config()), Schedule.parse("settled-2"), rows)
-    alone = evaluate(fixed(config()), Schedule.parse("settled-2"), Rows(*(x[:1] for x in rows)))
+    first = evaluate(fixed(config()), Schedule.parse("settled-2"), of(rows))
+    alone = evaluate(fixed(config()), Schedule.parse("settled-2"), of(Rows(*(x[:1] for x in rows))))
     assert first.kl == pytest.approx(alone.kl) and first.rows == 3
 
 

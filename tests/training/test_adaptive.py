@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,8 +115,13 @@ def test_training_follows_the_measured_residual(tolerance: float, expected: list
 
 
 def test_a_resumed_run_chooses_and_computes_what_an_uninterrupted_one_does(source, tmp_path):
-    text = "settled-1..3:tolerance=0.12:budget=1.6"
-    config = tiny(cpu_demo(), source, steps=16, schedule=text, consistency=0.1, save_every=5, log_every=1)
+    """The tolerance is what this training's residual has in the middle, so that it is crossed both ways."""
+    options = {"steps": 16, "consistency": 0.1, "save_every": 5, "log_every": 1}
+    probe = tmp_path / "probe"
+    train(tiny(cpu_demo(), source, schedule="settled-1", **options), probe, sinks=[Jsonl(probe / "metrics.jsonl")])
+    middle = statistics.median(e["consistency"] ** 0.5 for e in events(probe, "train")[5:])
+    text = f"settled-1..3:tolerance={middle!r}:budget=1.6"
+    config = tiny(cpu_demo(), source, schedule=text, **options)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     straight = train(config, whole, sinks=[Jsonl(whole / "metrics.jsonl")])
 
