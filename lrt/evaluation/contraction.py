@@ -64,8 +64,8 @@ def sweep_errors(model: LRT, tokens: TokensBN, starts: Tensor | None, exact: Exa
     for _ in range(SWEEPS + 1):
         _, written, buffer = next(run_passes(model, tokens, [no_grad_pass(full)], starts, buffer))
         pairs = list(zip(_keys_values(written), truth, strict=True))
-        error, norm = (sum(_squares(x) for x in xs) for xs in ([a - b for a, b in pairs], truth))
-        kv.append(torch.stack((error, norm), dim=-1))
+        both = [torch.stack([_squares(x) for x in xs]).sum(0) for xs in ([a - b for a, b in pairs], truth)]
+        kv.append(torch.stack(both, dim=-1))
         assert written.hidden is not None
         same, divergence = _compare(model, written.hidden, exact.hidden)
         agreement.append(same)

@@ -34,7 +34,7 @@ def written(folder: Path, name: str) -> Path:
         "tsv": "\n".join(re.sub(r"^(id|\d),", r"\1\t", cell) for cell in cells) + "\n",
     }[kind].encode()  # fmt: skip
     if name.endswith(".gz"):
-        content = gzip.compress(content)
+        content = gzip.compress(content, mtime=0)
     if name.endswith(".zst"):
         content = pyarrow.compress(content, "zstd", asbytes=True)
     file.write_bytes(content)
@@ -54,7 +54,7 @@ def test_every_format_gives_its_texts(name: str, tmp_path: Path):
 
 
 def test_packed_text_and_saved_datasets(tmp_path: Path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"plain text\n"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"plain text\n", mtime=0))
     assert list(documents(str(tmp_path / "a.txt.gz"))) == ["plain text\n"]
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
@@ -74,7 +74,7 @@ def test_packed_text_and_saved_datasets(tmp_path: Path):
         ("a.csv", b"id,text\n1,\xff\n", "not readable as CSV in UTF-8"),
         ("a.arrow", b"nothing", "a.arrow: not a readable arrow file"),
         ("a.jsonl.gz", b"nothing", "a.jsonl.gz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "a.jsonl.gz: cannot be read"),
         ("a.jsonl.zst", b"nothing", "a.jsonl.zst: cannot be read"),
         ("a.zip", b"PK", "a.zip: .zip files are not read"),
         ("a.tar.gz", b"\x1f\x8b", "a.tar.gz: .gz files are not read"),
