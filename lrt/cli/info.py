@@ -50,7 +50,9 @@ def main(args: list[str]) -> int:
     require(run is None or "--recipe" not in names_of(args), "give a run or --recipe, not both")
     facts = describe(flags.model, length, dict.fromkeys((*INFO_SCHEDULES, base.train.schedule)))
     described = {"recipe": flags.recipe} if flags.run is None else {"run": str(flags.run)}
-    print(json.dumps(described | facts) if flags.json else _info_text(str(flags.run or flags.recipe), flags.model, facts))
+    print(
+        json.dumps(described | facts) if flags.json else _info_text(str(flags.run or flags.recipe), flags.model, facts)
+    )
     return 0
 
 

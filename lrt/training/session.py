@@ -343,5 +343,7 @@ def restored_bpb(stored: Any) -> BPB | None:
     """The evaluation that a checkpoint holds; None where there is none, or it lacks a figure (null, once NaN)."""
     if not isinstance(stored, dict) or any(x is None for name, x in stored.items() if name != "share"):
         return None
-    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items() if name != "live_gap"}
+    values: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in stored.items() if name != "live_gap"
+    }
     return BPB(**values) if values.keys() == {f.name for f in fields(BPB)} else None
