@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lrt.model.transformer import LRT
     from lrt.passes import Pass, exact_prefix
     from lrt.schedule import Schedule
+    from lrt.text_model import TextModel, load, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,8 +26,11 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "ScheduledLoss",
+    "TextModel",
     "TrainConfig",
     "exact_prefix",
+    "load",
+    "train",
 ]
 _MODULES = {
     "lrt.config.model": ("MemoryConfig", "ModelConfig"),
@@ -35,6 +39,7 @@ _MODULES = {
     "lrt.model.transformer": ("LRT",),
     "lrt.passes": ("Pass", "exact_prefix"),
     "lrt.schedule": ("Schedule",),
+    "lrt.text_model": ("TextModel", "load", "train"),
 }
 
 

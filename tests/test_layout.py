@@ -22,6 +22,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("lrt.evaluation.contraction",),
     ("lrt.evaluation.bits_per_byte",),
     ("lrt.training",),
+    # The library's three calls: loading, training, text in and text out.
+    ("lrt.text_model",),
     # Evaluating a run: its checkpoint, its held-out text.
     ("lrt.evaluation",),
     ("lrt.experiments", "lrt.integrations", "lrt.serve", "lrt.benchmarks"),

@@ -106,8 +106,10 @@ def _resumed(run: Path, given: RunConfig, args: Sequence[str]) -> RunConfig:
     others = [name for name in names_of(args) if name not in ON_RESUME]
     require(not others, f"--resume takes its settings from the run; leave out {', '.join(others)}")
     started, problems = checkpoint.newest_valid(run, verify=False)  # the training verifies
+    if started is None and not problems:
+        checkpoint.open_checkpoint(run)  # says what is there instead
     if started is None:
-        raise ValueError(f"{run} holds no checkpoint to resume; {' '.join(problems) or 'train first'}")
+        raise ValueError(f"{run} holds no checkpoint to resume; {' '.join(problems)}")
     device = given.train.device if "--train.device" in names_of(args) else started.config.train.device
     return replace(started.config, train=replace(started.config.train, device=device))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -338,3 +339,14 @@ def _check_type(where: str, value: Any, annotation: str) -> None:
         kinds = sum((_TYPES[part.strip()] for part in annotation.split("|")), ())
         fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
     require(fits, f"{where} is {value!r}; it must be {annotation}")
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the leaves of `new` put in; keys that `old` does not have stay, so that they can be refused."""
+    both = {k: merged(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
+    return old | both
+
+
+def overridden(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`config` with the fields of `changes` put in, nested as `to_dict` nests them. ValueError: no such field."""
+    return from_dict(RunConfig, merged(to_dict(config), dict(changes)))

@@ -27,7 +27,7 @@ from typing import Any
 
 from lrt.config.model import require
 from lrt.config.recipes import recipe
-from lrt.config.run import RunConfig, from_dict, to_dict
+from lrt.config.run import RunConfig, from_dict, merged, to_dict
 from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training.logging import Jsonl, Live, Sink
@@ -78,12 +78,6 @@ def sweep_tables(path: Path) -> dict[str, Any]:
         require(key in KEYS, f"{path}: unknown {key}; use {', '.join(KEYS)}")
         require(isinstance(value, KEYS[key]), f"{path}: {key} is {value!r}; it must be a {KEYS[key].__name__}")
     return data
-
-
-def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`old` with the leaves of `new` put in; keys that `old` does not have stay, so that they can be refused."""
-    both = {k: merged(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
-    return old | both
 
 
 def _points(grid: dict[str, Any], path: Path) -> list[dict[str, Any]]:

@@ -191,7 +191,7 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     if not (folder / META).exists():
         found = checkpoints(folder)
         if not found:
-            raise ValueError(f"{folder} holds no checkpoint; train first, or give the folder of a run")
+            raise ValueError(f"{folder} {_instead(folder)}")
         folder = found[-1]
     meta, said = _described(folder)
     for name in (MODEL, OPTIMIZER):
@@ -199,6 +199,14 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
     config = from_dict(RunConfig, meta.get("config"), str(folder / META))
     return Checkpoint(folder, meta["step"], config, meta["extra"], _tokenizer(meta.get("tokenizer"), folder / META))
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without checkpoints holds, as the end of a message."""
+    runs = sorted(p.name for p in folder.iterdir() if p.is_dir() and checkpoints(p))
+    if not runs:
+        return "holds no checkpoint; train first, or give the folder of a run"
+    return f"holds the run{'s' * (len(runs) > 1)} {', '.join(runs[:8])}{', ...' * (len(runs) > 8)}; choose one"
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
