@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lrt.config.model import MemoryConfig, ModelConfig
     from lrt.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
     from lrt.model.loss import ScheduledLoss
-    from lrt.model.transformer import LRT
+    from lrt.model.lrt import LRT
     from lrt.passes import Pass, exact_prefix
     from lrt.schedule import Schedule
     from lrt.text_model import TextModel, load, train

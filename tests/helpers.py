@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lrt.config.model import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
 from lrt.config.run import RunConfig
+from lrt.model.lrt import LRT
 from lrt.model.reference import _logits, _token
 from lrt.model.run_passes import run_passes
-from lrt.model.transformer import LRT
 from lrt.schedule import Pass, Schedule, check
 
 MEMORY = ("projection", "source", "gate_width", "residual", "shift", "start", "blocks")
@@ -102,7 +102,7 @@ def label(cfg: ModelConfig) -> str:
 
 def randomised(cfg: ModelConfig, seed: int = 0, scale: float = 0.6) -> LRT:
     """A float64 model with every parameter drawn: none is zero, no gate neutral, no injection absent."""
-    model = LRT.build(cfg, seed=seed).double()
+    model = LRT(cfg, seed=seed).double()
     random = torch.Generator().manual_seed(seed + 1)
     for name, p in model.named_parameters():
         deviation = scale if p.ndim < 2 else scale if "embedding" in name else scale / p.shape[1] ** 0.5 * 2
@@ -155,7 +155,7 @@ def outcome(model: LRT, ids: Tensor, run: Sequence[Pass]) -> Outcome:
     with torch.no_grad():
         for p, written, _ in run_passes(model, ids, run, model.starts(ids)):
             at = list(p.positions)
-            source[:, at] = written.source
+            source[:, at] = written.memory
             hidden[:, at] = 0.0 if written.hidden is None else written.hidden
             for i in range(c.source):
                 keys[i][:, :, at], values[i][:, :, at] = written.keys[i], written.values[i]

@@ -14,7 +14,7 @@ import torch
 from lrt.config.model import MemoryConfig, ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import train_bpe
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.serve.keys import ApiKeys, HostNames
 from lrt.serve.served import Served
 from lrt.serve.server import DrainingServer
@@ -32,7 +32,7 @@ def make_run(folder: Path, context: int = 256, **memory) -> Path:
         memory=MemoryConfig(**memory),
     )  # fmt: skip
     config = RunConfig(name="tiny", model=model, train=TrainConfig(length=32, schedule="settled-1..3"))
-    lrt, random = LRT.build(model, seed=1), torch.Generator().manual_seed(2)
+    lrt, random = LRT(model, seed=1), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in lrt.named_parameters():
             if p.ndim == 2 and "embedding" not in name:

@@ -31,7 +31,7 @@ for name in {HEAVY!r}:
 import torch
 start = time.perf_counter()
 import lrt
-print(json.dumps([time.perf_counter() - start, lrt.__file__, lrt.LRT.build(lrt.ModelConfig(depth=1)).config.d]))
+print(json.dumps([time.perf_counter() - start, lrt.__file__, lrt.LRT(lrt.ModelConfig(depth=1)).config.d]))
 """
 
 

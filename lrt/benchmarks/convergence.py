@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lrt.config.decoding import PrefillOptions
 from lrt.evaluation.contraction import exact_states
-from lrt.inference.prefill import change_of, finish
 from lrt.model.loss import token_nats
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import change_of, finish
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.state import Buffer
-from lrt.model.transformer import LRT
 
 MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
 

@@ -24,11 +24,12 @@ from lrt.config.benchmarks import DecodingBenchmark
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
-from lrt.inference.generate import decode_step, generate, score
-from lrt.inference.prefill import Effort, OneToken, advance, compiled, next_logits, solve
+from lrt.inference.generate import generate, score
+from lrt.inference.prefill import compiled, decode_step, next_logits
 from lrt.model.kv_cache import KVCache
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import Effort, OneToken, advance, solve
 from lrt.model.shapes import IGNORE, TokensBN
-from lrt.model.transformer import LRT
 from lrt.utils.hardware import resolve_device, synchronise
 
 CACHE_GIB = 6.0
@@ -105,7 +106,7 @@ def against_transformers(
 
     Ours is timed uncompiled, as transformers' is, and compiled too if `compile`; median of `repeats`.
     """
-    model, other = LRT.build(config, device), nanochat(config, device).eval()
+    model, other = LRT(config, device), nanochat(config, device).eval()
     prompt = list(range(1, 17))
     greedy = SamplingParams(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
 
@@ -135,7 +136,7 @@ def latencies(
     cache_gib: float,
 ) -> Iterator[dict[str, Any]]:
     """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell."""
-    models = [LRT.build(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
+    models = [LRT(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
     runs = [compiled() if compile else next_logits for _ in models]
     for batch, context in itertools.product(batches, contexts):
         if 2 * batch * context * config.depth * config.k * config.e * 4 > cache_gib * 2**30:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 
 PARTS = ("embedding", "attention", "mlp", "blocks' rest", "head and loss", "optimizer", "data")
 """`blocks' rest`: injections, norms, residual sums, memory projections shared by the layers. `head and loss` takes in

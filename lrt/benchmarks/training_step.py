@@ -29,7 +29,7 @@ from lrt.config.run import OptimConfig
 from lrt.data import Loader
 from lrt.model.flops import passes_flops
 from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.passes import Passes, effective_cost
 from lrt.schedule import Schedule
 from lrt.training.budget import source_share
@@ -72,7 +72,7 @@ class SteppedModel:
         self.loss, self.update = self._peer() if name == PEER else self._ours(settings)
 
     def _ours(self, settings: StepBenchmark) -> tuple[LossOf, Callable[[], None]]:
-        loss = ScheduledLoss(LRT.build(self.config, self.device), self.schedule)
+        loss = ScheduledLoss(LRT(self.config, self.device), self.schedule)
         loss.model.execution = Execution(
             attention=settings.attention, recompute=settings.recompute, compile=settings.compile
         )

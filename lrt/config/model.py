@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 Projection = Literal["none", "gates", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
-Backend = Literal["auto", "masked", "merged"]
+Backend = Literal["auto", "masked"]
 MLPKind = Literal["relu2", "swiglu"]
 Biases = Literal["none", "qkv", "attention", "all"]
 QKNorm = Literal["none", "before", "after"]
@@ -316,7 +316,7 @@ class Execution:
     """How a model computes, never what: every choice gives the same values and gradients, up to rounding."""
 
     attention: Backend = "auto"
-    """Attention of strided passes: `masked`, `merged`, or `auto`, what was faster where measured (docs/speed.md)."""
+    """`masked`: one mask a pass; `auto`: on a CPU long passes attend in blocks of queries (docs/speed.md)."""
     recompute: bool = False
     """Keep only the inputs of blocks for the backward pass and compute the rest again."""
     compile: bool = False
@@ -324,10 +324,8 @@ class Execution:
 
     def __post_init__(self) -> None:
         require_choice("train.attention", self.attention, Backend)
-        fits = not (self.compile and self.attention == "merged")
-        require(fits, "train.attention merged is not compiled; set it to masked or auto, or train.compile to false")
 
     @property
     def backend(self) -> Backend:
-        """The backend that is left: a compiled block takes keys and values as one tensor, so there is only the mask."""
+        """The backend that is left: a compiled block has one shape for all its keys, so there is only the mask."""
         return "masked" if self.compile else self.attention

@@ -153,7 +153,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the blocks; does not pay for runs of a few minutes on a CPU."""
     attention: Backend = "auto"
-    """Attention of strided passes: `masked`, `merged`, or `auto`, what was faster where measured (docs/speed.md)."""
+    """`masked`: one mask a pass; `auto`: on a CPU long passes attend in blocks of queries (docs/speed.md)."""
     recompute: bool = False
     """Keep only the inputs of blocks for the backward pass and compute the rest again: less memory, a third slower."""
     eval_every: int = 250
@@ -297,6 +297,7 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     require(not unknown, f"{where} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(known)}")
     values: dict[str, Any] = {}
     for name, value in data.items():
+        value = _RENAMED.get((str(known[name].type), value), value) if isinstance(value, str) else value
         nested = _NESTED.get(str(known[name].type))
         value = from_dict(nested, value, f"{where}.{name}") if nested else value
         values[name] = tuple(value) if isinstance(value, list) else value
@@ -309,6 +310,8 @@ _NESTED: dict[str, type] = {
     c.__name__: c
     for c in (RopeScaling, BackboneConfig, MemoryConfig, ModelConfig, DataConfig, OptimConfig, TrainConfig)
 }
+_RENAMED = {("Backend", "merged"): "auto"}
+"""What older configurations call a choice, by its type."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),

@@ -18,9 +18,9 @@ from lrt.data import Loader, RowSource, TaskRows
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
+from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
-from lrt.model.transformer import LRT
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.distributed import World
 
@@ -241,7 +241,7 @@ def sweep_residuals(model: LRT, tokens: TokensBN, starts: Tensor | None, sweeps:
     found: list[float] = []
     before = torch.zeros(())
     for _, written, _ in run_passes(model, tokens, [no_grad_pass(full)] * (sweeps + 1), starts):
-        change = (written.source - before).norm(dim=-1) / written.source.norm(dim=-1)
-        before = written.source
+        change = (written.memory - before).norm(dim=-1) / written.memory.norm(dim=-1)
+        before = written.memory
         found.append(float(change.max()))
     return found[1:]

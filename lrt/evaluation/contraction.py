@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import no_grad_pass
-from lrt.inference.prefill import advance
 from lrt.model.kv_cache import KVCache
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import advance
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import Buffer, PassOutput
-from lrt.model.transformer import LRT
 
 SWEEPS = 8
 """Jacobi sweeps that are followed."""

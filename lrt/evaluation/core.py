@@ -20,9 +20,9 @@ import torch
 from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
 from lrt.data import Tokenizer
-from lrt.inference.generate import states
 from lrt.model.loss import token_nats
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import states
 from lrt.utils.files import read_csv, read_jsonl, read_yaml, require_fields, require_kind
 
 KINDS: dict[str, dict[str, type]] = {

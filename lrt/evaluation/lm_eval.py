@@ -15,7 +15,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
 from lrt.config.model import require
 from lrt.data.normalised import Spelling
-from lrt.inference.generate import generate, states
+from lrt.inference.generate import generate
+from lrt.model.recurrence import states
 from lrt.training.checkpoint import Loaded
 
 Pair = tuple[Any, list[int], list[int]]

@@ -16,9 +16,11 @@ from lrt.config.model import require
 from lrt.evaluation.bits_per_byte import Rows, sweep_residuals
 from lrt.evaluation.contraction import contraction
 from lrt.inference.generate import score
+from lrt.model.blocks import Block
 from lrt.model.loss import token_nats
+from lrt.model.lrt import LRT
+from lrt.model.parameters import role
 from lrt.model.run_passes import run_passes
-from lrt.model.transformer import LRT, Block
 from lrt.schedule import Schedule
 from lrt.utils.tables import Table
 
@@ -31,8 +33,8 @@ def layerwise(model: LRT) -> LRT:
     config = model.config
     if config.memory.projection == "shared":
         config = replace(config, memory=replace(config.memory, projection="layerwise"))
-    copy, weights = LRT.build(config, model.device).to(model.stream_dtype), dict(model.state_dict())
-    for name in [name for name in weights if name.startswith(("projection.", "shift_projection."))]:
+    copy, weights = LRT(config, model.device).to(model.stream_dtype), dict(model.state_dict())
+    for name in [n for n in weights if role(n) == "memory matrix" and not n.startswith("blocks.")]:
         shared = weights.pop(name)
         weights |= {f"blocks.{i}.attention.{name}": shared for i in range(config.depth) if config.reads_memory(i)}
     copy.load_state_dict(weights)
@@ -122,7 +124,7 @@ def influence(model: LRT, rows: Rows, reach: int = REACH) -> list[float]:
         last = written[-1].hidden
         assert last is not None
         loss = token_nats(model, last, targets[:, -1:]).sum()
-        before = [w.source for w in reversed(written[-1 - reach : -1])]
+        before = [w.memory for w in reversed(written[-1 - reach : -1])]
         found = torch.autograd.grad(loss, before, allow_unused=True)
     return [0.0 if g is None else float(g.norm(dim=-1).mean()) for g in found]
 

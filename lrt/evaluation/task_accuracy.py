@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lrt.data.synthetic import TaskRows
-from lrt.inference.generate import states
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import states
 from lrt.model.shapes import IGNORE
-from lrt.model.transformer import LRT
 
 LENGTHS = (1, 2, 4, 8)
 """Multiples of the trained length."""

@@ -23,7 +23,7 @@ from lrt.evaluation.in_context import in_context_score
 from lrt.evaluation.task_accuracy import by_length
 from lrt.inference.generate import generate, score
 from lrt.model.flops import decode_flops_per_token, parameters_by_group, scaling_parameters
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.training.checkpoint import Loaded, load_model
 from lrt.utils.files import read_json
 from lrt.utils.hardware import resolve_device

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from lrt.config.decoding import SamplingParams
 from lrt.inference.history import HistoryState
-from lrt.inference.prefill import OneToken, advance, next_logits
+from lrt.inference.prefill import next_logits
 from lrt.inference.sampling import Drawn, SamplingTensors, TokenHistory, choose, uniforms
 from lrt.inference.streaming import TextStream
 from lrt.model.kv_cache import KVCache
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import OneToken, advance
 
 GREEDY = SamplingParams(temperature=0)
 """The law of rows where nobody sits: the cheapest."""

@@ -11,7 +11,7 @@ from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.data import Tokenizer
 from lrt.inference.generate import generate
 from lrt.model.kv_cache import KVCache
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 
 
 @torch.no_grad()

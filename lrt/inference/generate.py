@@ -14,30 +14,18 @@ from lrt.config.decoding import (
     DEFAULT_SWEEPS,
     PrefillOptions,
     SamplingParams,
-    no_grad_pass,
 )
 from lrt.inference.batch import Emission, Request, RunningBatch
-from lrt.inference.prefill import Effort, OneToken, advance, next_logits, solve, total
+from lrt.inference.prefill import next_logits, prefill
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.loss import token_nats
-from lrt.model.run_passes import run_passes
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import Effort, OneToken, states, total
 from lrt.model.shapes import StreamBND, TokensBN
-from lrt.model.transformer import LRT
 
 LOGITS_AT_ONCE = 2**25
 """Logits that scoring computes at a time, which bounds its memory."""
-
-
-class Prefill(NamedTuple):
-    """A prompt taken in."""
-
-    logits: Tensor
-    """Next-token logits after each row's last token, [B, V]."""
-    cache: KVCache
-    mode: str
-    """`exact`, or such as `sweeps(interleaved-8, 0.0007)`."""
-    effort: Effort
 
 
 class Scored(NamedTuple):
@@ -48,91 +36,6 @@ class Scored(NamedTuple):
     mode: str
     """`exact`, `zero_memory`, or such as `sweeps(interleaved-8, 0.0007)`."""
     effort: Effort
-
-
-@torch.no_grad()
-def prefill(
-    model: LRT,
-    tokens: TokensBN,
-    *,
-    mode: str = DEFAULT_MODE,
-    tolerance: float | None = None,
-    lengths: Tensor | None = None,
-    cache: KVCache | None = None,
-    capacity: int | None = None,
-    chunk: int = DEFAULT_CHUNK,
-    max_sweeps: int = DEFAULT_SWEEPS,
-) -> Prefill:
-    """Take prompts in, so that `step` can go on from them.
-
-    Args:
-        tokens: int64 [B, T]; shorter rows are padded on the right with any valid token.
-        mode: `exact` (token by token), `jacobi` or `interleaved-G` sweeps; see `PrefillOptions`.
-        tolerance: relative change of the memory, per row and position, at which sweeps stop; by default the mode's.
-        lengths: tokens of each row that count, int64 [B], 1..T; by default all.
-        cache: a state to continue; its keys and values are filled in place. By default an empty one of `capacity`
-            tokens (the model's context if that is not given).
-        chunk: positions solved at a time, which bounds the memory that sweeps take.
-        max_sweeps: sweeps per chunk before the rest of it is finished exactly.
-
-    Raises:
-        ValueError: a token out of range, an empty prompt, or one that does not fit the capacity.
-    """
-    plan = PrefillOptions.parse(mode, tolerance, max_sweeps, chunk)
-    _check_tokens(model, tokens)
-    lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens.device)
-    cache = KVCache.empty(model, len(tokens), capacity or model.config.context) if cache is None else cache
-    _check_fit(cache, lengths, tokens.shape[1])
-    last, parts = torch.empty_like(cache.memory), []
-    for first, solved in solve(model, tokens, lengths, cache, plan):
-        cache = solved.cache
-        at = lengths - 1 - first
-        here = ((at >= 0) & (at < solved.hidden.shape[1])).nonzero()[:, 0]
-        last[here] = solved.hidden[here, at[here]].to(last.dtype)
-        parts.append((solved.hidden.shape[1], solved.effort))
-    return Prefill(model.logits(last), cache, str(plan), total(parts))
-
-
-@torch.no_grad()
-def decode_step(model: LRT, tokens: Tensor, cache: KVCache, active: Tensor | None = None) -> tuple[Tensor, KVCache]:
-    """Decode one token per row: the exact recurrence.
-
-    Args:
-        tokens: the rows' newest tokens, int64 [B]; a BOS resets the memory.
-        cache: the state so far; its keys and values are filled in place.
-        active: boolean [B]; rows where it is False wait: their state stays, their logits mean nothing.
-
-    Returns:
-        Next-token logits [B, V], and the state after.
-    """
-    return advance(model, tokens, cache, active, next_logits)
-
-
-@torch.no_grad()
-def states(
-    model: LRT,
-    tokens: TokensBN,
-    *,
-    mode: str = DEFAULT_MODE,
-    tolerance: float | None = None,
-    chunk: int = DEFAULT_CHUNK,
-    max_sweeps: int = DEFAULT_SWEEPS,
-) -> Iterator[tuple[int, StreamBND, Effort]]:
-    """The head's input at every position of `tokens` [B, T] as the model decodes them: first column, [B, n, D], effort.
-
-    Chunk by chunk, so that a caller may do something else in between. `mode` is one of `prefill`'s, or `zero_memory`:
-    one parallel pass that reads no memory.
-    """
-    _check_tokens(model, tokens)
-    if mode == "zero_memory":
-        (_, written, _) = next(run_passes(model, tokens, [no_grad_pass(range(tokens.shape[1]))], model.starts(tokens)))
-        assert written.hidden is not None
-        yield 0, written.hidden, Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
-        return
-    plan = PrefillOptions.parse(mode, tolerance, max_sweeps, chunk)
-    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
-    for first, solved in solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), plan):
-        yield first, solved.hidden, solved.effort
 
 
 @torch.no_grad()
@@ -259,27 +162,3 @@ def _nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     at_once = max(1, LOGITS_AT_ONCE // (len(hidden) * model.config.vocab_size))
     parts = zip(hidden.split(at_once, dim=1), targets.split(at_once, dim=1), strict=True)
     return torch.cat([token_nats(model, h, t) for h, t in parts], dim=1)
-
-
-def _check_tokens(model: LRT, tokens: TokensBN) -> None:
-    if tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: a prompt needs at least 1 token (BOS opens a text)")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.config.vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"token {wrong} is outside the vocabulary of {model.config.vocab_size}: encode with the model's tokenizer"
-        )
-
-
-def _check_fit(cache: KVCache, lengths: Tensor, columns: int) -> None:
-    if int(lengths.min()) < 1 or int(lengths.max()) > columns:
-        raise ValueError(f"lengths {lengths.tolist()} must lie between 1 and the {columns} columns of tokens")
-    if len(lengths) != cache.rows:
-        raise ValueError(f"{len(lengths)} prompts for a state of {cache.rows} rows: give as many prompts as rows")
-    needed = int((cache.length + lengths).max())
-    if needed > cache.capacity:
-        raise ValueError(
-            f"a prompt would bring its row to {needed} tokens but the capacity is {cache.capacity}: "
-            "shorten it or give a larger capacity"
-        )

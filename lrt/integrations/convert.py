@@ -17,7 +17,8 @@ from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dic
 from lrt.data import Tokenizer, load_tokenizer
 from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.integrations import families
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
+from lrt.model.parameters import MEMORY, role
 from lrt.training import checkpoint
 from lrt.utils.files import one_line, read_json, write_json
 
@@ -45,7 +46,7 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
     if how.memory != "keep":
         require(not config.memory.on, f"{folder} already has memory; leave --memory out, or keep")
         config = replace(config, memory=_memory(how))
-    model = LRT.build(config, seed=how.seed)
+    model = LRT(config, seed=how.seed)
     add_memory(model, source.weights, how.start, how.start_scale, how.seed)
     length = min(config.context, source.train.length)
     run = RunConfig(
@@ -87,14 +88,15 @@ def add_memory(model: LRT, weights: dict[str, Tensor], start: Start, scale: floa
     random, config = torch.Generator().manual_seed(seed), model.config
     scale, complete = 0.0 if start == "zero" else scale, dict(weights)
     for name, p in model.state_dict().items():
-        if name in weights or not ("projection." in name or name.endswith(("gamma", "gate.weight"))):
+        use = role(name)
+        if name in weights or use not in (*MEMORY, "gate"):
             continue
         complete[name] = torch.zeros_like(p)
-        if name.endswith("gamma"):
+        if use == "gamma":
             complete[name] += scale
-        elif "projection." in name and start == "copy":
+        elif use == "memory matrix" and start == "copy":
             complete[name] = scale * _local(name, weights, config)
-        elif "projection." in name:
+        elif use == "memory matrix":
             complete[name].normal_(0, scale / config.d**0.5, generator=random)
     checkpoint.load_weights(model, complete)
 
@@ -161,8 +163,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
     """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
     weights = dict(loaded.model.state_dict())
-    silent = ("gamma", "projection.key.weight", "projection.value.weight", "gate.weight")
-    active = [name for name, value in weights.items() if name.endswith(silent) and value.any()]
+    active = [name for name, value in weights.items() if role(name) in (*MEMORY, "gate") and value.any()]
     require(not active, f"{loaded.run} uses its memory ({active[:1]}), which a {kind} model has not; use --to hf")
     config = replace(loaded.model.config, memory=MEMORY_OFF)
     words = loaded.tokenizer

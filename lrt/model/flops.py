@@ -8,26 +8,19 @@ from functools import cache
 import torch
 
 from lrt.config.model import ModelConfig
-from lrt.model.transformer import LRT
-from lrt.schedule import NO_GRAD_COST, Curriculum, Passes, Schedule, memory_only
+from lrt.model.parameters import Role, role
+from lrt.model.transformer import Transformer
+from lrt.passes import NO_GRAD_COST, Passes, memory_only
+from lrt.schedule import Curriculum, Schedule
 
 BACKWARD = 1 / NO_GRAD_COST
 """Forward and backward together, in forwards."""
-
-
-GROUPS = ("embedding", "value embeddings", "head", "matrices", "scalars", "memory")
-"""Every parameter is in exactly one."""
-
-
-def group_of(name: str) -> str:
-    """The group of a parameter, by its name: embedding, value embeddings, head, matrices, scalars or memory."""
-    if "projection." in name or name.endswith(("gate.weight", "gamma")):
-        return "memory"
-    if "value_embedding" in name:
-        return "value embeddings"
-    if name.startswith(("embedding.", "head.")):
-        return name.partition(".")[0]
-    return "scalars" if name.endswith(("alpha", "beta", "norm.weight", "bias")) else "matrices"
+GROUPS: dict[Role, str] = {
+    "embedding": "embedding", "value embedding": "value embeddings", "head": "head", "matrix": "matrices",
+    "scalar": "scalars", "norm": "scalars", "bias": "scalars",
+    "memory matrix": "memory", "gamma": "memory", "gate": "memory",
+}  # fmt: skip
+"""The group that a role is counted in."""
 
 
 def parameters_by_group(config: ModelConfig) -> dict[str, int]:
@@ -38,10 +31,10 @@ def parameters_by_group(config: ModelConfig) -> dict[str, int]:
 @cache
 def _counted(config: ModelConfig) -> tuple[tuple[str, int], ...]:
     with torch.device("meta"):
-        model = LRT(config)
-    groups: dict[str, int] = dict.fromkeys(GROUPS, 0)
+        model = Transformer(config)
+    groups: dict[str, int] = dict.fromkeys(GROUPS.values(), 0)
     for name, p in model.named_parameters():
-        groups[group_of(name)] += p.numel()
+        groups[GROUPS[role(name)]] += p.numel()
     return tuple(groups.items())
 
 

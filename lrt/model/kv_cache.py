@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.model.shapes import HeadsBKNE, PositionsN, TokensBN
-from lrt.model.state import Buffer, History, Past
-from lrt.model.transformer import LRT
+from lrt.model.state import Buffer, CachedPrefix, PassInput, PassOutput
+from lrt.model.transformer import Transformer
 
 X = TypeVar("X")
 FORMAT = "lrt-cache-1"
@@ -46,11 +46,6 @@ class Slots(NamedTuple):
         self.values[self.rows, :, self.slot] = v.transpose(1, 2).to(self.values.dtype)
         return self.keys, self.values
 
-    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
-        """The same as one segment."""
-        keys, values = self.extend(k, v)
-        return (keys,), (values,)
-
 
 class KVCache(NamedTuple):
     """The state of B rows. Position t lies in slot t, or in slot t mod R of the R slots of a sliding-window layer."""
@@ -69,14 +64,12 @@ class KVCache(NamedTuple):
     """Upper bound of `length` that the host knows without asking the device."""
 
     @staticmethod
-    def empty(model: LRT, rows: int, capacity: int) -> KVCache:
+    def empty(model: Transformer, rows: int, capacity: int) -> KVCache:
         """An empty state of `rows` rows of `capacity` tokens each, of which sliding-window layers keep their window."""
-        c, like = model.config, model.embedding.weight
+        c, like = model.config, torch.empty(0, device=model.device, dtype=model.stream_dtype)
         sizes = [min(capacity + 1, window or capacity + 1) for window in c.windows()]
-        keys, values = (
-            tuple(like.new_zeros((rows, c.k, r, c.e), dtype=model.stream_dtype) for r in sizes) for _ in range(2)
-        )
-        memory = like.new_zeros((rows, c.d), dtype=model.stream_dtype)
+        keys, values = (tuple(like.new_zeros((rows, c.k, r, c.e)) for r in sizes) for _ in range(2))
+        memory = like.new_zeros((rows, c.d))
         length = torch.zeros(rows, dtype=torch.int64, device=like.device)
         return KVCache(keys, values, memory, length, length - 1)
 
@@ -103,13 +96,26 @@ class KVCache(NamedTuple):
         keys, values = (tuple(x[:, :, :slots] for x in xs) for xs in (self.keys, self.values))
         return self._replace(keys=keys, values=values, longest=slots - 1)
 
-    def past(self) -> Past:
-        """What the next token of every row sees: a pass of one position per row."""
+    def open(self, positions: range | None, tokens: TokensBN, blocks: int) -> tuple[PassInput, KVCache]:
+        """What the next token of every row reads: a pass of one position per row, wherever the row stands."""
+        assert positions is None and tokens.shape[1] == 1 and blocks == len(self.keys), "decode one token per row"
         rows = torch.arange(self.rows, device=self.length.device)[:, None]
         queries = self.length[:, None]
         held = per_size(self.keys, lambda r: (queries % r, positions_held(self.length + 1, r)))
         layers = [Slots(k, v, rows, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
-        return Past(queries, False, layers)
+        return PassInput(queries, layers, self.memory[:, None], self.last_token[:, None]), self
+
+    def write(self, positions: range | None, written: PassOutput, active: Tensor | None = None) -> KVCache:
+        """The state after a pass that `open` began; rows where `active` [B] is False stay as they were.
+
+        Keys and values have been filled in place.
+        """
+        new = (written.memory[:, 0].to(self.memory.dtype), self.length + 1, written.tokens[:, 0])
+        if active is not None:
+            pairs = zip(new, self.per_row(), strict=True)
+            new = tuple(torch.where(active.view(-1, *(1,) * (x.dim() - 1)), x, old) for x, old in pairs)
+        memory, length, last_token = new
+        return KVCache(self.keys, self.values, memory, length, last_token, min(self.longest + 1, self.capacity))
 
     def buffer(self) -> Buffer:
         """A buffer for passes over the positions that come next, counted from 0 in every row; nothing is copied."""
@@ -118,26 +124,24 @@ class KVCache(NamedTuple):
         seen = self.view()
         held = per_size(seen.keys, lambda r: positions_held(self.length, r))
         layers = list(zip(seen.keys, seen.values, held, strict=True))
-        return Buffer(history=History(self.length, self.memory, self.last_token, layers))
+        return Buffer(prefix=CachedPrefix(self.length, self.memory, self.last_token, layers))
 
-    def commit(self, buffer: Buffer, tokens: TokensBN, rows: Tensor, count: Tensor) -> KVCache:
+    def commit(self, buffer: Buffer, rows: Tensor, count: Tensor) -> KVCache:
         """Take in what passes wrote: the first `count[i]` positions of the buffer's row i go to row `rows[i]`.
 
-        Both are int64 [b]; `tokens` [b, n] are those of the buffer's rows. Keys and values are filled in place.
+        Both are int64 [b]. Keys and values are filled in place.
         """
         memory, length, last_token = (x.clone() for x in self.per_row())
         for at, w in buffer.segments:
             offset = torch.arange(at.start, at.stop, at.step, device=count.device)
             last = offset == count[:, None] - 1
             here, there = last.nonzero(as_tuple=True)
-            memory[rows[here]] = w.source[here, there].to(memory.dtype)
+            memory[rows[here]], last_token[rows[here]] = w.memory[here, there].to(memory.dtype), w.tokens[here, there]
             kept = per_size(self.keys, lambda r, offset=offset: self._places(offset, rows, count, r))
             for mine, new, places in zip((*self.keys, *self.values), (*w.keys, *w.values), kept * 2, strict=True):
                 here, there, slot = places
                 mine[rows[here], :, slot] = new[here, :, there].to(mine.dtype)
         length[rows] += count
-        newest = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
-        last_token[rows] = torch.where(count > 0, newest, last_token[rows])
         return self._replace(memory=memory, length=length, last_token=last_token, longest=int(length.max()))
 
     def _places(self, offset: Tensor, rows: Tensor, count: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.model.cross_entropy import head_loss, require_targets
+from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN
 from lrt.model.state import Buffer
-from lrt.model.transformer import LRT
 from lrt.passes import Pass, Passes, rewriting
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.dtensor import is_sharded
@@ -94,7 +94,7 @@ class ScheduledLoss(nn.Module):
         total = sum(p.weight for p in passes)
         weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
         scales = weights.to(counts.device, non_blocking=True) / counts[:-1]
-        loss, sums = head_loss(self.model.unembedding, self.model.config.softcap, parts.hidden, parts.targets, scales)
+        loss, sums = self._nats(parts, scales)
         distance = parts.distance / counts[-1]
         if self.consistency:
             loss = loss + self.consistency * distance
@@ -102,6 +102,18 @@ class ScheduledLoss(nn.Module):
             here = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
             loss = loss + sum(0.0 * p.sum() for p in here)
         return LossOutput(loss, sums / counts[:-1], distance.detach(), passes)
+
+    def _nats(self, parts: _Parts, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over passes of scale x summed nats, and the summed nats of each pass, detached.
+
+        A head that is a matrix and nothing more is fused with the loss; another one is called, for what it adds.
+        """
+        model, weight = self.model, self.model.head_matrix()
+        if weight is not None:
+            return head_loss(weight, model.config.softcap, parts.hidden, parts.targets, scales)
+        rows = zip(parts.hidden, parts.targets, strict=True)
+        sums = torch.stack([token_nats(model, hidden, aims).sum() for hidden, aims in rows])
+        return (sums * scales.to(sums.dtype)).sum(), sums.detach()
 
     def _run(self, tokens: TokensBN, targets: TokensBN, starts: Tensor | None, passes: Passes) -> _Parts:
         compared = rewriting(passes) if self.model.config.memory.recurrent else [False] * len(passes)
@@ -115,7 +127,7 @@ class ScheduledLoss(nn.Module):
                 hidden.append(written.hidden)
                 aims.append(_cut(targets, p))
             if before is not None and read is not None:
-                distance = distance + _distance(written.source, before, _cut(read, p))
+                distance = distance + _distance(written.memory, before, _cut(read, p))
             before = _states(buffer, passes[i + 1].positions) if any(compared[i + 1 : i + 2]) else None
             del written, buffer  # or two passes' keys and values would exist where one's do
         return _Parts(hidden, aims, memory_read, distance)

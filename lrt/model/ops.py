@@ -93,15 +93,15 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _rotate(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1), None, None
+        return _rotate(grads[0], cos, sin, -1), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     y = x * torch.cat((cos, cos), dim=-1)
     return y.addcmul_(torch.cat((b, a), dim=-1), torch.cat((sin, -sin), dim=-1), value=way)
@@ -152,10 +152,10 @@ def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
     return _WeightedSum.apply(*weights, *terms)  # pyright: ignore[reportReturnType]
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (channel i, channel i + E/2) of the last axis by an angle given as its cosine and sine."""
     if not torch.is_grad_enabled():
-        return _turn(x, cos, sin, 1)
+        return _rotate(x, cos, sin, 1)
     return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 

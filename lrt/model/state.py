@@ -1,38 +1,25 @@
-"""What passes leave behind: the differentiable `Buffer` of training and prefill (the decoder's `KVCache`: `cache.py`).
+"""What passes leave behind: the differentiable `Buffer` of training and prefill (the decoder's state: `kv_cache.py`).
 
-Both are values that go in and come out, and both answer two questions: which memory does a pass read, and which keys
-and values (`Past`) may its queries see. The model knows neither of them, only `Past`.
+Both are values that go in and come out. `open` says what a pass reads: where it stands, the memory, the previous
+tokens, the keys and values of other positions (`PassInput`). `write` takes in what it has computed (`PassOutput`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from lrt.model.ops import split
 from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
-from lrt.schedule import intersect, subtract
+from lrt.passes import intersect, subtract
 
 
-class PassOutput(NamedTuple):
-    """What one pass over N positions computes."""
-
-    hidden: StreamBND | None
-    """Normalised output of the last block, the head's input; None if the pass stopped at the source block."""
-    source: StreamBND
-    """m_t, the memory these positions write: RMSNorm of the stream after the source block, of the embedding for 0."""
-    keys: tuple[HeadsBKNE, ...]
-    """Keys of every block that ran, rotated and normalised."""
-    values: tuple[HeadsBKNE, ...]
-    """Values of every block that ran."""
-
-
-class LayerPast(Protocol):
-    """One layer's share of the state, as attention sees it."""
+class LayerKV(Protocol):
+    """One layer's keys and values of other positions, as attention sees them."""
 
     @property
     def positions(self) -> PositionsN:
@@ -43,8 +30,49 @@ class LayerPast(Protocol):
         """Keys and values that the pass may see, its own `k`, `v` included."""
         ...
 
-    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
-        """The same as segments, its own first, in the order of `Past.slices`."""
+
+class PassInput(NamedTuple):
+    """Where a pass stands and what it reads: all that the model knows of a state."""
+
+    positions: PositionsN
+    """Positions of the pass, rising; [N], or [B, N] where rows differ."""
+    kv: Sequence[LayerKV] | None = None
+    """Keys and values of other positions, an entry a block. None: the pass sees itself alone."""
+    memory: StreamBND | None = None
+    """m_{t-1} of the source block for each position, [B, N, D]; None is zero memory."""
+    previous: TokensBN | None = None
+    """Tokens at t-1, [B, N], negative where there is none: what a token shift reads."""
+
+
+class PassOutput(NamedTuple):
+    """What one pass over N positions computes."""
+
+    tokens: TokensBN
+    """The tokens it took in, [B, N]."""
+    hidden: StreamBND | None
+    """Normalised output of the last block, the head's input; None if the pass stopped at the source block."""
+    memory: StreamBND
+    """m_t, the memory these positions write: RMSNorm of the stream after the source block, of the embedding for 0."""
+    keys: tuple[HeadsBKNE, ...]
+    """Keys of every block that ran, rotated and normalised."""
+    values: tuple[HeadsBKNE, ...]
+    """Values of every block that ran."""
+
+    def map(self, along: Callable[[Tensor, int], Tensor]) -> PassOutput:
+        """The same without `hidden`, each tensor changed by `along(tensor, axis of its positions)`."""
+        keys, values = (tuple(along(x, 2) for x in xs) for xs in (self.keys, self.values))
+        return PassOutput(along(self.tokens, 1), None, along(self.memory, 1), keys, values)
+
+
+class State(Protocol):
+    """What passes leave behind, and the next ones read."""
+
+    def open(self, positions: range | None, tokens: TokensBN, blocks: int) -> tuple[PassInput, Self]:
+        """What a pass of `blocks` blocks reads, and the state less what it will replace."""
+        ...
+
+    def write(self, positions: range | None, written: PassOutput) -> Self:
+        """The state after the pass."""
         ...
 
 
@@ -61,10 +89,6 @@ class Segments(NamedTuple):
             return k, v
         return torch.cat((k, *self.keys), dim=2), torch.cat((v, *self.values), dim=2)
 
-    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[Sequence[HeadsBKNE], Sequence[HeadsBKNE]]:
-        """Own positions first, then the buffer's; nothing is copied."""
-        return (k, *self.keys), (v, *self.values)
-
     def joined(self) -> Segments:
         """The same with at most one segment, contiguous: one shape for a compiler, however many passes there were."""
         if not self.keys:
@@ -72,8 +96,8 @@ class Segments(NamedTuple):
         return Segments((torch.cat(self.keys, dim=2),), (torch.cat(self.values, dim=2),), self.positions)
 
 
-class History(NamedTuple):
-    """What rows have seen before a buffer begins: any number of positions, which may differ from row to row."""
+class CachedPrefix(NamedTuple):
+    """What a cache holds of the positions before a buffer: any number of them, which may differ from row to row."""
 
     length: Tensor
     """Positions each row has seen, int64 [B]: where its position 0 of the buffer really stands."""
@@ -84,23 +108,10 @@ class History(NamedTuple):
     layers: Sequence[tuple[HeadsBKNE, HeadsBKNE, PositionsN]]
     """Per block: keys and values [B, K, M, E] and their positions [B, M]."""
 
-    def take(self, rows: Tensor) -> History:
+    def take(self, rows: Tensor) -> CachedPrefix:
         """The given rows alone, copied."""
         layers = [(k[rows], v[rows], at[rows]) for k, v, at in self.layers]
-        return History(self.length[rows], self.memory[rows], self.last_token[rows], layers)
-
-
-class Past(NamedTuple):
-    """Where a pass stands and what its queries may see; the model's only view of the state."""
-
-    queries: PositionsN
-    """Positions of the pass, [N] or [B, N]."""
-    causal: bool
-    """Whether the pass's own positions are 0..N-1 and nothing else is visible: plain causal attention."""
-    layers: Sequence[LayerPast]
-    """One per block."""
-    slices: tuple[range, ...] = ()
-    """Its own positions and those of every segment, as slices; none where rows stand at positions of their own."""
+        return CachedPrefix(self.length[rows], self.memory[rows], self.last_token[rows], layers)
 
 
 class Segment(NamedTuple):
@@ -109,51 +120,43 @@ class Segment(NamedTuple):
     at: range
     written: PassOutput
 
-    def narrow(self, at: range) -> Segment:
-        """The part over `at`, a sub-slice of `self.at`, as views: nothing is copied."""
-        if at == self.at:
-            return self
-        cut, w = self._cut(at), self.written
-        keys, values = (tuple(x[:, :, cut] for x in xs) for xs in (w.keys, w.values))
-        return Segment(at, PassOutput(None, w.source[:, cut], keys, values))
-
-    def _cut(self, at: range) -> slice:
-        first = self.at.index(at[0])
-        return slice(first, self.at.index(at[-1]) + 1, at.step // self.at.step if len(at) > 1 else 1)
-
     def split(self, slices: Sequence[range]) -> list[Segment]:
         """The parts over disjoint sub-slices of `self.at`, as views whose gradients are put together once."""
         if list(slices) == [self.at] or not slices:
             return [self] if slices else []
-        cuts, w = tuple(self._cut(at) for at in slices), self.written
-        sources = split(w.source, 1, cuts)
+        cuts, w = tuple(_cut(self.at, at) for at in slices), self.written
+        memories = split(w.memory, 1, cuts)
         keys, values = (list(zip(*(split(x, 2, cuts) for x in xs), strict=True)) for xs in (w.keys, w.values))
-        parts = zip(slices, sources, keys or [()] * len(cuts), values or [()] * len(cuts), strict=True)
-        return [Segment(at, PassOutput(None, source, k, v)) for at, source, k, v in parts]
-
-    def detach(self) -> Segment:
-        """The same values, cut from the gradient."""
-        w = self.written
-        keys, values = (tuple(x.detach() for x in xs) for xs in (w.keys, w.values))
-        return Segment(self.at, PassOutput(None, w.source.detach(), keys, values))
-
-    def take(self, rows: Tensor) -> Segment:
-        """The given rows alone, copied."""
-        w = self.written
-        keys, values = (tuple(x[rows] for x in xs) for xs in (w.keys, w.values))
-        return Segment(self.at, PassOutput(None, w.source[rows], keys, values))
+        parts = zip(slices, cuts, memories, keys or [()] * len(cuts), values or [()] * len(cuts), strict=True)
+        return [Segment(at, PassOutput(w.tokens[:, cut], None, m, k, v)) for at, cut, m, k, v in parts]
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """The newest keys, values and source states of every position, as disjoint segments; differentiable, no copies."""
+    """The newest keys, values and memories of every position, as disjoint segments; differentiable, no copies."""
 
     segments: tuple[Segment, ...] = ()
-    history: History | None = None
-    """What stands before position 0; absolute positions then begin at each row's `history.length`."""
+    prefix: CachedPrefix | None = None
+    """What stands before position 0; absolute positions then begin at each row's `prefix.length`."""
 
-    def write(self, at: range, written: PassOutput) -> Buffer:
+    def open(
+        self, positions: range | None, tokens: TokensBN, blocks: int, detach: bool = False
+    ) -> tuple[PassInput, Buffer]:
+        """What a pass over `positions` (by default 0..N-1) reads, and the buffer less what it will rewrite.
+
+        Args:
+            positions: the slice; its tokens are `tokens` [B, N].
+            blocks: how many the pass runs.
+            detach: whether what it reads is cut from the gradient.
+        """
+        at = range(tokens.shape[1]) if positions is None else positions
+        rest = self.without(at)  # cut once: the pass sees it, and it stays
+        before, seen = (b.detach() if detach else b for b in (self, rest))
+        return seen._input(at, tokens, blocks, before.memory(at)), rest
+
+    def write(self, positions: range | None, written: PassOutput) -> Buffer:
         """The buffer after a pass: its positions replace what stood there before."""
+        at = range(written.tokens.shape[1]) if positions is None else positions
         return replace(self, segments=(Segment(at, written), *self.without(at).segments))
 
     def without(self, at: range) -> Buffer:
@@ -162,65 +165,83 @@ class Buffer:
 
     def detach(self) -> Buffer:
         """The same buffer, cut from the gradient."""
-        return replace(self, segments=tuple(s.detach() for s in self.segments))
+        return replace(self, segments=tuple(Segment(s.at, s.written.map(_detached)) for s in self.segments))
 
     def take(self, rows: Tensor) -> Buffer:
         """The given rows alone, copied; `rows` are indices [b]."""
-        history = self.history and self.history.take(rows)
-        return Buffer(tuple(s.take(rows) for s in self.segments), history)
+        segments = (Segment(s.at, s.written.map(lambda x, _: x[rows])) for s in self.segments)
+        return Buffer(tuple(segments), self.prefix and self.prefix.take(rows))
 
     def memory(self, at: range) -> StreamBND | None:
         """m_{t-1} for every t of `at`, [B, N, D]; zero where none was written; None if none was written anywhere."""
-        before = range(at.start - 1, at.stop - 1, at.step)
-        found = [(s, intersect(s.at, before)) for s in self.segments]
-        parts = [(common, s.narrow(common).written.source) for s, common in found if len(common)]
-        if self.history is not None and at.start == 0:
-            parts.append((range(-1, 0), self.history.memory[:, None]))
-        if not parts:
-            return None
-        if len(parts) == 1 and len(parts[0][0]) == len(before):
-            return parts[0][1]
-        return _assemble(before, parts)
+        parts = [(s.at, s.written.memory) for s in self.segments]
+        if self.prefix is not None:
+            parts.append((range(-1, 0), self.prefix.memory[:, None]))
+        return _newest(_before(at), parts, 0)
 
-    def previous_tokens(self, tokens: TokensBN) -> TokensBN:
-        """The token before each of `tokens` [B, T], which stand at positions 0..T-1; negative before the first."""
-        last = torch.full_like(tokens[:, 0], -1) if self.history is None else self.history.last_token
-        return torch.cat((last[:, None], tokens[:, :-1]), dim=1)
+    def previous_tokens(self, at: range, tokens: TokensBN) -> TokensBN:
+        """The token at t-1 for every t of `at`, whose own are `tokens`; [B, N], negative where there is none."""
+        parts = [(at, tokens), *((s.at, s.written.tokens) for s in self.segments)]
+        if self.prefix is not None:
+            parts.append((range(-1, 0), self.prefix.last_token[:, None]))
+        found = _newest(_before(at), parts, -1)
+        return torch.full_like(tokens, -1) if found is None else found
 
-    def past(self, at: range, depth: int, device: torch.device) -> Past:
-        """What a pass over `at` sees of the buffer: segments it does not itself rewrite, up to its last position.
-
-        `depth` is the number of blocks the pass runs.
-        """
-        rest = [s for s in self.without(at).segments if s.at.start <= at[-1]]
-        others = [s.written for s in rest]
-        slices = (at, *(s.at for s in rest))
-        queries, *places = (torch.arange(r.start, r.stop, r.step, device=device) for r in slices)
-        keys = torch.cat((queries, *places))
+    def _input(self, at: range, tokens: TokensBN, blocks: int, memory: StreamBND | None) -> PassInput:
+        """What a pass reads of segments that it does not itself rewrite, up to its last position."""
+        rest = [s for s in self.segments if s.at.start <= at[-1]]
+        own, *places = (
+            torch.arange(r.start, r.stop, r.step, device=tokens.device) for r in (at, *(s.at for s in rest))
+        )
+        previous = self.previous_tokens(at, tokens)
+        if not rest and self.prefix is None:
+            return PassInput(own, None, memory, previous)
+        keys, others = torch.cat((own, *places)), [s.written for s in rest]
         layers = [
-            Segments(tuple(w.keys[i] for w in others), tuple(w.values[i] for w in others), keys) for i in range(depth)
+            Segments(tuple(w.keys[i] for w in others), tuple(w.values[i] for w in others), keys) for i in range(blocks)
         ]
-        if self.history is not None:
-            return _after(self.history, queries, layers)
-        return Past(queries, not rest and at == range(len(at)), layers, slices)
+        if self.prefix is not None:
+            own, layers = own + self.prefix.length[:, None], _after(self.prefix, layers)
+        return PassInput(own, layers, memory, previous)
 
 
-def _after(history: History, queries: PositionsN, layers: Sequence[Segments]) -> Past:
-    """The past of a pass after `history`: its keys and values join every layer, positions become absolute."""
-    start, joined = history.length[:, None], []
-    for own, (k, v, at) in zip(layers, history.layers[: len(layers)], strict=True):
-        positions = torch.cat((own.positions + start, at), dim=1)
-        joined.append(Segments((*own.keys, k), (*own.values, v), positions))
-    return Past(queries + start, False, joined)
+def _after(prefix: CachedPrefix, layers: Sequence[Segments]) -> list[Segments]:
+    """Layers whose positions are absolute, with the prefix's keys and values."""
+    start, joined = prefix.length[:, None], []
+    for own, (k, v, at) in zip(layers, prefix.layers[: len(layers)], strict=True):
+        joined.append(Segments((*own.keys, k), (*own.values, v), torch.cat((own.positions + start, at), dim=1)))
+    return joined
 
 
-def _assemble(places: range, parts: list[tuple[range, StreamBND]]) -> StreamBND:
-    """Put parts that cover some of `places` into their order, with zeros where nothing lies."""
-    example = parts[0][1]
-    zero = example.new_zeros(example.shape[0], 1, example.shape[2])
-    if len(parts) == 1 and parts[0][0] == places[1:]:  # the usual case: only position 0 reads nothing
-        return torch.cat((zero, example), dim=1)
-    order = {t: i for i, t in enumerate(t for common, _ in parts for t in common)}
-    joined = torch.cat((*(states for _, states in parts), zero), dim=1)
+def _detached(x: Tensor, axis: int) -> Tensor:
+    return x.detach()
+
+
+def _before(at: range) -> range:
+    return range(at.start - 1, at.stop - 1, at.step)
+
+
+def _cut(held: range, at: range) -> slice:
+    """Where `at`, a sub-slice of `held`, lies in it."""
+    return slice(held.index(at[0]), held.index(at[-1]) + 1, at.step // held.step if len(at) > 1 else 1)
+
+
+def _newest(places: range, parts: Sequence[tuple[range, Tensor]], empty: int) -> Tensor | None:
+    """Values [B, N, ..] at `places` out of parts [B, n, ..] that lie at disjoint slices; `empty` where nothing does.
+
+    None if nothing lies anywhere.
+    """
+    shared = [(intersect(at, places), at, x) for at, x in parts]
+    found = [(common, x if common == at else x[:, _cut(at, common)]) for common, at, x in shared if len(common)]
+    if not found:
+        return None
+    if len(found) == 1 and len(found[0][0]) == len(places):
+        return found[0][1]
+    example = found[0][1]
+    nothing = example.new_full((example.shape[0], 1, *example.shape[2:]), empty)
+    if len(found) == 1 and found[0][0] == places[1:]:  # the usual case: only position 0 reads nothing
+        return torch.cat((nothing, example), dim=1)
+    order = {t: i for i, t in enumerate(t for common, _ in found for t in common)}
+    joined = torch.cat((*(x for _, x in found), nothing), dim=1)
     index = [order.get(t, len(order)) for t in places]
     return joined[:, torch.tensor(index, device=joined.device)]

@@ -1,16 +1,13 @@
-"""The model and its one forward: any pass, over any positions, against any state.
+"""The model's modules and its one forward: any pass, over any positions, against any state.
 
-A decoder-only transformer, nanochat-style unless `ModelConfig.backbone` says otherwise; the memory enters by
-ResidualInjection (before every block) and KVProjection (inside attention), docs/method.md#injection. Turn both off and
-it is exactly the plain transformer.
+A decoder-only transformer, nanochat-style unless `ModelConfig.backbone` says otherwise, whose blocks take in the memory
+(docs/method.md#injection). Turn the memory off and it is exactly the plain transformer. `lrt.py` adds the recurrence.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,288 +15,116 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrt.config.model import Execution, ModelConfig
-from lrt.model.attention import Rotary, Sight, attend, look, rotary, rotate
-from lrt.model.ops import relu_squared, rms_norm, weighted_sum
+from lrt.model.attention import BLOCK, Mask, attention_mask, query_blocks, rope_at
+from lrt.model.blocks import Block, BlockContext, Memories, projected, projections, stream_norm
+from lrt.model.ops import rms_norm
+from lrt.model.parameters import MEMORY, initialise, role
 from lrt.model.shapes import HeadsBKNE, StreamBND, TokensBN
-from lrt.model.state import LayerPast, PassOutput, Past, Segments
-from lrt.utils.dtensor import fill, is_sharded
+from lrt.model.state import Buffer, LayerKV, PassInput, PassOutput, Segments, State
 
-Pair = tuple[Tensor, Tensor]
-"""Projected memory, (W_K m, W_V m), each [B, N, K, E]; of two memories, the sum."""
+BlockOutput = tuple[StreamBND, HeadsBKNE, HeadsBKNE]
 
 
-class Memories(NamedTuple):
-    """What a pass reads of the previous positions, [B, N, D] each; None: not read, or zero everywhere."""
+class Transformer(nn.Module):
+    """Embedding, blocks and head of an LRT, initialised; `run_pass` runs one pass."""
 
-    recurrent: StreamBND | None = None
-    """m_{t-1} of the source block."""
-    shift: StreamBND | None = None
-    """RMSNorm of the embedding of token t-1."""
+    def __init__(self, config: ModelConfig, device: str | torch.device | None = None, seed: int = 0):
+        """Build the model on `device` (by default torch's default device) and initialise it from `seed`.
 
-
-class Norm(nn.Module):
-    """RMSNorm over the last axis, with a learned weight of `width` channels where one is given."""
-
-    def __init__(self, width: int | None, eps: float):
+        On the meta device nothing is allocated or initialised: `to_empty` and `initialise` do that later.
+        """
         super().__init__()
-        self.weight, self.eps = None if width is None else nn.Parameter(torch.empty(width)), eps
+        self.config, self.execution = config, Execution()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        with torch.device("meta"):  # so that nothing is allocated or drawn twice
+            self.embedding = nn.Embedding(config.vocab_size, config.d)
+            self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+            self.norm = stream_norm(config)
+            self.head = None if config.backbone.tied else nn.Linear(config.d, config.vocab_size, bias=False)
+            self.projection, self.shift_projection = projections(config, config.memory.projection == "shared")
+        if device.type != "meta":
+            self.to_empty(device=device)
+            initialise(self, config, seed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale(rms_norm(x, self.eps))
-
-    def scale(self, x: Tensor) -> Tensor:
-        """The learned weight's part alone."""
-        return x if self.weight is None else x * self.weight.to(x.dtype)
-
-
-class MemoryProjection(nn.Module):
-    """W_K and W_V: the memory's contribution to a position's own key and value."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads = (config.k, config.e)
-        self.key = nn.Linear(config.d, config.k * config.e, bias=False)
-        self.value = nn.Linear(config.d, config.k * config.e, bias=False)
-
-    def forward(self, memory: StreamBND) -> Pair:
-        return self.key(memory).unflatten(-1, self.heads), self.value(memory).unflatten(-1, self.heads)
-
-
-def _projections(config: ModelConfig, wanted: bool) -> tuple[MemoryProjection | None, MemoryProjection | None]:
-    """W_K and W_V of the recurrent memory and of the shift, where there is one."""
-    memory = config.memory
-    recurrent = MemoryProjection(config) if wanted and memory.recurrent else None
-    return recurrent, MemoryProjection(config) if wanted and memory.shifted else None
-
-
-def _projected(memories: Memories, projections: tuple[nn.Module | None, nn.Module | None]) -> Pair | None:
-    """The sum of the projected memories that are there."""
-    there = zip(projections, memories, strict=True)
-    pairs = [project(m) for project, m in there if project is not None and m is not None]
-    return (pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1]) if len(pairs) == 2 else pairs[0] if pairs else None
-
-
-class ResidualInjection(nn.Module):
-    """x <- alpha x + beta x0 + gamma m_{t-1}: learned scalars of one block; absent terms have no parameter.
-
-    A token shift has a gamma of its own, for the embedding of token t-1.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        memory, reads = config.memory, config.memory.residual and config.reads_memory(layer)
-        self.alpha = nn.Parameter(torch.empty(())) if config.residual_scalars else None
-        self.beta = nn.Parameter(torch.empty(())) if config.residual_scalars else None
-        self.gamma = nn.Parameter(torch.empty(())) if reads and memory.recurrent else None
-        self.shift_gamma = nn.Parameter(torch.empty(())) if reads and memory.shifted else None
-
-    def forward(self, x: StreamBND, x0: StreamBND, memories: Memories) -> StreamBND:
-        pairs = ((self.gamma, memories.recurrent), (self.shift_gamma, memories.shift))
-        added = [(gamma, m) for gamma, m in pairs if gamma is not None and m is not None]
-        if self.alpha is None or self.beta is None:
-            for gamma, m in added:
-                x = torch.addcmul(x, gamma, m)
-            return x
-        gammas, terms = zip(*added, strict=True) if added else ((), ())
-        return weighted_sum((self.alpha, self.beta, *gammas), (x, x0, *terms))
-
-
-class Attention(nn.Module):
-    """Grouped-query attention whose keys and values may take in the memory (KVProjection)."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        d, kv, memory, back = config.d, config.k * config.e, config.memory, config.backbone
-        self.heads, self.kv_heads, self.gate_width = (config.h, config.e), (config.k, config.e), config.gate_width
-        inner, bias = config.h * config.e, back.biases != "none"
-        self.query = nn.Linear(d, inner, bias=bias)
-        self.key = nn.Linear(d, kv, bias=bias)
-        self.value = nn.Linear(d, kv, bias=bias)
-        self.output = nn.Linear(inner, d, bias=back.biases in ("attention", "all"))
-        self.qk_norm = back.qk_norm
-        learned = config.e if back.qk_norm == "before" else None
-        self.query_norm, self.key_norm = (Norm(learned, back.norm_eps) for _ in range(2))
-        embedded = config.has_value_embedding(layer)
-        self.value_embedding = nn.Embedding(config.vocab_size, kv) if embedded else None
-        rows = 3 if embedded else 2  # local, memory, and the value embedding's
-        gated, reads = memory.projection != "none", config.reads_memory(layer)
-        self.gate = nn.Linear(config.gate_width, rows * config.k, bias=False) if gated and reads else None
-        self.projection, self.shift_projection = _projections(config, memory.projection == "layerwise" and reads)
-
-    def forward(
-        self,
-        a: StreamBND,
-        tokens: TokensBN,
-        memories: Memories,
-        shared: Pair | None,
-        rope: Rotary,
-        seen: Sight,
-        past: LayerPast,
-    ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
-        q = self.query(a).unflatten(-1, self.heads).transpose(1, 2)
-        k, v = self.keys_values(a, tokens, memories, shared)
-        q, k = self._turned(q, self.query_norm, rope), self._turned(k.transpose(1, 2), self.key_norm, rope)
-        v = v.transpose(1, 2)
-        keys, values = past.parts(k, v) if isinstance(seen, tuple) else past.extend(k, v)
-        out = attend(q, keys, values, seen)
-        return self.output(out.transpose(1, 2).flatten(2)), k, v
-
-    def _turned(self, x: HeadsBKNE, norm: Norm, rope: Rotary) -> HeadsBKNE:
-        """Queries or keys with RoPE and their norm, in this model's order."""
-        x = rotate(norm(x) if self.qk_norm == "before" else x, rope)
-        return norm(x) if self.qk_norm == "after" else x
-
-    def keys_values(self, a: StreamBND, tokens: TokensBN, memories: Memories, shared: Pair | None) -> Pair:
-        """Local keys and values, gated, with the memory's and the value embedding's terms; [B, N, K, E] each."""
-        k, v = (f(a).unflatten(-1, self.kv_heads) for f in (self.key, self.value))
-        extra = self.value_embedding(tokens).unflatten(-1, self.kv_heads).to(v.dtype) if self.value_embedding else None
-        if self.gate is None:
-            return k, v if extra is None else v + extra
-        gates = 2 * torch.sigmoid(self.gate(a[..., : self.gate_width]))
-        local, recurrent, *embedded = gates.unflatten(-1, (-1, self.kv_heads[0], 1)).unbind(2)
-        own = _projected(memories, (self.projection, self.shift_projection))
-        pair = shared if own is None else own
-        weights, keys, values = [local], [k], [v]
-        if pair is not None:
-            weights, keys, values = [local, recurrent], [k, pair[0]], [v, pair[1]]
-        if extra is not None:
-            return weighted_sum(weights, keys), weighted_sum([*weights, *embedded], [*values, extra])
-        return weighted_sum(weights, keys), weighted_sum(weights, values)
-
-
-class MLP(nn.Module):
-    """down(relu(up(a))^2), or the gated down(silu(glu(a)) up(a)) (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        wide, bias = config.mlp_width, config.backbone.biases == "all"
-        self.glu = nn.Linear(config.d, wide, bias=bias) if config.backbone.mlp == "swiglu" else None
-        self.up = nn.Linear(config.d, wide, bias=bias)
-        self.down = nn.Linear(wide, config.d, bias=bias)
-
-    def forward(self, a: StreamBND) -> StreamBND:
-        if self.glu is not None:
-            return self.down(F.silu(self.glu(a)) * self.up(a))
-        return self.down(relu_squared(self.up(a)))
-
-
-class Block(nn.Module):
-    """Injection, attention, MLP."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.injection = ResidualInjection(config, layer)
-        self.attention = Attention(config, layer)
-        self.mlp = MLP(config)
-        self.attention_norm, self.mlp_norm = (_stream_norm(config) for _ in range(2))
-
-    def forward(
-        self,
-        x: StreamBND,
-        x0: StreamBND,
-        tokens: TokensBN,
-        memories: Memories,
-        shared: Pair | None,
-        rope: Rotary,
-        seen: Sight,
-        past: LayerPast,
-    ) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
-        x = self.injection(x, x0, memories)
-        attended, k, v = self.attention(self.attention_norm(x), tokens, memories, shared, rope, seen, past)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), k, v
-
-
-def _stream_norm(config: ModelConfig) -> Norm:
-    return Norm(config.d if config.backbone.norm_weights else None, config.backbone.norm_eps)
-
-
-class LRT(nn.Module):
-    """The Latent Recurrent Transformer. Build it with `LRT.build`; `LRT(config)` leaves the weights uninitialised."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.norm = _stream_norm(config)
-        self.head = None if config.backbone.tied else nn.Linear(config.d, config.vocab_size, bias=False)
-        self.projection, self.shift_projection = _projections(config, config.memory.projection == "shared")
-        self.execution = Execution()
-
-    @staticmethod
-    def build(config: ModelConfig, device: str | torch.device = "cpu", seed: int = 0) -> LRT:
-        """A model on `device`, initialised from `seed`; built on the meta device, so nothing is allocated twice."""
-        with torch.device("meta"):
-            model = LRT(config)
-        model = model.to_empty(device=device)
-        initialise(model, seed)
-        return model
-
-    def forward(
+    def run_pass(
         self,
         tokens: TokensBN,
-        past: Past,
-        memory: StreamBND | None = None,
+        positions: range | None = None,
+        state: State | None = None,
         starts: Tensor | None = None,
-        previous: TokensBN | None = None,
         *,
         top: bool = True,
-    ) -> PassOutput:
-        """Run one pass over N positions.
+    ) -> tuple[PassOutput, State]:
+        """Run one pass over N positions against a state; what it computed, and the state after it.
 
         Args:
             tokens: the tokens there, int64 [B, N].
-            past: the positions, and what their queries see (`Buffer.past` or `KVCache.past`).
-            memory: m_{t-1} for each of them, [B, N, D]; None is zero memory.
-            starts: boolean [B, N], True at the first token of a document, where the memory is reset.
-            previous: tokens at t-1 for each of them, [B, N], negative where there is none; a token shift needs them.
+            positions: the slice of positions, 0..N-1 by default. A `KVCache` knows where its rows stand: give none.
+            state: what earlier passes have left, a `Buffer` or a `KVCache` (then N = 1); by default nothing.
+            starts: boolean [B, N], True at the first token of a document, where the memory is reset; none by default.
             top: whether the blocks above the source block run; without them there is no `hidden`.
         """
+        read, rest = (Buffer() if state is None else state).open(positions, tokens, self.blocks_run(top))
+        written = self.forward_pass(tokens, read, starts, top=top)
+        return written, rest.write(positions, written)
+
+    def forward_pass(
+        self, tokens: TokensBN, read: PassInput, starts: Tensor | None = None, *, top: bool = True
+    ) -> PassOutput:
+        """`run_pass` between opening and writing the state: tensors in, tensors out."""
         eps, x0 = self.config.backbone.norm_eps, self.embedding(tokens)
         x0 = (rms_norm(x0, eps) if self.config.backbone.embedding_norm else x0).to(self.stream_dtype)
-        memories = Memories(self._reset(memory, starts), self._shift(previous, starts))
-        shared = _projected(memories, (self.projection, self.shift_projection))
-        rope = rotary(past.queries, self.config.e, self.config.rope_theta, x0.dtype, self.config.backbone.rope)
-        windows, sights = self.config.windows(), {}
-        for window, layer in zip(windows, past.layers, strict=False):
-            if window not in sights:  # layers of one window hold the same positions
-                sights[window] = look(past, layer, window, self.execution.backend, x0)
-        run, layers = self._runner(past)
+        memories = Memories(self._recurrent(read.memory, starts), self._shift(read.previous, starts))
+        shared = projected(memories, (self.projection, self.shift_projection))
+        rope = rope_at(read.positions, self.config.e, self.config.rope_theta, x0.dtype, self.config.backbone.rope)
+        context = BlockContext(x0, tokens, read.positions, memories, shared, rope, None, None)
+        windows, masks = self.config.windows(), self._masks(read)
+        run, kv = self._runner(read)
         x = x0.clone() if self.execution.compile else x0  # one tensor given twice would be a graph of its own
-        source, keys, values = x0 if self.config.source else self._normed(tokens), [], []
-        for i in range(self.config.layers if top else self.config.source):
-            block, seen = self.blocks[i % self.config.depth], sights[windows[i]]
-            x, k, v = run(block, x, x0, tokens, memories, shared, rope, seen, layers[i])
+        memory, keys, values = x0 if self.config.source else self._normed(tokens), [], []
+        for i in range(self.blocks_run(top)):
+            own = context._replace(attention_mask=masks[windows[i]], kv=None if kv is None else kv[i])
+            x, k, v = run(self.blocks[i % self.config.depth], x, own)
             keys.append(k)
             values.append(v)
-            source = rms_norm(x, eps) if i + 1 == self.config.source else source
-        last = source if self.config.source == self.config.layers else x
-        hidden = (self.norm.scale(last) if last is source else self.norm(last)) if top else None
-        return PassOutput(hidden, source, tuple(keys), tuple(values))
+            memory = rms_norm(x, eps) if i + 1 == self.config.source else memory
+        last = memory if self.config.source == self.config.layers else x
+        hidden = (self.norm.scale(last) if last is memory else self.norm(last)) if top else None
+        return PassOutput(tokens, hidden, memory, tuple(keys), tuple(values))
+
+    def blocks_run(self, top: bool) -> int:
+        """Blocks that a pass runs, with those above the source block or without."""
+        return self.config.layers if top else self.config.source
 
     def logits(self, hidden: StreamBND) -> Tensor:
         """Next-token logits [.., V], soft-capped, in float32 at least."""
-        z = F.linear(hidden, self.unembedding)
+        z = F.linear(hidden, self.tied_head()) if self.head is None else self.head(hidden)
         z = z.float() if z.dtype != torch.float64 else z
         cap = self.config.softcap
         return z if cap is None else cap * torch.tanh(z / cap)
 
-    @property
-    def unembedding(self) -> Tensor:
-        """The head's matrix [V, D]: its own, or the embedding's."""
-        return self.embedding.weight if self.head is None else self.head.weight
+    def tied_head(self) -> Tensor:
+        """The embedding as a head, [V, D]: what the embedding module says of every token, an adapter's part too."""
+        if plain(self.embedding, nn.Embedding):
+            return self.embedding.weight
+        return self.embedding(torch.arange(self.config.vocab_size, device=self.device))
+
+    def head_matrix(self) -> Tensor | None:
+        """The matrix [V, D] that is all the head does; None where the head is more: an adapter, a hook, a bias."""
+        if self.head is None:
+            return self.tied_head()
+        return self.head.weight if plain(self.head, nn.Linear) and self.head.bias is None else None
 
     @property
     def stream_dtype(self) -> torch.dtype:
         """Type of the residual stream: autocast's where it is on, else the parameters'."""
-        device, dtype = self.device.type, self.embedding.weight.dtype
+        device, dtype = self.device.type, next(self.parameters()).dtype
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.embedding.weight.device
+        return next(self.parameters()).device
 
     def starts(self, tokens: TokensBN) -> Tensor | None:
         """Where documents start: at every BOS token; boolean like `tokens`, or None if the model knows no BOS."""
@@ -307,17 +132,37 @@ class LRT(nn.Module):
 
     def memory_parameters(self) -> list[nn.Parameter]:
         """Parameters that take part only where memory is read: W_K, W_V and gamma, a token shift's too."""
-        return [p for name, p in self.named_parameters() if "projection." in name or name.endswith("gamma")]
+        return [p for name, p in self.named_parameters() if role(name) in MEMORY]
 
-    def _runner(self, past: Past) -> tuple[Callable[..., tuple[StreamBND, HeadsBKNE, HeadsBKNE]], Sequence[LayerPast]]:
-        """How blocks are called, and what their attention sees of the past, in the form that suits that."""
-        compiled = self.execution.compile and bool(past.slices)
-        run, layers = (_compiled(), [_joined(layer) for layer in past.layers]) if compiled else (_called, past.layers)
+    def _masks(self, read: PassInput) -> dict[int | None, Mask]:
+        """What queries see, by window: layers of one window hold the same positions."""
+        queries, n, masks = read.positions, read.positions.shape[-1], {}
+        kv = [None] * self.config.layers if read.kv is None else read.kv
+        blockwise = self.execution.backend == "auto" and queries.device.type == "cpu" and queries.dim() == 1
+        for window, layer in zip(self.config.windows(), kv, strict=False):
+            if window not in masks:
+                keys = queries if layer is None else layer.positions
+                inside = layer is None and (window is None or window >= n)
+                if inside:
+                    masks[window] = None
+                elif blockwise and keys.dim() == 1 and n > BLOCK:
+                    masks[window] = query_blocks(queries, keys, window, BLOCK)
+                else:
+                    masks[window] = attention_mask(queries, keys, window)
+        return masks
+
+    def _runner(self, read: PassInput) -> tuple[Callable[..., BlockOutput], Sequence[LayerKV] | None]:
+        """How blocks are called, and the keys and values of other positions in the form that suits that."""
+        run, kv = _called, read.kv
+        if self.execution.compile and read.positions.dim() == 1:  # a pass over a slice; decoding compiles its own step
+            kv = None if kv is None else [layer.joined() for layer in kv if isinstance(layer, Segments)]
+            run = _compiled()
         if self.execution.recompute and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-        return run, layers
+        return run, kv
 
-    def _reset(self, memory: StreamBND | None, starts: Tensor | None) -> StreamBND | None:
+    def _recurrent(self, memory: StreamBND | None, starts: Tensor | None) -> StreamBND | None:
+        """The memory that is read, reset where documents start."""
         if memory is None or not self.config.memory.recurrent:
             return None
         memory = memory if starts is None else memory.masked_fill(starts[..., None], 0)
@@ -335,50 +180,15 @@ class LRT(nn.Module):
         return rms_norm(self.embedding(tokens), self.config.backbone.norm_eps).to(self.stream_dtype)
 
 
-def _called(block: nn.Module, *inputs: Any) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
-    return block(*inputs)
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what its class `kind` does and nothing else."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _called(block: nn.Module, x: StreamBND, context: BlockContext) -> BlockOutput:
+    return block(x, context)
 
 
 @cache
-def _compiled() -> Callable[..., tuple[StreamBND, HeadsBKNE, HeadsBKNE]]:
+def _compiled() -> Callable[..., BlockOutput]:
     return torch.compile(_called, fullgraph=True)
-
-
-def _joined(layer: LayerPast) -> LayerPast:
-    assert isinstance(layer, Segments)
-    return layer.joined()
-
-
-@torch.no_grad()
-def initialise(model: LRT, seed: int) -> None:
-    """Set every parameter, from a generator of its own.
-
-    | parameter | start |
-    | --- | --- |
-    | embedding | normal, deviation 1 |
-    | head | normal, deviation 0.001 (0.02 where it is the embedding) |
-    | output, mlp.down, gate, biases | 0: blocks start as the identity, gates at 2 sigmoid(0) = 1 |
-    | weights of norms | 1 |
-    | other matrices, value embeddings | uniform, deviation 1/sqrt(D) |
-    | alpha, beta, gamma | 1, 0.1, 0.1 |
-    | W_K, W_V of the memory, if it starts at `zero` | 0 |
-    """
-    random = torch.Generator(model.device).manual_seed(seed)
-    bound, zero = math.sqrt(3 / model.config.d), model.config.memory.start == "zero"
-    for name, p in model.named_parameters():
-        kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        sharded = is_sharded(p)  # then it takes its rows of what one process alone would draw
-        x = torch.empty(p.shape, device=p.device, dtype=p.dtype) if sharded else p
-        if kind in ("alpha", "beta", "gamma", "shift_gamma"):
-            x.fill_(1.0 if kind == "alpha" else 0.1)
-        elif kind in ("embedding", "head"):
-            wide = kind == "embedding" and not model.config.backbone.tied
-            x.normal_(0, 1.0 if wide else 0.02 if kind == "embedding" else 0.001, generator=random)
-        elif kind in ("output", "down", "gate", "bias") or (zero and "projection." in name):
-            x.zero_()
-        elif kind.endswith("norm"):
-            x.fill_(1.0)
-        else:
-            x.uniform_(-bound, bound, generator=random)
-        if sharded:
-            fill(p, x)

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from lrt.config.decoding import PrefillOptions, SamplingParams
 from lrt.inference.batch import Constraint, Emission, Request, RunningBatch
-from lrt.inference.prefill import OneToken, next_logits, solve
+from lrt.inference.prefill import next_logits
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import OneToken, solve
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
 from lrt.serve.states import MARK_EVERY, StateStore, StoredState

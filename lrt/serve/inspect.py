@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lrt.evaluation.bits_per_byte import bits_per_byte
 from lrt.inference.batch import Ranked, ranked
-from lrt.inference.generate import states
-from lrt.model.transformer import LRT, Attention, Block, Memories, ResidualInjection
+from lrt.model.blocks import Attention, Block, BlockContext, Memories, ResidualInjection
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import states
 from lrt.schedule import Curriculum
 from lrt.serve.engine import Lane
 from lrt.serve.text import Vocabulary
@@ -32,12 +33,11 @@ class Strengths:
     def __init__(self, model: LRT, length: int):
         self.model = model
         self.values = {kind: torch.zeros(model.config.depth, length) for kind in KINDS}
-        self._at = torch.empty(0, dtype=torch.int64)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Record the passes of one row that run inside."""
-        hooks = [self.model.register_forward_pre_hook(self._begin)]
+        hooks = []
         for layer, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
             hooks += [part.register_forward_pre_hook(self._seen(layer)) for part in (block.injection, block.attention)]
@@ -47,26 +47,22 @@ class Strengths:
             for hook in hooks:
                 hook.remove()
 
-    def _begin(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._at = inputs[1].queries.reshape(-1)
-
     def _seen(self, layer: int):
-        def hook(part: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(part: nn.Module, inputs: tuple[Tensor, BlockContext]) -> None:
+            x, context = inputs
+            at, unaided = context.positions.reshape(-1), context._replace(memories=Memories(), projected=None)
             if isinstance(part, ResidualInjection):
-                x, x0, memories = inputs
-                self._record(layer, "residual", part.forward(x, x0, memories), part.forward(x, x0, Memories()))
+                self._record(layer, "residual", at, part.forward(x, context), part.forward(x, unaided))
             elif isinstance(part, Attention):
-                a, tokens, memories, shared = inputs[:4]
-                with_memory, without = (memories, shared), (Memories(), None)
-                pairs = zip(*(part.keys_values(a, tokens, *read) for read in (with_memory, without)), strict=True)
+                pairs = zip(part.keys_values(x, context), part.keys_values(x, unaided), strict=True)
                 for kind, (with_memory, without) in zip(("key", "value"), pairs, strict=True):
-                    self._record(layer, kind, with_memory.flatten(2), without.flatten(2))
+                    self._record(layer, kind, at, with_memory.flatten(2), without.flatten(2))
 
         return hook
 
-    def _record(self, layer: int, kind: str, with_memory: Tensor, without: Tensor) -> None:
+    def _record(self, layer: int, kind: str, at: Tensor, with_memory: Tensor, without: Tensor) -> None:
         strength = (with_memory - without).norm(dim=-1) / without.norm(dim=-1).clamp(min=1e-12)
-        self.values[kind][layer, self._at.cpu()] = strength[0].float().cpu()
+        self.values[kind][layer, at.cpu()] = strength[0].float().cpu()
 
 
 def trained_without_memory(schedule: str, length: int) -> bool:

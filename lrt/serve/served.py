@@ -9,7 +9,8 @@ from typing import Any, TypeVar, final
 from pydantic import BaseModel, ValidationError
 
 from lrt import __version__
-from lrt.inference.prefill import OneToken, next_logits
+from lrt.inference.prefill import next_logits
+from lrt.model.recurrence import OneToken
 from lrt.serve.engine import Engine
 from lrt.serve.grammar import GrammarConstraint, Grammars, answer_form
 from lrt.serve.http import ApiError

@@ -32,7 +32,7 @@ from torch import Tensor
 from lrt.config.model import require
 from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.utils.dtensor import fill
 from lrt.utils.files import one_line, read_json, read_text, require_fields, require_kind, write_json, write_text
 
@@ -60,7 +60,7 @@ class Checkpoint:
 
     def model(self, device: str | torch.device = "cpu") -> LRT:
         """The model with its weights, in evaluation mode; a weight that does not fit raises ValueError naming it."""
-        model = LRT.build(self.config.model, device)
+        model = LRT(self.config.model, device)
         load_weights(model, _tensors(self.folder / MODEL))
         return model.eval()
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lrt.config.run import TrainConfig
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.utils.distributed import World
 from lrt.utils.dtensor import shard
 

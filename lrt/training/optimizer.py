@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config.run import OptimConfig
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
+from lrt.model.parameters import role
 from lrt.utils.dtensor import by_matrix, fill, is_sharded, shard, whole
 
 REFERENCE_WIDTH = 768
@@ -38,9 +39,10 @@ def parameter_groups(model: LRT) -> dict[str, dict[str, nn.Parameter]]:
     kinds = ("matrix", "embedding", "head", "scalar", "vector")
     groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in kinds}
     for name, p in model.named_parameters():
-        if name == "head.weight" or p is model.unembedding:
+        use = role(name)
+        if use == "head" or (use == "embedding" and model.head is None):
             groups["head"][name] = p
-        elif "embedding" in name:
+        elif use in ("embedding", "value embedding"):
             groups["embedding"][name] = p
         else:
             groups[("scalar", "vector", "matrix")[p.ndim]][name] = p

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lrt.config.model import require
 from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import initialise
+from lrt.model.parameters import initialise
 from lrt.utils.distributed import World
 from lrt.utils.dtensor import is_sharded
 
@@ -40,7 +40,7 @@ class Parallel:
         if world.grouped and mode == "fsdp":
             self._shard()
         loss.to_empty(device=world.device)
-        initialise(loss.model, seed)
+        initialise(loss.model, loss.model.config, seed)
         self.parameters = list(loss.parameters())
         if world.grouped and mode != "fsdp":
             self.module = DistributedDataParallel(loss, gradient_as_bucket_view=True)

@@ -20,7 +20,7 @@ from lrt.evaluation.bits_per_byte import BPB, evaluate, of_split, validation_row
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group
 from lrt.model.loss import LossOutput, ScheduledLoss, step_plan
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Curriculum
 from lrt.training import checkpoint
 from lrt.training.adaptive import Settling, restored

@@ -17,7 +17,7 @@ from lrt.config.model import Execution, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe
 from lrt.config.run import OptimConfig, RunConfig, TrainConfig
 from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 from lrt.training.optimizer import Muon, Optimizer
 
@@ -26,7 +26,7 @@ SHAPE = {"depth": 6, "width": 64, "heads": 4, "context": 64, "vocab_size": 64}
 
 def kept(model: ModelConfig, schedule: str, recompute: bool) -> int:
     """Numbers that autograd keeps of one row, weights not counted."""
-    built = LRT.build(model)
+    built = LRT(model)
     built.execution = Execution(recompute=recompute)
     own, seen = {p.untyped_storage().data_ptr() for p in built.parameters()}, {}
 
@@ -62,7 +62,7 @@ def test_state_is_what_the_optimizer_holds(name: str):
     """Weights, gradients and optimizer state of the plan against a model that has taken a step."""
     run = recipe(name)
     run = replace(run, model=replace(run.model, vocab_size=64))
-    model = LRT.build(run.model)
+    model = LRT(run.model)
     optimizer = Optimizer(model, OptimConfig())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -80,7 +80,7 @@ def test_flops_of_orthogonalisation():
     """Counted by torch on the matrices of a model; the small gates are left out."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = LRT.build(config(gate_width=1))
+    model = LRT(config(gate_width=1))
     muon = Muon([torch.nn.Parameter(torch.zeros(1))], 0.1, 0.9, 0.0, torch.float32)
     with FlopCounterMode(display=False) as counter:
         for name, p in model.named_parameters():

@@ -16,7 +16,7 @@ from lrt.data.state_tasks import PAD, PERMUTATIONS, QUERY, SWAPS, is_even
 from lrt.data.synthetic import TASKS, TaskLoader, TaskRows, task_rows
 from lrt.evaluation.in_context import in_context_score
 from lrt.evaluation.task_accuracy import accuracy, by_length
-from lrt.inference.generate import decode_step
+from lrt.inference.prefill import decode_step
 from lrt.model.kv_cache import KVCache
 from lrt.model.shapes import IGNORE
 

@@ -26,7 +26,7 @@ from lrt.evaluation.bits_per_byte import (
     validation_rows,
 )
 from lrt.model.loss import token_nats
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 
 FULL, PLAIN = config(), CORNERS[-1]

@@ -13,9 +13,9 @@ from lrt.evaluation import bits_per_byte as evaluation
 from lrt.evaluation import contraction as module
 from lrt.evaluation.bits_per_byte import HeldOut, Rows, ScoredText, evaluate
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
+from lrt.model.lrt import LRT
 from lrt.model.reference import reference
 from lrt.model.run_passes import run_passes
-from lrt.model.transformer import LRT
 from lrt.schedule import Schedule
 
 LENGTH = 7

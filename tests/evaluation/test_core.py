@@ -14,7 +14,7 @@ from lrt.config.model import ModelConfig
 from lrt.data.tokenizer import ByteTokenizer
 from lrt.evaluation.core import KNOWN, CoreTask, candidates, core, examples, read_bundle, texts
 from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 
 ENTRIES = [
@@ -73,7 +73,7 @@ def test_candidates_score_the_answer_and_keep_the_end_of_what_is_too_long(bundle
 def test_a_model_that_knows_the_answers_gets_them_and_accuracy_is_centred(bundle):
     tasks, tokenizer = read_bundle(bundle), ByteTokenizer()
     told = [text for task in tasks for i, item in enumerate(task.items) for text in _solved(task, i, item)]
-    model = LRT.build(ModelConfig(depth=2, width=64, heads=2, context=64, vocab_size=257, bos=256), seed=1)
+    model = LRT(ModelConfig(depth=2, width=64, heads=2, context=64, vocab_size=257, bos=256), seed=1)
     loss, optimizer = ScheduledLoss(model, Schedule.parse("settled-1..2")), torch.optim.AdamW(model.parameters(), 3e-3)
     rows = torch.tensor([[256, *tokenizer.encode(text.ljust(48))][:49] for text in told])
     for step in range(150):

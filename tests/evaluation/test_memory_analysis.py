@@ -23,9 +23,10 @@ from lrt.evaluation.memory_analysis import (
     switches,
     tables,
 )
-from lrt.inference.generate import decode_step, score
+from lrt.inference.generate import score
+from lrt.inference.prefill import decode_step
 from lrt.model.kv_cache import KVCache
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 
 CONFIG = config(projection="shared", source=3, window_pattern="L", kv_heads=2)
 
@@ -81,7 +82,7 @@ def test_influence_is_the_gradient_of_the_loss():
     found = influence(model, rows, reach=6)
     assert len(found) == 6 and all(x > 0 for x in found)
     # The loss of the next token, when the newest memory is moved by a small step along one channel.
-    from lrt.inference.generate import prefill
+    from lrt.inference.prefill import prefill
 
     ids = rows.tokens[:1, :12]
     cache = prefill(model, ids[:, :11], mode="exact", capacity=12).cache

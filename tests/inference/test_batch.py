@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lrt.config.decoding import SamplingParams
 from lrt.inference.batch import Request, RunningBatch
-from lrt.inference.generate import generate, prefill
+from lrt.inference.generate import generate
+from lrt.inference.prefill import prefill
 from lrt.model.kv_cache import KVCache
 
 CFG = config()

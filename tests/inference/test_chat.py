@@ -11,7 +11,7 @@ from helpers import config, randomised
 from lrt.config.decoding import SamplingParams
 from lrt.data.tokenizer import ByteTokenizer
 from lrt.inference.chat import Conversation
-from lrt.inference.generate import prefill
+from lrt.inference.prefill import prefill
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, stop_tokens=())
 TEXT = ByteTokenizer()

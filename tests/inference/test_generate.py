@@ -17,12 +17,13 @@ from lrt.cli.bench_decode import main as bench_decode
 from lrt.config.decoding import PrefillOptions, SamplingParams
 from lrt.config.model import MEMORY_OFF
 from lrt.evaluation.contraction import exact_states
-from lrt.inference.generate import decode_step, generate, prefill, score
-from lrt.inference.prefill import advance, compiled, next_logits
+from lrt.inference.generate import generate, score
+from lrt.inference.prefill import compiled, decode_step, next_logits, prefill
 from lrt.model.kv_cache import KVCache, positions_held, visible_slots
 from lrt.model.loss import IGNORE
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import advance
 from lrt.model.reference import reference
-from lrt.model.transformer import LRT
 
 TIGHT = 1e-10
 MODES = ["exact", "jacobi", "interleaved-3"]
@@ -360,7 +361,7 @@ def test_steps_need_no_gradient_and_leave_the_model_alone(model):
 def test_the_compiled_step_equals_the_plain_one_and_compiles_twice_at_most():
     """Once for views of the slots, once for the whole of them; never per token."""
     cfg = config(context=400)
-    model, rows, run = LRT.build(cfg, seed=1), tokens(cfg, 2, 200), compiled()
+    model, rows, run = LRT(cfg, seed=1), tokens(cfg, 2, 200), compiled()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     ours = theirs = KVCache.empty(model, 2, 200)
@@ -383,7 +384,7 @@ def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
 
 
 def test_the_bench_measures_every_part(tmp_path):
-    model = LRT.build(config(vocab_size=64), seed=2)
+    model = LRT(config(vocab_size=64), seed=2)
     prompts = tokens(model.config, 2, 20)
     cells = list(bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], 1, False, cache_gib=0.01))
     prefills = bench.prefill_times(model, prompts, ["jacobi", "interleaved-4"], 1e-4)

@@ -16,10 +16,11 @@ from lrt.config.conversion import Conversion
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig
 from lrt.data import train_bpe
-from lrt.inference.generate import generate, prefill, score
+from lrt.inference.generate import generate, score
+from lrt.inference.prefill import prefill
 from lrt.integrations import families
 from lrt.integrations.convert import add_memory, convert, save_family
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.training.checkpoint import load_model
 
 transformers = pytest.importorskip("transformers")
@@ -63,7 +64,7 @@ def theirs(case: str, dtype: torch.dtype = torch.float32):
 
 def ours(model, memory: MemoryConfig = MEMORY_OFF) -> LRT:
     cfg = replace(families.model_config(model.config.to_dict(), bos=0), memory=memory)
-    made = LRT.build(cfg).to(model.dtype).eval()
+    made = LRT(cfg).to(model.dtype).eval()
     state = {k: v for k, v in model.state_dict().items() if not (cfg.backbone.tied and k == "lm_head.weight")}
     add_memory(made, families.imported(state, cfg), "zero", 0.0, 0)
     return made

@@ -15,7 +15,7 @@ from lrt.config.model import ModelConfig
 from lrt.config.run import to_dict
 from lrt.inference.generate import generate, score
 from lrt.model.loss import IGNORE, ScheduledLoss
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 
 transformers = pytest.importorskip("transformers")
@@ -304,7 +304,7 @@ def test_trainer_takes_the_steps_that_a_loop_by_hand_takes(tmp_path: Path):
 
 def test_fresh_weights_are_the_cores(tmp_path: Path):
     made_ = transformers.AutoModelForCausalLM.from_config(LRTConfig(lrt=to_dict(FULL), seed=3))
-    core = LRT.build(FULL, seed=3)
+    core = LRT(FULL, seed=3)
     assert all(torch.equal(p, dict(core.named_parameters())[n]) for n, p in made_.model.core.named_parameters())
     made_.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from helpers import CORNERS, config, fixed, label, packed, passes, randomised, s
 from torch import Tensor
 
 from lrt.model.loss import ScheduledLoss, step_plan
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 
 COMPARING = ["settled-1", "settled-3", "hop-0", "hop-2", "refinement-2", "interleaved-3", "interleaved-2:settle=1"]

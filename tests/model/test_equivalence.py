@@ -36,10 +36,10 @@ from torch import Tensor
 
 from lrt.config.model import MEMORY_OFF, ModelConfig
 from lrt.model.kv_cache import KVCache
+from lrt.model.lrt import LRT
 from lrt.model.reference import reference
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer
-from lrt.model.transformer import LRT
 from lrt.schedule import Pass, exact_prefix, memory_only
 
 TOLERANCE = 1e-10
@@ -88,7 +88,7 @@ def test_any_passes_compute_what_the_oracle_does(case, cfg: ModelConfig, seed: i
     with torch.no_grad():
         folded = list(run_passes(model, ids, run, model.starts(ids)))
     for (logits, memory), (_, written, _), early in zip(expected, folded, memory_only(run), strict=True):
-        assert near(written.source[0], memory)
+        assert near(written.memory[0], memory)
         assert (written.hidden is None) == early
         if written.hidden is not None:
             assert near(model.logits(written.hidden[0]).detach(), logits)
@@ -190,11 +190,11 @@ def test_passes_may_begin_where_a_cache_ends(half: int, cfg: ModelConfig):
     with torch.no_grad():
         first, both = ids[:, :half], torch.arange(2)
         buffer = next(run_passes(model, first, run[:1], starts[:, :half]))[2]
-        cache = KVCache.empty(model, 2, 8).commit(buffer, first, both, torch.full((2,), half))
+        cache = KVCache.empty(model, 2, 8).commit(buffer, both, torch.full((2,), half))
         parts = list(run_passes(model, ids[:, half:], [Pass(r) for r in second], starts[:, half:], cache.buffer()))
     for (_, a, _), (_, b, _) in zip(whole[1:], parts, strict=True):
         assert near(a.hidden, b.hidden)
-        assert near(a.source, b.source)
+        assert near(a.memory, b.memory)
 
 
 # The exact prefix, measured.
@@ -294,12 +294,12 @@ def test_a_document_reads_no_memory_of_the_one_before(at: range, cfg: ModelConfi
     starts = ids == 0  # given explicitly: one of the models knows no BOS
     _, _, buffer = next(run_passes(model, ids, [Pass(range(8))], starts))
     segment = buffer.segments[0]
-    noise = torch.zeros_like(segment.written.source)
+    noise = torch.zeros_like(segment.written.memory)
     if 4 in at:
         noise[:, 3] = 1.0
     else:
         noise[:, 1] = 1.0  # read by position 2, which the pass may not visit; position 4 is not visited
-    other = Buffer((segment._replace(written=segment.written._replace(source=segment.written.source + noise)),))
+    other = Buffer((segment._replace(written=segment.written._replace(memory=segment.written.memory + noise)),))
     hidden = [next(run_passes(model, ids, [Pass(at)], starts, b))[1].hidden for b in (buffer, other)]
     change = differ(*hidden).amax(1)
     assert change[0] == 0
@@ -311,7 +311,7 @@ def test_no_gradient_reaches_the_memory_before_a_document(cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 1, 8)  # BOS at position 3
     starts = ids == 0
     (_, first, _), (_, second, _) = run_passes(model, ids, passes("refinement-1", 8), starts)
-    grad = torch.autograd.grad(second.hidden.pow(3).sum(), first.source)[0][0].abs().amax(-1)
+    grad = torch.autograd.grad(second.hidden.pow(3).sum(), first.memory)[0][0].abs().amax(-1)
     assert grad[2] == 0
     assert grad[7] == 0  # nobody stands after the last position
     assert (grad[[0, 1, 3, 4, 5, 6]] > 1e-9).all()
@@ -348,7 +348,7 @@ NEUTRAL = ("gate.weight", "gamma", "projection.key.weight", "projection.value.we
 
 @with_memory
 def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(cfg: ModelConfig):
-    model, plain = deepcopy(fixed(cfg)), LRT.build(replace(cfg, memory=MEMORY_OFF)).double()
+    model, plain = deepcopy(fixed(cfg)), LRT(replace(cfg, memory=MEMORY_OFF)).double()
     weights = {name: p.zero_() if name.endswith(NEUTRAL) else p for name, p in model.state_dict().items()}
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
     assert plain.memory_parameters() == []
@@ -361,18 +361,20 @@ def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(cfg: ModelCon
 @recurrent
 def test_absent_memory_is_zero_memory(cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 2, 8)
-    past, previous = Buffer().past(range(8), cfg.layers, ids.device), Buffer().previous_tokens(ids)
+    read, _ = Buffer().open(None, ids, cfg.layers)
     zero = torch.zeros(2, 8, cfg.d, dtype=torch.float64)
-    absent, given_zero, some = (model(ids, past, m, previous=previous) for m in (None, zero, zero + 0.1))
+    absent, given_zero, some = (model.forward_pass(ids, read._replace(memory=m)) for m in (None, zero, zero + 0.1))
     assert near(absent.hidden, given_zero.hidden)
     assert differ(absent.hidden, some.hidden).min() > 1e-6
 
 
 def test_a_model_without_memory_ignores_one_that_is_given():
     model, ids = fixed(CORNERS[-1]), packed(CORNERS[-1], 2, 8)
-    past = Buffer().past(range(8), 3, ids.device)
+    read, _ = Buffer().open(None, ids, 3)
     memory = torch.ones(2, 8, 24, dtype=torch.float64)
-    assert torch.equal(model(ids, past).hidden, model(ids, past, memory).hidden)
+    assert torch.equal(
+        model.forward_pass(ids, read).hidden, model.forward_pass(ids, read._replace(memory=memory)).hidden
+    )
     assert not any("projection" in name or "gamma" in name or "gate" in name for name in model.state_dict())
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lrt.config.model import ModelConfig
 from lrt.model.loss import ScheduledLoss, step_plan, token_nats
+from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer, PassOutput
-from lrt.model.transformer import LRT
 from lrt.schedule import Pass, Schedule, memory_only
 
 LENGTH, EPSILON, TOLERANCE = 4, 1e-5, 1e-7
@@ -60,12 +60,11 @@ def record(model: LRT, ids: Tensor, run: tuple[Pass, ...]) -> list[Step]:
 def promised_loss(model: LRT, ids: Tensor, targets: Tensor, steps: list[Step]) -> Tensor:
     """The function whose gradient a schedule promises: recorded numbers stand where it cuts."""
     buffer, losses, weights, starts = Buffer(), [], [], model.starts(ids)
-    previous = buffer.previous_tokens(ids)
     for p, early, frozen, written in steps:
         if p.grad:
             read, at = frozen if p.detach else buffer, list(p.positions)
-            past = read.past(p.positions, model.config.source if early else model.config.depth, ids.device)
-            written = model(ids[:, at], past, read.memory(p.positions), starts[:, at], previous[:, at], top=not early)
+            seen, _ = read.open(p.positions, ids[:, at], model.blocks_run(top=not early))
+            written = model.forward_pass(ids[:, at], seen, starts[:, at], top=not early)
             if p.weight > 0:
                 losses.append(token_nats(model, written.hidden, targets[:, at]).mean())
                 weights.append(p.weight)
@@ -132,7 +131,7 @@ def reaches(text: str, later: int, earlier: int) -> dict[str, bool]:
     written = [w for _, w, _ in run_passes(model, ids, passes(text, 8), model.starts(ids))]
     at = passes(text, 8)[later].positions
     loss = token_nats(model, written[later].hidden, ids[:, at.start : at.stop : at.step]).sum()
-    parts = {"memory": written[earlier].source, "keys": written[earlier].keys[0], "values": written[earlier].values[0]}
+    parts = {"memory": written[earlier].memory, "keys": written[earlier].keys[0], "values": written[earlier].values[0]}
     parts = {name: x for name, x in parts.items() if x.requires_grad}
     if not parts or not loss.requires_grad:
         return dict.fromkeys(("memory", "keys", "values"), False)
@@ -176,10 +175,10 @@ def test_settling_passes_record_nothing():
     model, ids = fixed(config()), packed(config(), 2, 8)
     folded = list(run_passes(model, ids, passes("settled-2", 8), model.starts(ids)))
     for _, written, _ in folded[:-1]:
-        assert not any(x.requires_grad for x in (written.source, *written.keys, *written.values))
+        assert not any(x.requires_grad for x in (written.memory, *written.keys, *written.values))
     assert folded[-1][1].hidden.requires_grad
     with torch.no_grad():
-        assert not any(w.source.requires_grad for _, w, _ in run_passes(model, ids, passes("refinement-1", 8)))
+        assert not any(w.memory.requires_grad for _, w, _ in run_passes(model, ids, passes("refinement-1", 8)))
 
 
 def test_micro_batches_with_counts_add_up_to_the_gradient_of_the_batch():

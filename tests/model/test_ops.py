@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrt.model.attention import attend, rotary, rotate, visible
-from lrt.model.ops import EPS, relu_squared, rms_norm, split, turn, weighted_sum
+from lrt.model.attention import apply_rope, attend, attention_mask, rope_at
+from lrt.model.ops import EPS, relu_squared, rms_norm, rotate, split, weighted_sum
 
 PLAIN = {
     rms_norm: lambda x: F.rms_norm(x, (x.shape[-1],), eps=EPS),
@@ -83,9 +83,9 @@ def test_turning_back_is_the_gradient_of_turning():
     angles = drawn(4, 3, seed=1)
     cos, sin = angles.cos(), angles.sin()
     a, b = x.chunk(2, dim=-1)
-    torch.testing.assert_close(turn(x, cos, sin), torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
-    torch.testing.assert_close(turn(turn(x, cos, sin), cos, -sin), x)
-    assert torch.autograd.gradcheck(lambda x: turn(x, cos, sin), x)
+    torch.testing.assert_close(rotate(x, cos, sin), torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
+    torch.testing.assert_close(rotate(rotate(x, cos, sin), cos, -sin), x)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -112,11 +112,13 @@ places = st.lists(st.integers(0, 40), min_size=1, max_size=7, unique=True)
 
 
 @given(places, places, st.none() | st.integers(1, 20))
-def test_visible_is_causal_and_windowed(queries: list[int], keys: list[int], window: int | None):
-    seen = visible(torch.tensor(queries), torch.tensor(keys), window)
+def test_the_mask_is_causal_and_windowed(queries: list[int], keys: list[int], window: int | None):
+    seen = attention_mask(torch.tensor(queries), torch.tensor(keys), window)
     expected = [[k <= q and (window is None or q - k < window) for k in keys] for q in queries]
     assert seen.tolist() == expected
-    rows = visible(torch.tensor([queries, queries]) + torch.tensor([[0], [1]]), torch.tensor([keys, keys]), window)
+    rows = attention_mask(
+        torch.tensor([queries, queries]) + torch.tensor([[0], [1]]), torch.tensor([keys, keys]), window
+    )
     assert rows.shape == (2, 1, len(queries), len(keys))
     assert rows[0, 0].tolist() == expected
 
@@ -125,7 +127,7 @@ def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_alone():
     q, k = drawn(1, 1, 1, 6), drawn(1, 1, 1, 6, seed=1)
 
     def turned(x: Tensor, position: int) -> Tensor:
-        return rotate(x, rotary(torch.tensor([position]), 6, 100.0, torch.float64))
+        return apply_rope(x, rope_at(torch.tensor([position]), 6, 100.0, torch.float64))
 
     torch.testing.assert_close(turned(q, 0), q)
     torch.testing.assert_close(turned(q, 17).norm(), q.norm())
@@ -136,14 +138,14 @@ def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_alone():
 
 def test_rotary_per_row_and_rounding():
     positions = torch.tensor([[0, 5], [2, 9]])
-    cos, sin = rotary(positions, 4, 100.0, torch.float64)
+    cos, sin = rope_at(positions, 4, 100.0, torch.float64)
     assert cos.shape == sin.shape == (2, 1, 2, 2)
     assert math.isclose(sin[1, 0, 1, 1], math.sin(9 * 100.0**-0.5))
     assert math.isclose(cos[1, 0, 1, 0], math.cos(9))
-    shared, _ = rotary(positions[1], 4, 100.0, torch.float64)
+    shared, _ = rope_at(positions[1], 4, 100.0, torch.float64)
     assert torch.equal(shared, cos[1, 0])
     far = torch.tensor([4095])  # angles are not rounded to bfloat16, only their cosines
-    coarse, fine = (rotary(far, 4, 1e4, dtype)[0] for dtype in (torch.bfloat16, torch.float64))
+    coarse, fine = (rope_at(far, 4, 1e4, dtype)[0] for dtype in (torch.bfloat16, torch.float64))
     torch.testing.assert_close(coarse.double(), fine, rtol=0, atol=5e-3)
 
 
@@ -152,7 +154,7 @@ def test_rotary_per_row_and_rounding():
 def test_attend_is_softmax_attention_head_by_head(kv_heads: int, causal: bool):
     q, k, v = drawn(2, 4, 5, 6), drawn(2, kv_heads, 5, 6, seed=1), drawn(2, kv_heads, 5, 6, seed=2)
     at = torch.arange(5)
-    seen = visible(at, at, None if causal else 3)
+    seen = attention_mask(at, at, None if causal else 3)
     got = attend(q, k, v, None if causal else seen)
     for head in range(4):
         mine = head // (4 // kv_heads)

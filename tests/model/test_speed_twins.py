@@ -14,23 +14,24 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lrt.model.attention
+import lrt.model.blocks
 import lrt.model.state
 import lrt.model.transformer
 from lrt.config.model import Execution
 from lrt.config.run import OptimConfig
 from lrt.model.loss import ScheduledLoss, step_plan, token_nats
+from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
-from lrt.model.transformer import LRT
 from lrt.schedule import Schedule
 from lrt.training.optimizer import Optimizer
 
 CONFIG = config(projection="shared", window_pattern="SL")
-MERGED = Execution(attention="merged")
-RUNS = [(text, MERGED) for text in ("interleaved-2", "interleaved-3", "refinement-1", "settled-1..3")]
+FAST = Execution()
+RUNS = [(text, FAST) for text in ("interleaved-2", "interleaved-3", "refinement-1", "settled-1..3")]
 RUNS += [("interleaved-2", Execution(recompute=True))]
 
 
-def plain_turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -40,12 +41,13 @@ def slow(monkeypatch):
     """A switch to the plain formulae."""
 
     def switch() -> None:
-        monkeypatch.setattr(lrt.model.transformer, "rms_norm", lambda x, eps: F.rms_norm(x, (x.shape[-1],), eps=eps))
-        monkeypatch.setattr(lrt.model.transformer, "relu_squared", lambda x: F.relu(x).square())
+        for module in (lrt.model.transformer, lrt.model.blocks):
+            monkeypatch.setattr(module, "rms_norm", lambda x, eps: F.rms_norm(x, (x.shape[-1],), eps=eps))
+        monkeypatch.setattr(lrt.model.blocks, "relu_squared", lambda x: F.relu(x).square())
         monkeypatch.setattr(
-            lrt.model.transformer, "weighted_sum", lambda ws, xs: sum(w * x for w, x in zip(ws, xs, strict=True))
+            lrt.model.blocks, "weighted_sum", lambda ws, xs: sum(w * x for w, x in zip(ws, xs, strict=True))
         )
-        monkeypatch.setattr(lrt.model.attention, "turn", plain_turn)
+        monkeypatch.setattr(lrt.model.attention, "rotate", plain_rotation)
         monkeypatch.setattr(
             lrt.model.state, "split", lambda x, axis, cuts: [x[(slice(None),) * axis + (c,)] for c in cuts]
         )
@@ -69,7 +71,7 @@ def slow_loss(model: LRT, ids: Tensor, targets: Tensor, schedule: Schedule, step
 
 def losses(loss, text: str, how: Execution, muon: bool) -> list[float]:
     """Of 20 steps."""
-    model, schedule = LRT.build(CONFIG, seed=3), Schedule.parse(text)
+    model, schedule = LRT(CONFIG, seed=3), Schedule.parse(text)
     model.execution = how
     ids = packed(CONFIG, 2, 16)
     adam, both = torch.optim.AdamW(model.parameters(), lr=3e-3), Optimizer(model, OptimConfig())
@@ -98,7 +100,7 @@ def test_twenty_adamw_steps_lose_the_same_to_float32_rounding(text, how, slow):
 @pytest.mark.parametrize("text", ["interleaved-2", "settled-1..3"])
 def test_twenty_muon_steps_lose_the_same_to_a_thousandth(text, slow):
     """Newton-Schulz amplifies the rounding of small singular values, so that runs part sooner than with AdamW."""
-    fast = losses(fast_loss, text, MERGED, muon=True)
+    fast = losses(fast_loss, text, FAST, muon=True)
     slow()
     twin = losses(slow_loss, text, Execution(attention="masked"), muon=True)
     assert max(abs(a - b) for a, b in zip(fast, twin, strict=True)) < 1e-3
@@ -122,7 +124,7 @@ def test_blocks_are_compiled_once_per_kind_of_pass(compiled):
     ids = packed(CONFIG, 2, 48)
     graphs = []
     for text in ("interleaved-4", "interleaved-6", "interleaved-3", "settled-1", "settled-3"):
-        model = LRT.build(config(depth=2, window_pattern="L", value_embeddings="none"), seed=3)
+        model = LRT(config(depth=2, window_pattern="L", value_embeddings="none"), seed=3)
         expected = fast_loss(model, ids, ids, Schedule.parse(text), 0)
         model.execution = Execution(compile=True)
         loss = fast_loss(model, ids, ids, Schedule.parse(text), 0)

@@ -13,16 +13,17 @@ from torch import Tensor
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.recipes import RECIPES
 from lrt.model.loss import ScheduledLoss
+from lrt.model.lrt import LRT
 from lrt.model.state import Buffer
-from lrt.model.transformer import LRT
 from lrt.schedule import Schedule
 
 WIDE = ModelConfig(depth=2, width=128, heads=2, vocab_size=300, value_embeddings="all", memory=MemoryConfig(source=1))
 
 
 def parallel(model: LRT, ids: Tensor, **options):
-    past = Buffer().past(range(ids.shape[1]), model.config.layers, ids.device)
-    return model(ids, past, previous=Buffer().previous_tokens(ids), **options)
+    """One pass over all positions; `memory` is what it reads."""
+    read, _ = Buffer().open(None, ids, model.config.layers)
+    return model.forward_pass(ids, read._replace(memory=options.pop("memory", None)), **options)
 
 
 # Initialisation: the table of `initialise`.
@@ -44,7 +45,7 @@ def expected_start(name: str, d: int, start: str = "uniform") -> tuple[float, fl
 @pytest.mark.parametrize("projection", ["layerwise", "shared", "none"])
 def test_initialisation_table(projection, start):
     memory = MemoryConfig(projection=projection, source=1, shift=True, start=start)
-    model = LRT.build(replace(WIDE, memory=memory))
+    model = LRT(replace(WIDE, memory=memory))
     for name, p in model.named_parameters():
         mean, deviation = expected_start(name, 128, start)
         slack = 5 * deviation / math.sqrt(p.numel())
@@ -55,8 +56,8 @@ def test_initialisation_table(projection, start):
 
 
 def test_blocks_start_as_the_identity_with_neutral_gates():
-    model, ids = LRT.build(WIDE), packed(WIDE, 2, 6)
-    plain = LRT.build(replace(WIDE, memory=MEMORY_OFF))
+    model, ids = LRT(WIDE), packed(WIDE, 2, 6)
+    plain = LRT(replace(WIDE, memory=MEMORY_OFF))
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
     hidden = parallel(model, ids).hidden
     x = torch.nn.functional.rms_norm(model.embedding(ids), (128,), eps=1e-6)
@@ -65,13 +66,13 @@ def test_blocks_start_as_the_identity_with_neutral_gates():
 
 
 def test_build_is_a_function_of_the_seed():
-    first, again, other = (LRT.build(WIDE, seed=seed).state_dict() for seed in (0, 0, 1))
+    first, again, other = (LRT(WIDE, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     drawn = [name for name in first if first[name].ndim and first[name].std() > 0]
     assert drawn
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
     state = torch.get_rng_state()
-    LRT.build(WIDE, seed=5)
+    LRT(WIDE, seed=5)
     assert torch.equal(torch.get_rng_state(), state)  # a generator of its own
 
 
@@ -161,9 +162,9 @@ def test_the_memory_is_the_normalised_stream_after_the_source_block():
     short = LRT(replace(cfg, depth=2, window_pattern="SL"[: cfg.depth])).double()
     short.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("blocks.2.")})
     whole, below = parallel(model, ids, memory=memory), parallel(short, ids, memory=memory)
-    torch.testing.assert_close(whole.source, below.source)
-    torch.testing.assert_close(below.source, below.hidden)
-    torch.testing.assert_close(whole.source.square().mean(-1), torch.ones(2, 8).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(whole.memory, below.memory)
+    torch.testing.assert_close(below.memory, below.hidden)
+    torch.testing.assert_close(whole.memory.square().mean(-1), torch.ones(2, 8).double(), rtol=1e-4, atol=0)
 
 
 def test_a_pass_without_the_top_has_no_hidden_state_and_the_same_memory():
@@ -171,7 +172,7 @@ def test_a_pass_without_the_top_has_no_hidden_state_and_the_same_memory():
     top, low = parallel(model, ids), parallel(model, ids, top=False)
     assert low.hidden is None
     assert (len(top.keys), len(low.keys)) == (3, 2)
-    assert torch.equal(top.source, low.source)
+    assert torch.equal(top.memory, low.memory)
 
 
 def test_a_vector_of_starts_resets_exactly_those_positions():
@@ -203,7 +204,7 @@ def test_autocast_runs_in_bfloat16_and_scores_in_float32(cfg: ModelConfig):
     with torch.autocast("cpu", torch.bfloat16):
         written = parallel(model, ids)
         coarse = loss(ids, ids).loss
-    assert {x.dtype for x in (written.source, *written.keys, *written.values)} == {torch.bfloat16}
+    assert {x.dtype for x in (written.memory, *written.keys, *written.values)} == {torch.bfloat16}
     assert coarse.dtype == torch.float32
     assert abs(coarse - exact) < 0.05 * exact
     assert coarse != exact
@@ -212,7 +213,7 @@ def test_autocast_runs_in_bfloat16_and_scores_in_float32(cfg: ModelConfig):
 
 
 def test_logits_are_float32_whatever_the_model():
-    model = LRT.build(config()).bfloat16()
+    model = LRT(config()).bfloat16()
     hidden = torch.randn(2, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert model.logits(hidden).dtype == torch.float32
     assert fixed(config()).logits(hidden.double()).dtype == torch.float64

@@ -410,7 +410,7 @@ def test_strengths_are_the_norms_of_the_injections(server):
     model = server.loaded.model
     ids = opened(server, "fox jumps over")
     found = post(server, "/api/inspect", {"text": "fox jumps over"}).json()["strength"]["residual"][0]
-    from lrt.inference.generate import prefill
+    from lrt.inference.prefill import prefill
     from lrt.model.ops import rms_norm
 
     block = model.blocks[0].injection

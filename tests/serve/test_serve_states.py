@@ -13,7 +13,7 @@ from helpers import config, fixed, tokens
 from serving import WORDS
 
 from lrt.data import ByteTokenizer, train_bpe
-from lrt.inference.generate import decode_step, prefill
+from lrt.inference.prefill import decode_step, prefill
 from lrt.model.kv_cache import KVCache
 from lrt.serve.states import StateStore
 from lrt.serve.text import Listing, Vocabulary

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import RunConfig
 from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 from lrt.training.logging import Jsonl
 from lrt.training.parallel import Parallel

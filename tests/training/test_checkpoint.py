@@ -21,7 +21,7 @@ from lrt.config.model import ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import ByteTokenizer, train_bpe
 from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 from lrt.training import checkpoint
 from lrt.training.checkpoint import (
@@ -44,7 +44,7 @@ EXTRA = {"data": "abc", "progress": {"step": 3}, "bpb": None}
 
 def trained() -> tuple[LRT, Optimizer]:
     """A model one step away from its initialisation, and its optimizer."""
-    model = LRT.build(RUN.model)
+    model = LRT(RUN.model)
     optimizer = Optimizer(model, RUN.optim)
     ids = packed(RUN.model, 2, 8)
     ScheduledLoss(model, Schedule.parse("interleaved-2"))(ids, ids.roll(-1, 1)).loss.backward()
@@ -84,7 +84,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path):
     own, other, smaller = train_bpe(["to be or not to be " * 9], 262), train_bpe(["a rose is a rose " * 9], 262), 259
     run = replace(RUN, model=replace(RUN.model, vocab_size=own.vocab_size))
     own.save(tmp_path / "tokenizer")
-    save(tmp_path, 1, run, LRT.build(run.model), {}, EXTRA, keep=1)
+    save(tmp_path, 1, run, LRT(run.model), {}, EXTRA, keep=1)
     assert load_model(tmp_path).tokenizer.hash == own.hash
     for wrong in (other, train_bpe(["to be or not to be " * 9], smaller), ByteTokenizer()):
         wrong.save(tmp_path / "tokenizer")
@@ -100,9 +100,9 @@ def test_a_folder_holds_what_it_says_and_nothing_is_left_aside(tmp_path: Path):
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path):
     saved(tmp_path)
-    folder = save(tmp_path, 3, RUN, LRT.build(RUN.model, seed=9), {}, EXTRA, 2)
+    folder = save(tmp_path, 3, RUN, LRT(RUN.model, seed=9), {}, EXTRA, 2)
     weights = open_checkpoint(folder).model().state_dict()
-    assert torch.equal(weights["head.weight"], LRT.build(RUN.model, seed=9).head.weight)
+    assert torch.equal(weights["head.weight"], LRT(RUN.model, seed=9).head.weight)
     assert names(tmp_path) == [3]
 
 
@@ -278,7 +278,7 @@ def test_what_is_no_checkpoint_says_so(where: str, tmp_path: Path):
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, names: list[str]):
-    model = LRT.build(RUN.model)
+    model = LRT(RUN.model)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with pytest.raises(ValueError) as error:
         load_weights(model, change(dict(MODEL_NOW.state_dict())))
@@ -288,7 +288,7 @@ def test_weights_that_do_not_fit_are_named(change, names: list[str]):
 
 def test_a_checkpoint_of_another_shape_with_a_valid_checksum(tmp_path: Path):
     other = replace(RUN, model=replace(RUN.model, width=48))
-    folder = save(tmp_path, 1, other, LRT.build(RUN.model), {}, EXTRA, 1)
+    folder = save(tmp_path, 1, other, LRT(RUN.model), {}, EXTRA, 1)
     with pytest.raises(ValueError, match=r"in the checkpoint.*in the model"):
         open_checkpoint(folder).model()
 
@@ -333,7 +333,7 @@ SMALL = RunConfig(
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 61])
 def test_no_flipped_bit_is_accepted(every: int, tmp_path: Path):
     """Each byte of a whole checkpoint with one bit flipped, or replaced by a space or a digit: none opens."""
-    folder = save(tmp_path, 3, SMALL, LRT.build(SMALL.model), {"a/step": torch.ones(())}, EXTRA, 1)
+    folder = save(tmp_path, 3, SMALL, LRT(SMALL.model), {"a/step": torch.ones(())}, EXTRA, 1)
     open_checkpoint(folder)
     accepted = []
     for file in sorted(folder.iterdir()):
@@ -408,7 +408,7 @@ def test_tensors_of_another_number_type_are_refused(dtype: torch.dtype, tmp_path
     with pytest.raises(ValueError, match=r"head\.weight is .* in the checkpoint"):
         opened.model()
     with pytest.raises(ValueError, match=r"head\.weight/exp_avg is"):
-        Optimizer(LRT.build(RUN.model), RUN.optim).load(opened.optimizer_state())
+        Optimizer(LRT(RUN.model), RUN.optim).load(opened.optimizer_state())
 
 
 def test_a_checkpoint_of_the_first_format_opens(tmp_path: Path):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import load_tokenizer, open_split, train_bpe, write_shards
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.training.checkpoint import META, newest_valid, open_checkpoint, save
 
 DOCS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(20)]
@@ -105,7 +105,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
     """A run's checkpoint, shards and a BPE tokenizer."""
     folder = tmp_path_factory.mktemp("fuzz")
     run = RunConfig(model=config(), train=TrainConfig(length=8))
-    checkpoint = save(folder / "run", 3, run, LRT.build(run.model), {}, {"progress": {}, "data": "", "bpb": None}, 1)
+    checkpoint = save(folder / "run", 3, run, LRT(run.model), {}, {"progress": {}, "data": "", "bpb": None}, 1)
     tokenizer = train_bpe(DOCS, 270)
     write_shards(DOCS, tokenizer, folder / "shards", validation=0.2)
     tokenizer.save(folder / "tokenizer")

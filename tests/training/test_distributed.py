@@ -16,7 +16,7 @@ from distributed_worker import ALL_REDUCE, BEGUN, COUNTED, DDP, FSDP, GATHER, LA
 from helpers import CODE, config, events
 
 from lrt.config.run import RunConfig
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule, memory_only
 from lrt.training import checkpoint
 from lrt.training.logging import Jsonl

@@ -179,7 +179,7 @@ def test_a_failed_background_write_is_raised_at_the_next():
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(home: Path, tmp_path: Path):
     run = small(home)
-    model = training.LRT.build(run.model)
+    model = training.LRT(run.model)
     for step, score in [(1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 1.9), (6, math.nan)]:
         bpb = None if score is None else {"decoded": score}
         checkpoint.save(tmp_path, step, run, model, {}, {"bpb": bpb}, keep=2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrt.config.model import ModelConfig
 from lrt.config.run import OptimConfig
 from lrt.model.loss import ScheduledLoss
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 from lrt.training.optimizer import (
     REFERENCE_WIDTH,
@@ -47,7 +47,7 @@ def test_every_parameter_is_in_exactly_one_group(cfg: ModelConfig):
 
 
 def test_rates_by_group_scale_with_width():
-    model = LRT.build(config(width=192, heads=4))
+    model = LRT(config(width=192, heads=4))
     chosen = OptimConfig(matrix_lr=0.1, embedding_lr=0.2, head_lr=0.3, scalar_lr=0.4, weight_decay=0.5, momentum=0.6)
     optimizer = Optimizer(model, chosen)
     of = {id(p): g["lr"] for o in (optimizer.adam, optimizer.muon) for g in o.param_groups for p in g["params"]}
@@ -63,7 +63,7 @@ def test_rates_by_group_scale_with_width():
 
 
 def test_the_memorys_and_the_scalars_rates_of_their_own():
-    model = LRT.build(config(projection="shared", shift=True))
+    model = LRT(config(projection="shared", shift=True))
     chosen = OptimConfig(memory_lr=0.002, alpha_lr=0.005, beta_lr=0.5, gamma_lr=0.25)
     found = {name: peak_rates(model, chosen)[p] for name, p in model.named_parameters()}
     for name, (lr, warming) in found.items():
@@ -83,7 +83,7 @@ def test_rates_that_repeat_the_defaults_change_no_bit():
     same = OptimConfig(memory_lr=0.02, alpha_lr=0.04, beta_lr=0.04, gamma_lr=0.04)
     ends = []
     for chosen in (OptimConfig(), same):
-        model = LRT.build(config())
+        model = LRT(config())
         take_steps(model, Optimizer(model, chosen), 0, 4)
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
@@ -204,7 +204,7 @@ def test_state_continues_bit_for_bit():
     before = Optimizer(first, chosen)
     take_steps(first, before, 0, 3)
     state = {key: value.clone() for key, value in before.state().items()}
-    second = LRT.build(config())
+    second = LRT(config())
     second.load_state_dict(first.state_dict())
     after = Optimizer(second, chosen)
     after.load(state)
@@ -213,7 +213,7 @@ def test_state_continues_bit_for_bit():
     ends = straight.state(), after.state()
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-    fresh = LRT.build(config())
+    fresh = LRT(config())
     fresh.load_state_dict(first.state_dict())
     take_steps(fresh, Optimizer(fresh, chosen), 3, 3)  # without the state it goes elsewhere
     assert not torch.equal(fresh.head.weight, whole.head.weight)
@@ -353,7 +353,7 @@ def trained_pair() -> list[tuple[LRT, Optimizer]]:
     """Two equal models one step away from their initialisation."""
     pairs = []
     for _ in range(2):
-        model = LRT.build(config())
+        model = LRT(config())
         optimizer = Optimizer(model, OptimConfig(weight_decay=0.1))
         learn(model, optimizer, torch.tensor(False))
         pairs.append((model, optimizer))

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from lrt.integrations.hf.config import MEMORY_LAYER
 from lrt.integrations.hf.documents import DocumentRows, order, pick
 from lrt.model.kv_cache import KVCache
+from lrt.model.lrt import LRT
 from lrt.model.shapes import HeadsBKNE, PositionsN
-from lrt.model.transformer import LRT
 
 
 class _Memory:
@@ -114,11 +114,6 @@ class Layer(NamedTuple):
         own = (self.positions == self.queries).view(-1, 1, self.positions.shape[-1], 1)
         keys, values = self.layer.update(k.detach(), v.detach())
         return torch.where(own, k, keys), torch.where(own, v, values)
-
-    def parts(self, k: HeadsBKNE, v: HeadsBKNE) -> tuple[tuple[HeadsBKNE], tuple[HeadsBKNE]]:
-        """The same as one segment."""
-        keys, values = self.extend(k, v)
-        return (keys,), (values,)
 
 
 def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config.model import require
+from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
-from lrt.model.transformer import LRT
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lrt.inference.prefill import PrefillOptions, change_of, no_grad_pass
+from lrt.config.decoding import PrefillOptions, no_grad_pass
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import change_of
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import PositionsN, StreamBND, TokensBN
 from lrt.model.state import Buffer
-from lrt.model.transformer import LRT
 from lrt.passes import Pass, exact_prefix
 
 
@@ -109,14 +110,17 @@ def _last(at: list[range], records: list[PassStates], n: int) -> PassStates:
 
 def _in_columns(states: PassStates, before: Buffer, p: Pass, n: int) -> PassStates:
     """Attention weights over keys in the order of positions: those of the history first, then 0..n-1."""
-    if before.history is None and p.positions == range(n):
+    if before.prefix is None and p.positions == range(n):
         return states  # the pass's own keys alone, in order
-    seen = before.past(p.positions, len(states.attentions), states.attentions[0].device)
-    past = 0 if before.history is None else int(before.history.length.max())
-    start = 0 if before.history is None else before.history.length[:, None]
+    weights = states.attentions[0]
+    tokens = torch.zeros(len(weights), len(p.positions), dtype=torch.int64, device=weights.device)
+    read, _ = before.open(p.positions, tokens, len(states.attentions))
+    past = 0 if before.prefix is None else int(before.prefix.length.max())
+    start = 0 if before.prefix is None else before.prefix.length[:, None]
+    seen = [read.positions] * len(states.attentions) if read.kv is None else [layer.positions for layer in read.kv]
     moved = []
-    for weights, layer in zip(states.attentions, seen.layers, strict=True):
-        columns = _columns(layer.positions, start, past, n).expand(len(weights), -1)
+    for weights, keys in zip(states.attentions, seen, strict=True):
+        columns = _columns(keys, start, past, n).expand(len(weights), -1)
         wide = weights.new_zeros(*weights.shape[:3], past + n + 1)
         index = columns[:, None, None].expand(*weights.shape)
         moved.append(wide.scatter_add(3, index, weights)[..., : past + n])

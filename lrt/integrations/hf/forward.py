@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from lrt.config.decoding import PrefillOptions
 from lrt.config.model import require
-from lrt.inference.prefill import PrefillOptions, solve
 from lrt.integrations.hf.cache import Gained, Layer, memory_layer, state_of, store
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.documents import DocumentRows, pick, places, rows_of, unpacked
 from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fold, in_order, recording, settled
 from lrt.integrations.hf.objective import least_length, token_weights
 from lrt.model.kv_cache import KVCache
+from lrt.model.lrt import LRT
+from lrt.model.recurrence import solve
 from lrt.model.shapes import StreamBND, TokensBN
-from lrt.model.state import Past
-from lrt.model.transformer import LRT
+from lrt.model.state import PassInput
 from lrt.passes import Pass, Passes
 from lrt.schedule import Curriculum
 
@@ -141,12 +142,13 @@ def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome
     else:
         keys = places(inputs.mask)
         queries = inputs.mask.long().sum(1, keepdim=True) - 1
-    past = Past(queries, False, [Layer(one, keys, queries) for one in cache.layers])
     assert layer.m is not None and layer.last_token is not None
+    layers = [Layer(one, keys, queries) for one in cache.layers]
+    read = PassInput(queries, layers, layer.m[:, None], layer.last_token[:, None])
     with recording(core, inputs.wanted) as recorder:
-        written = core(tokens, past, layer.m[:, None], core.starts(tokens), layer.last_token[:, None])
+        written = core.forward_pass(tokens, read, core.starts(tokens))
     assert written.hidden is not None
-    memory = written.source[:, 0]
+    memory = written.memory[:, 0]
     layer.keep(torch.zeros_like(memory) if config.prefill == "zero_memory" else memory, tokens[:, 0])
     rows = DocumentRows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
     scored = [ScoredPass(range(1), 1.0, written.hidden)]
@@ -210,7 +212,7 @@ def _traced(
         for kind in (lambda w: w.keys, lambda w: w.values)
     )
     last, some = (count - 1).clamp(min=0)[:, None], count > 0
-    memory = in_order(at, [w.source for w in written], n, 1)
+    memory = in_order(at, [w.memory for w in written], n, 1)
     memory = torch.where(some[:, None], pick(memory, last, 1)[:, 0], state.memory)
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
     last_token = torch.where(some, tokens.gather(1, last)[:, 0], state.last_token)

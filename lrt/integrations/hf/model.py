@@ -20,8 +20,8 @@ from lrt.integrations.hf.fold import Wanted
 from lrt.integrations.hf.forward import Inputs, by_schedule, decoded
 from lrt.integrations.hf.objective import head_logits, objective
 from lrt.integrations.hf.pretrained import LRTPreTrainedModel
+from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
-from lrt.model.transformer import LRT
 
 
 @dataclass

@@ -19,8 +19,8 @@ from lrt.config.model import require
 from lrt.integrations.hf.documents import DocumentRows
 from lrt.integrations.hf.fold import ScoredPass
 from lrt.model.cross_entropy import head_loss, require_targets
+from lrt.model.lrt import LRT
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN
-from lrt.model.transformer import LRT
 from lrt.passes import Passes
 from lrt.schedule import Schedule
 

@@ -15,7 +15,7 @@ from lrt.config.model import require
 from lrt.config.run import to_dict
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.embeds import value_embeddings
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 
 
 class LRTPreTrainedModel(PreTrainedModel):
@@ -47,7 +47,7 @@ class LRTPreTrainedModel(PreTrainedModel):
                 buffer.zero_()
         for core in (module for module in self.modules() if isinstance(module, LRT) and module.device.type != "meta"):
             fresh = [(n, p) for n, p in core.named_parameters() if not _kept(core, n, p)]
-            drawn = LRT.build(core.config, core.device, self.config.seed) if fresh else core
+            drawn = LRT(core.config, core.device, self.config.seed) if fresh else core
             for name, p in fresh:
                 p.copy_(drawn.get_parameter(name))
                 p._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - the library's own mark

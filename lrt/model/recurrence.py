@@ -1,0 +1,248 @@
+"""Solving the recurrence over a prompt: chunk by chunk, by sweeps that run in parallel, or token by token.
+
+All of it is passes of the model's one forward (docs/method.md#prefill): a sweep is one full pass (Jacobi) or a few
+strided ones (Gauss-Seidel), folded against the cache until the memory stops changing; a step is a pass of one position.
+What does not settle within the budget is finished exactly, token by token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrt.config.decoding import (
+    DEFAULT_CHUNK,
+    DEFAULT_MODE,
+    DEFAULT_SWEEPS,
+    PrefillOptions,
+    no_grad_pass,
+)
+from lrt.model.kv_cache import KVCache
+from lrt.model.run_passes import run_passes
+from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.state import Buffer
+from lrt.model.transformer import Transformer
+from lrt.passes import Pass, exact_prefix
+
+PerRow = tuple[Tensor, Tensor, Tensor]
+"""Memory [B, D], length [B] and last token [B] of a cache's rows."""
+OneToken = Callable[[Transformer, Tensor, KVCache, Tensor | None], tuple[Tensor, PerRow]]
+"""`one_token`, or another function of what it computes."""
+
+
+class Effort(NamedTuple):
+    """What solving took, the worst over rows and chunks."""
+
+    sweeps: int
+    """Most sweeps over any chunk."""
+    residual: float
+    """Largest last change of the memory of a row that settled by tolerance; 0 where all is exact."""
+    forwards: float
+    """Plain-forward equivalents per position: a sweep that stops at source block s counts s / L; steps count 1."""
+    stepped: Tensor
+    """Positions of each row that were finished token by token, int64 [B]."""
+
+
+class Solved(NamedTuple):
+    """A chunk of n positions taken in."""
+
+    hidden: StreamBND
+    """Input of the head, [B, n, D]; arbitrary beyond a row's own positions."""
+    cache: KVCache
+    effort: Effort
+
+
+class SettledRows(NamedTuple):
+    """Rows whose sweeps ended together."""
+
+    rows: Tensor
+    """Which rows of the chunk, int64 [b]."""
+    taken: Tensor
+    """How many positions of each hold the solution: all of them, or the exact prefix where the budget ran out, [b]."""
+    buffer: Buffer
+    hidden: StreamBND
+    sweeps: int
+    residual: float
+
+
+@torch.no_grad()
+def states(
+    model: Transformer,
+    tokens: TokensBN,
+    *,
+    mode: str = DEFAULT_MODE,
+    tolerance: float | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    max_sweeps: int = DEFAULT_SWEEPS,
+) -> Iterator[tuple[int, StreamBND, Effort]]:
+    """The head's input at every position of `tokens` [B, T] as the model decodes them: first column, [B, n, D], effort.
+
+    Chunk by chunk, so that a caller may do something else in between. `mode` is one of `prefill`'s, or `zero_memory`:
+    one parallel pass that reads no memory.
+    """
+    check_tokens(model, tokens)
+    if mode == "zero_memory":
+        (_, written, _) = next(run_passes(model, tokens, [no_grad_pass(range(tokens.shape[1]))], model.starts(tokens)))
+        assert written.hidden is not None
+        yield 0, written.hidden, Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
+        return
+    plan = PrefillOptions.parse(mode, tolerance, max_sweeps, chunk)
+    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
+    for first, solved in solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), plan):
+        yield first, solved.hidden, solved.effort
+
+
+def solve(
+    model: Transformer, tokens: TokensBN, lengths: Tensor, cache: KVCache, plan: PrefillOptions
+) -> Iterator[tuple[int, Solved]]:
+    """Take in the first `lengths` [B] tokens of each row, chunk by chunk: the recurrence is causal, so nothing is lost.
+
+    Yields each chunk's first column and its solution.
+    """
+    for first in range(0, tokens.shape[1], plan.chunk):
+        here = tokens[:, first : first + plan.chunk]
+        solved = _chunk(model, here, (lengths - first).clamp(0, here.shape[1]), cache, plan)
+        cache = solved.cache
+        yield first, solved
+
+
+def _chunk(model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, plan: PrefillOptions) -> Solved:
+    hidden = cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1])
+    begin, sweeps, residual = torch.zeros_like(count), 0, 0.0
+    for group in _sweeps(model, tokens, count, cache, plan) if plan.stride else ():
+        hidden[group.rows] = group.hidden.to(hidden.dtype)
+        cache = cache.commit(group.buffer, group.rows, group.taken)
+        begin[group.rows] = group.taken
+        sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
+    cache = _recur(model, tokens, begin, count, cache, hidden)
+    below = model.config.source / model.config.layers
+    forwards = sweeps * below + (sweeps > 0 and below < 1) + float((count - begin).max()) / tokens.shape[1]
+    return Solved(hidden, cache, Effort(sweeps, residual, forwards, count - begin))
+
+
+def _sweeps(
+    model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, plan: PrefillOptions
+) -> Iterator[SettledRows]:
+    """Sweep until every row has settled; rows leave as they do, so that none's result depends on the others."""
+    rows, buffer = count.nonzero()[:, 0], cache.buffer()
+    buffer = buffer if len(rows) == len(count) else buffer.take(rows)
+    n, known, old = tokens.shape[1], 0, None
+    for number in range(1, plan.max_sweeps + 1 if len(rows) else 0):
+        here, wanted, passes = tokens[rows], count[rows], plan.sweep(number, n)
+        buffer = _sweep(model, here, passes, buffer)
+        new = buffer.memory(range(1, n + 1))
+        assert new is not None
+        known = exact_prefix(passes, n, known) if model.config.memory.recurrent else n
+        change = change_of(old, new, wanted)
+        settled = (change <= plan.tolerance) | (wanted <= known)
+        leaving = settled if number < plan.max_sweeps else torch.ones_like(settled)
+        if leaving.any():
+            at, every = leaving.nonzero()[:, 0], bool(leaving.all())
+            whole, hidden = finish(model, here[at], buffer if every else buffer.take(at), new[at])
+            taken = torch.where(settled, wanted, wanted.clamp(max=known))
+            residual = change.masked_fill(~settled | (wanted <= known), 0).max()
+            yield SettledRows(rows[at], taken[at], whole, hidden, number, float(residual))
+            if every:
+                return
+            stay = (~leaving).nonzero()[:, 0]
+            rows, buffer, new = rows[stay], buffer.take(stay), new[stay]
+        old = new
+
+
+def _sweep(model: Transformer, tokens: TokensBN, passes: list[Pass], buffer: Buffer) -> Buffer:
+    """The buffer after these passes; announcing the full pass that may come last lets them stop at the source block."""
+    announced = [*passes, no_grad_pass(range(tokens.shape[1]))]
+    *_, (_, _, buffer) = itertools.islice(
+        run_passes(model, tokens, announced, model.starts(tokens), buffer), len(passes)
+    )
+    return buffer
+
+
+def finish(model: Transformer, tokens: TokensBN, buffer: Buffer, source: StreamBND) -> tuple[Buffer, StreamBND]:
+    """Complete keys and values, and the head's input: one more full pass if the sweeps stopped below the top."""
+    if model.config.source == model.config.layers:
+        return buffer, model.norm.scale(source)
+    full = no_grad_pass(range(tokens.shape[1]))
+    _, written, buffer = next(run_passes(model, tokens, [full], model.starts(tokens), buffer))
+    assert written.hidden is not None
+    return buffer, written.hidden
+
+
+def change_of(old: StreamBND | None, new: StreamBND, count: Tensor) -> Tensor:
+    """Largest change of a row's memory at any of its first `count` positions, relative to its norm, [b]."""
+    if old is None:
+        return torch.full(new.shape[:1], torch.inf, device=new.device)
+    relative = (new - old).float().norm(dim=2) / new.float().norm(dim=2)
+    padding = torch.arange(new.shape[1], device=new.device) >= count[:, None]
+    return relative.masked_fill(padding, 0).amax(dim=1)
+
+
+def _recur(
+    model: Transformer, tokens: TokensBN, begin: Tensor, end: Tensor, cache: KVCache, hidden: StreamBND
+) -> KVCache:
+    """Take in columns begin..end-1 of each row token by token; fills `hidden` there in place."""
+    rows = (begin < end).nonzero()[:, 0]
+    if not len(rows):
+        return cache
+    part = cache.take(rows) if len(rows) < len(begin) else cache
+    begin, end = begin[rows], end[rows]
+    for t in range(int(begin.min()), int(end.max())):
+        active = (begin <= t) & (t < end)
+        now, part = advance(model, tokens[rows, t], part, active)
+        hidden[rows, t] = torch.where(active[:, None], now.to(hidden.dtype), hidden[rows, t])
+    return cache.put(rows, part) if part.rows < cache.rows else part
+
+
+def one_token(model: Transformer, tokens: Tensor, view: KVCache, active: Tensor | None) -> tuple[Tensor, PerRow]:
+    """The pass of one position per row, tensors in and tensors out, so that it can be compiled: see `advance`.
+
+    Returns the head's input [B, D] and what the rows hold after it.
+    """
+    tokens = tokens[:, None]
+    read, rest = view.open(None, tokens, model.config.layers)
+    written = model.forward_pass(tokens, read, model.starts(tokens))
+    assert written.hidden is not None
+    return written.hidden[:, 0], rest.write(None, written, active).per_row()
+
+
+def advance(
+    model: Transformer, tokens: Tensor, cache: KVCache, active: Tensor | None = None, run: OneToken = one_token
+) -> tuple[Tensor, KVCache]:
+    """Take in one token per row [B]: the exact recurrence.
+
+    Rows where `active` [B] is False wait. Returns what `run` computes first, and the state after.
+    ValueError: a row is full.
+    """
+    if cache.longest >= cache.capacity:
+        reached = cache.length if active is None else cache.length[active]
+        if (reached >= cache.capacity).any():
+            raise ValueError(f"the state is full: its capacity is {cache.capacity} tokens; give it a larger one")
+    out, rows = run(model, tokens, cache.view(), active)
+    return out, KVCache(cache.keys, cache.values, *rows, longest=min(cache.longest + 1, cache.capacity))
+
+
+def total(parts: list[tuple[int, Effort]]) -> Effort:
+    """The effort of several chunks, given with their sizes."""
+    efforts, size = [effort for _, effort in parts], sum(n for n, _ in parts)
+    return Effort(
+        max(e.sweeps for e in efforts),
+        max(e.residual for e in efforts),
+        sum(n * e.forwards for n, e in parts) / size,
+        torch.stack([e.stepped for e in efforts]).sum(0),
+    )
+
+
+def check_tokens(model: Transformer, tokens: TokensBN) -> None:
+    """ValueError unless `tokens` are [B, T] of the model's vocabulary, and at least one."""
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: a prompt needs at least 1 token (BOS opens a text)")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.config.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"token {wrong} is outside the vocabulary of {model.config.vocab_size}: encode with the model's tokenizer"
+        )
