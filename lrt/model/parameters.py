@@ -31,10 +31,14 @@ _ROLES: dict[str, Role] = {
 def role(name: str) -> Role:
     """The role of the parameter `name`, as in `named_parameters()` of an LRT."""
     parts = name.split(".")
-    if parts[0] in ("embedding", "head"):
-        return "embedding" if parts[0] == "embedding" else "head"
+    if parts[0] == "embedding":
+        return "embedding"
+    if parts[0] == "head":
+        return "head"
     known = [_ROLES[part] for part in parts if part in _ROLES]
-    return known[-1] if known else "bias" if parts[-1] == "bias" else "matrix"
+    if known:
+        return known[-1]
+    return "bias" if parts[-1] == "bias" else "matrix"
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,11 +67,11 @@ class PassOutput(NamedTuple):
 class State(Protocol):
     """What passes leave behind, and the next ones read."""
 
-    def open(self, positions: range | None, tokens: TokensBN, blocks: int) -> tuple[PassInput, Self]:
+    def open(self, positions: range | None, tokens: TokensBN, blocks: int) -> tuple[PassInput, State]:
         """What a pass of `blocks` blocks reads, and the state less what it will replace."""
         ...
 
-    def write(self, positions: range | None, written: PassOutput) -> Self:
+    def write(self, positions: range | None, written: PassOutput) -> State:
         """The state after the pass."""
         ...
 
@@ -180,7 +180,10 @@ class Buffer:
         return _newest(_before(at), parts, 0)
 
     def previous_tokens(self, at: range, tokens: TokensBN) -> TokensBN:
-        """The token at t-1 for every t of `at`, whose own are `tokens`; [B, N], negative where there is none."""
+        """The token at t-1 for every t of `at`, whose own are `tokens`; [B, N], negative where there is none.
+
+        The buffer holds nothing at `at`: `open` has taken it out.
+        """
         parts = [(at, tokens), *((s.at, s.written.tokens) for s in self.segments)]
         if self.prefix is not None:
             parts.append((range(-1, 0), self.prefix.last_token[:, None]))

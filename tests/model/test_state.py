@@ -62,7 +62,7 @@ def test_memory_is_the_newest_of_the_position_before(run, at: range):
 def test_previous_tokens_are_the_passs_own_and_the_newest_elsewhere(run, at: range):
     buffer, newest = filled(run)
     expected = [1 - t if t - 1 in at else 100 * newest[t - 1] + t - 1 if t - 1 in newest else -1 for t in at]
-    assert opened(buffer, at).previous[1].tolist() == expected
+    assert opened(buffer, at, EARLY).previous[1].tolist() == expected
 
 
 @given(runs, slices(LENGTH))
@@ -146,7 +146,7 @@ def test_a_cached_prefix_stands_before_position_0_in_every_layer():
     assert buffer.memory(range(3))[0, :, 0].tolist() == [-5, 100, 101]
     assert buffer.memory(range(1, 3))[0, :, 0].tolist() == [100, 101]
     for before, first in ((buffer, [4, 6]), (Buffer(), [-1, -1])):
-        previous = before.previous_tokens(range(2), torch.tensor([[7, 8], [9, 1]]))
+        previous = before.open(range(2), torch.tensor([[7, 8], [9, 1]]), LAYERS)[0].previous
         assert previous.tolist() == [[first[0], 7], [first[1], 9]]
     read = opened(buffer, range(2, 4))
     assert read.positions.tolist() == [[5, 6], [7, 8]]

@@ -132,7 +132,8 @@ def test_a_window_hides_what_is_further_away():
     cfg = config(depth=2, window_pattern="S", window=3, source=1)
     model, ids = fixed(cfg), packed(cfg, 1, 8).repeat(2, 1)
     ids[1, 1] = ids[0, 1] % 18 + 1
-    source, hidden = (w.sub(v).abs().amax(-1) > 1e-9 for w, v in (x.chunk(2) for x in parallel(model, ids)[1::-1]))
+    written = parallel(model, ids)
+    source, hidden = (a.sub(b).abs().amax(-1) > 1e-9 for a, b in (x.chunk(2) for x in (written.memory, written.hidden)))
     assert source[0].tolist() == [False, True, True, True, False, False, False, False]
     assert hidden[0].tolist() == [False] + [True] * 7
 
