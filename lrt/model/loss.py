@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,20 @@ def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(
         targets
     )
+
+
+def summed_nats(
+    model: LRT, hidden: Sequence[StreamBND], targets: Sequence[TokensBN], scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum over passes of scale x summed nats, and the summed nats of each pass, detached; `head_loss` says what.
+
+    A head that is a matrix and nothing more is fused with the loss; another one is called, for what it adds.
+    """
+    weight = model.head_matrix()
+    if weight is not None:
+        return head_loss(weight, model.config.softcap, hidden, targets, scales)
+    sums = torch.stack([token_nats(model, h, aims).sum() for h, aims in zip(hidden, targets, strict=True)])
+    return (sums * scales.to(sums.dtype)).sum(), sums.detach()
 
 
 class StepPlan(NamedTuple):
@@ -94,7 +109,7 @@ class ScheduledLoss(nn.Module):
         total = sum(p.weight for p in passes)
         weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
         scales = weights.to(counts.device, non_blocking=True) / counts[:-1]
-        loss, sums = self._nats(parts, scales)
+        loss, sums = summed_nats(self.model, parts.hidden, parts.targets, scales)
         distance = parts.distance / counts[-1]
         if self.consistency:
             loss = loss + self.consistency * distance
@@ -102,18 +117,6 @@ class ScheduledLoss(nn.Module):
             here = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
             loss = loss + sum(0.0 * p.sum() for p in here)
         return LossOutput(loss, sums / counts[:-1], distance.detach(), passes)
-
-    def _nats(self, parts: _Parts, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over passes of scale x summed nats, and the summed nats of each pass, detached.
-
-        A head that is a matrix and nothing more is fused with the loss; another one is called, for what it adds.
-        """
-        model, weight = self.model, self.model.head_matrix()
-        if weight is not None:
-            return head_loss(weight, model.config.softcap, parts.hidden, parts.targets, scales)
-        rows = zip(parts.hidden, parts.targets, strict=True)
-        sums = torch.stack([token_nats(model, hidden, aims).sum() for hidden, aims in rows])
-        return (sums * scales.to(sums.dtype)).sum(), sums.detach()
 
     def _run(self, tokens: TokensBN, targets: TokensBN, starts: Tensor | None, passes: Passes) -> _Parts:
         compared = rewriting(passes) if self.model.config.memory.recurrent else [False] * len(passes)

@@ -181,8 +181,9 @@ class Transformer(nn.Module):
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` does what its class `kind` does and nothing else."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    """Whether calling `module` does what its class `kind` does and nothing else, with weights that are in place."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and not hooked and not next(module.parameters()).is_meta
 
 
 def _called(block: nn.Module, x: StreamBND, context: BlockContext) -> BlockOutput:

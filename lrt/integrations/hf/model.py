@@ -18,7 +18,7 @@ from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.embeds import as_tokens
 from lrt.integrations.hf.fold import Wanted
 from lrt.integrations.hf.forward import Inputs, by_schedule, decoded
-from lrt.integrations.hf.objective import head_logits, objective
+from lrt.integrations.hf.objective import objective
 from lrt.integrations.hf.pretrained import LRTPreTrainedModel
 from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
@@ -193,7 +193,7 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         hidden, core = out.last_hidden_state, self.model.core
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = head_logits(core, hidden if isinstance(kept, int) else hidden[:, kept])
+        logits = core.logits(hidden if isinstance(kept, int) else hidden[:, kept])
         loss = None
         if targets is not None:
             loss = objective(core, out.scored, targets, shift_labels is not None, num_items_in_batch)

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrt.config.model import require
 from lrt.integrations.hf.documents import DocumentRows
 from lrt.integrations.hf.fold import ScoredPass
-from lrt.model.cross_entropy import head_loss, require_targets
+from lrt.model.loss import summed_nats
 from lrt.model.lrt import LRT
-from lrt.model.shapes import IGNORE, StreamBND, TokensBN
+from lrt.model.shapes import IGNORE, TokensBN
 from lrt.passes import Passes
 from lrt.schedule import Schedule
 
@@ -73,28 +73,4 @@ def objective(
             weights.append(one.weight)
     count = torch.as_tensor(kept if items is None else items, device=labels.device).clamp(min=1)
     scales = torch.tensor(weights, dtype=torch.float64, device="cpu").to(labels.device, non_blocking=True) / count
-    if _plain(core):
-        return head_loss(core.unembedding, core.config.softcap, hidden, aims, scales)[0]
-    return torch.stack([_nats(core, *one) for one in zip(hidden, aims, scales, strict=True)]).sum()
-
-
-def head_logits(core: LRT, hidden: StreamBND) -> Tensor:
-    """Next-token logits [.., V] by the head as a module, so that an adapter on it acts; capped, float32 at least."""
-    if core.head is None:
-        return core.logits(hidden)
-    z, cap = core.head(hidden), core.config.softcap
-    z = z.float() if z.dtype != torch.float64 else z
-    return z if cap is None else cap * torch.tanh(z / cap)
-
-
-def _plain(core: LRT) -> bool:
-    """Whether the head is its matrix alone: no adapter on it, nothing that is fetched when it is called."""
-    head = core.head
-    return head is None or (type(head) is nn.Linear and head.weight.device.type != "meta")
-
-
-def _nats(core: LRT, hidden: StreamBND, targets: TokensBN, scale: Tensor) -> Tensor:
-    """A pass's summed nats times its scale, through a head that is more than its matrix."""
-    require_targets(targets, core.config.vocab_size)
-    z = head_logits(core, hidden).flatten(0, 1)
-    return F.cross_entropy(z, targets.flatten(), ignore_index=IGNORE, reduction="sum") * scale.to(z.dtype)
+    return summed_nats(core, hidden, aims, scales)[0]
