@@ -59,7 +59,8 @@ def exact_states(model: LRT, tokens: TokensBN) -> ExactStates:
 def sweep_errors(model: LRT, tokens: TokensBN, starts: Tensor | None, exact: ExactStates) -> SweepErrors:
     """Compare SWEEPS + 1 full passes from zero memory with exact decoding."""
     full = range(tokens.shape[1])
-    truth = _keys_values(next(run_passes(model, tokens, [no_grad_pass(full)], starts, _holding(exact.memory, full)))[1])
+    held = _holding(tokens, exact.memory)
+    truth = _keys_values(next(run_passes(model, tokens, [no_grad_pass(full)], starts, held))[1])
     kv, agreement, kl, buffer = [], [], [], Buffer()
     for _ in range(SWEEPS + 1):
         _, written, buffer = next(run_passes(model, tokens, [no_grad_pass(full)], starts, buffer))
@@ -79,9 +80,9 @@ def contraction(residuals: Sequence[float]) -> float:
     return (falling[-1] / falling[0]) ** (1 / (len(falling) - 1)) if len(falling) > 1 else 0.0
 
 
-def _holding(memory: StreamBND, at: range) -> Buffer:
+def _holding(tokens: TokensBN, memory: StreamBND) -> Buffer:
     """A buffer that holds nothing but memory, for a pass that writes all keys and values itself."""
-    return Buffer().write(at, PassOutput(None, memory, (), ()))
+    return Buffer().write(None, PassOutput(tokens, None, memory, (), ()))
 
 
 def _keys_values(written: PassOutput) -> list[Tensor]:
