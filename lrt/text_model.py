@@ -16,7 +16,7 @@ from lrt.config.run import RunConfig, overridden
 from lrt.data import Tokenizer
 from lrt.inference.chat import complete
 from lrt.inference.generate import score
-from lrt.model.transformer import LRT
+from lrt.model.lrt import LRT
 from lrt.training.checkpoint import load_model
 from lrt.training.logging import Jsonl, Live
 from lrt.training.trainer import train as train_run
