@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import shlex
+import signal
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
@@ -14,6 +19,18 @@ from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
+from lrt.utils.files import expand_home, one_line, write_text
+
+if TYPE_CHECKING:
+    from lrt.inference.chat import Conversation
+
+GREETING = "Type a line, or /help. Ctrl-C stops an answer, Ctrl-D leaves."
+HELP = """\
+/new          forget the conversation and begin another
+/temp X       draw at temperature X; 0 is greedy
+/seed N       draw with seed N
+/save FILE    write the conversation to a new file
+/help         this; begin a line with a space to say something with a slash"""
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,7 @@ class ChatFlags:
     """Talk to a model. Its state is kept between turns, so that nothing is taken in twice.
 
     A model that was trained on plain text continues the conversation as text: a turn is USER: ... BOT: ...
+    Within the chat, /help lists what else there is.
     """
 
     run: Positional[Path]
@@ -45,20 +63,112 @@ def main(args: list[str]) -> int:
     from lrt.utils.hardware import resolve_device
 
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
-    talk = Conversation(loaded.model, loaded.tokenizer, flags.decoding.prefill)
-    print("Type a line; /new forgets, end of input (Ctrl-D) leaves.", file=sys.stderr)
-    for line in iter(_ask, None):
-        if line.strip() == "/new":
-            talk = Conversation(loaded.model, loaded.tokenizer, flags.decoding.prefill)
-            continue
-        for text in talk.say(flags.template.replace("{}", line), flags.decoding.sampling):
-            print(text, end="", flush=True)
-        print()
+    begin = lambda: Conversation(loaded.model, loaded.tokenizer, flags.decoding.prefill)  # noqa: E731
+    session = ChatSession(begin, flags.template, flags.decoding.sampling)
+    _tell(GREETING)
+    for line in _lines():
+        try:
+            session.take(line)
+        except (ValueError, OSError) as error:
+            if not sys.stdin.isatty():  # nobody is there to try again
+                raise
+            _tell(one_line(error))
     return 0
 
 
-def _ask() -> str | None:
+class ChatSession:
+    """A conversation, how it is drawn, and the commands that change both."""
+
+    def __init__(self, begin: Callable[[], Conversation], template: str, sampling: SamplingParams):
+        self.begin, self.template, self.sampling = begin, template, sampling
+        self.conversation = begin()
+        self.transcript: list[str] = []
+
+    def take(self, line: str) -> None:
+        """One typed line: a command, something to say, or nothing. ValueError: no such command, or a bad value."""
+        if line.startswith("/"):
+            self._command(line)
+        elif line.strip():
+            self._say(line.removeprefix(" ") if line.startswith(" /") else line)
+
+    def _say(self, line: str) -> None:
+        said = self.template.replace("{}", line)
+        pieces, answer, told = self.conversation.say(said, self.sampling), "", False
+        with _stoppable() as stop, contextlib.closing(pieces):
+            for text in pieces:
+                if self.conversation.dropped and not told:
+                    _tell(f"(the context is full: the oldest {self.conversation.dropped} turns are forgotten)")
+                    told = True
+                print(text, end="", flush=True)
+                answer += text
+                if stop:
+                    break
+        print()
+        self.transcript.append(f"{said}{answer}\n")
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        values = {"/temp": "temperature", "/seed": "seed"}
+        if name == "/new":
+            self.conversation, self.transcript = self.begin(), []
+        elif name in values:
+            self.sampling = replace(self.sampling, **{values[name]: _number(name, rest)})
+        elif name == "/save":
+            self._save(rest)
+        else:
+            require(name == "/help", f"there is no {name}; /help lists the commands")
+            _tell(HELP)
+
+    def _save(self, rest: str) -> None:
+        names = shlex.split(rest)
+        require(len(names) == 1, "name one file: /save talk.txt")
+        file = expand_home(names[0])
+        require(not file.exists(), f"{file} exists; choose another name")
+        write_text(file, "".join(self.transcript))
+        _tell(f"{file}: {len(self.transcript)} turns")
+
+
+def _number(name: str, text: str) -> float | int:
     try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
+        value = int(text) if name == "/seed" else float(text)
+    except ValueError:
+        raise ValueError(f"{name} takes a number, such as {name} {'7' if name == '/seed' else '0.7'}") from None
+    require(abs(value) < 2**63, f"{name} {text[:20]} is too large a number")
+    return value
+
+
+def _tell(text: str) -> None:
+    """A message that is no part of the conversation."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, with history and editing at a terminal; Ctrl-C there discards a line."""
+    terminal = sys.stdin.isatty()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # importing it is what gives `input` history and editing
+    while True:
+        try:
+            yield input("> " if terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            _tell("")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Within it a first Ctrl-C fills the list, and a second one interrupts."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -43,7 +43,7 @@ def require_room(model: LRT, tokens: int) -> None:
 
 @dataclass
 class Conversation:
-    """A kept state that turns are added to: nothing is prefilled twice."""
+    """A kept state that turns are added to: nothing is prefilled twice while the context has room."""
 
     model: LRT
     tokenizer: Tokenizer
@@ -53,6 +53,10 @@ class Conversation:
     """Tokens emitted or fixed that the state has not taken in yet."""
     ended: Sequence[str] = ()
     """The stop texts, one of which ended the last answer; empty if none did."""
+    turns: list[str] = field(default_factory=list)
+    """The text of each turn that the state holds, answer included."""
+    dropped: int = 0
+    """Oldest turns that were forgotten for the last one, since the context was full."""
 
     @property
     def used(self) -> int:
@@ -60,29 +64,53 @@ class Conversation:
         return len(self.pending) + (int(self.cache.length[0]) if self.cache else 0)
 
     def say(self, text: str, sampling: SamplingParams) -> Iterator[str]:
-        """Add `text` and stream the model's continuation.
+        """Add `text` and stream the model's continuation; a caller may stop early, and go on with the next turn.
 
         A stop text that ends the answer does not enter the state: the answer as shown is taken in with the next turn,
-        and after it as much of the stop text as the turn's own text does not begin with.
+        and after it as much of the stop text as the turn's own text does not begin with. Nor does BOS, which would
+        reset the memory. Where the context is full, the oldest turns are forgotten and the rest is taken in again.
+        ValueError: the turn alone leaves no room for an answer.
         """
-        opening = [] if self.cache or self.pending else [self.tokenizer.bos]
-        prompt = [*self.pending, *opening, *self.tokenizer.encode(_lead(self.ended, text) + text)]
-        require_room(self.model, self.used + len(prompt) - len(self.pending))
+        text = _lead(self.ended, text) + text
+        prompt = self._prompt(text, sampling)
         cache = self.cache or KVCache.empty(self.model, 1, self.model.config.context)
-        self.ended, before, said, decode = (), None, [], self.tokenizer.decode_bytes
-        shown = ""
-        laws = ending(sampling, self.tokenizer)
-        for step in generate(self.model, [prompt], laws, decode_bytes=decode, cache=cache, mode=self.mode):
-            if before is None and sampling.stop:
-                before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
-            emission = step.emissions[0]
-            self.cache, self.pending = step.cache, [emission.token]
-            said.append(emission.token)
-            shown += emission.text
-            yield emission.text
-        raw = decode(said).decode("utf-8", errors="replace")
+        self.ended, before, tokens, shown = (), None, [], ""
+        decode, laws = self.tokenizer.decode_bytes, ending(sampling, self.tokenizer)
+        try:
+            for step in generate(self.model, [prompt], laws, decode_bytes=decode, cache=cache, mode=self.mode):
+                if before is None and sampling.stop:
+                    before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
+                emission = step.emissions[0]
+                self.cache, self.pending = step.cache, self._kept([emission.token])
+                tokens.append(emission.token)
+                shown += emission.text
+                yield emission.text
+        finally:
+            if tokens:
+                self.turns.append(text + shown)
+        raw = decode(tokens).decode("utf-8", errors="replace")
         if before is not None and any(stop in raw for stop in sampling.stop):
             self.cache, self.pending, self.ended = before, self.tokenizer.encode(shown), sampling.stop
+
+    def _prompt(self, text: str, sampling: SamplingParams) -> list[int]:
+        """The tokens to take in for a new turn; drops the oldest turns until they leave room for an answer."""
+        context, self.dropped = self.model.config.context, 0
+        room = min(sampling.max_new_tokens, context // 4)
+        prompt = [*self.pending, *self._opening(), *self.tokenizer.encode(text)]
+        while self.turns and self.used - len(self.pending) + len(prompt) + room > context:
+            self.turns.pop(0)
+            self.dropped += 1
+            self.cache, self.pending = None, []
+            prompt = [self.tokenizer.bos, *self.tokenizer.encode("".join(self.turns) + text)]
+        require_room(self.model, self.used - len(self.pending) + len(prompt))
+        return prompt
+
+    def _opening(self) -> list[int]:
+        return [] if self.cache or self.pending else [self.tokenizer.bos]
+
+    def _kept(self, tokens: list[int]) -> list[int]:
+        """Tokens without BOS: what ends an answer must not open a document in the next turn."""
+        return [token for token in tokens if token != self.tokenizer.bos]
 
 
 def _lead(ended: Sequence[str], text: str) -> str:

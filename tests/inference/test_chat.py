@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
 import torch
 from helpers import config, randomised
 
@@ -57,3 +58,61 @@ def test_without_a_stop_text_the_state_goes_on_from_the_tokens_themselves():
     assert talk.ended == () and len(talk.pending) == 1 and talk.used == 1 + 2 + 12
     finish(talk.say("cd", GREEDY))
     assert talk.used == 1 + 2 + 12 + 2 + 12
+
+
+def prompts_of(talk: Conversation, monkeypatch) -> list[list[int]]:
+    """The tokens that each turn hands to the decoder from now on."""
+    from lrt.inference import chat
+
+    seen: list[list[int]] = []
+    real = chat.generate
+
+    def watched(model, prompts, *rest, **options):
+        seen.extend([list(p) for p in prompts])
+        return real(model, prompts, *rest, **options)
+
+    monkeypatch.setattr(chat, "generate", watched)
+    return seen
+
+
+def test_an_answer_of_bos_does_not_open_the_next_turn(monkeypatch):
+    """A model that answers with BOS at once: the second turn goes on in the same document, its memory not reset."""
+    silent = SamplingParams(temperature=0.0, max_new_tokens=5, logit_bias=((TEXT.bos, 1e4),))
+    talk = Conversation(MODEL, TEXT, "exact")
+    prompts = prompts_of(talk, monkeypatch)
+    assert finish(talk.say("ab", silent)) == ""
+    assert finish(talk.say("cd", silent)) == ""
+    assert prompts == [[TEXT.bos, *b"ab"], [*b"cd"]]
+    assert talk.pending == []
+    finish(talk.say("e", replace(GREEDY, max_new_tokens=1)))
+    expected = prefill(MODEL, torch.tensor([[TEXT.bos, *b"abcde", *talk.pending]]), mode="exact").logits
+    torch.testing.assert_close(logits_after(talk), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_full_context_drops_the_oldest_turns(monkeypatch):
+    talk = Conversation(MODEL, TEXT, "exact")
+    prompts = prompts_of(talk, monkeypatch)
+    short = replace(GREEDY, max_new_tokens=4)
+    texts = [chr(97 + i) * 40 for i in range(8)]
+    dropped = []
+    for text in texts:
+        finish(talk.say(text, short))
+        dropped.append(talk.dropped)
+    assert dropped[:3] == [0, 0, 0] and sum(dropped) >= 3
+    assert talk.turns[-1].startswith(texts[-1]) and talk.used <= MODEL.config.context
+    first = dropped.index(next(d for d in dropped if d))
+    assert prompts[first][0] == TEXT.bos and texts[0].encode() not in bytes(prompts[first][1:])
+    assert texts[1].encode() in bytes(prompts[first][1:]) and prompts[first][-40:] == list(texts[first].encode())
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        finish(talk.say("x" * 300, short))
+
+
+def test_an_answer_that_is_stopped_leaves_a_whole_state():
+    talk = Conversation(MODEL, TEXT, "exact")
+    pieces = talk.say("ab", GREEDY)
+    for _ in range(3):
+        next(pieces)
+    pieces.close()
+    assert talk.used == 1 + 2 + 3 and len(talk.turns) == 1
+    finish(talk.say("cd", replace(GREEDY, max_new_tokens=2)))
+    assert talk.used == 1 + 2 + 3 + 2 + 2 and len(talk.turns) == 2
