@@ -35,7 +35,7 @@ def role(name: str) -> Role:
         return "embedding"
     if parts[0] == "head":
         return "head"
-    known = [_ROLES[part] for part in parts if part in _ROLES]
+    known: list[Role] = [_ROLES[part] for part in parts if part in _ROLES]
     if known:
         return known[-1]
     return "bias" if parts[-1] == "bias" else "matrix"
