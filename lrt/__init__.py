@@ -36,7 +36,7 @@ _MODULES = {
     "lrt.config.model": ("MemoryConfig", "ModelConfig"),
     "lrt.config.run": ("DataConfig", "OptimConfig", "RunConfig", "TrainConfig"),
     "lrt.model.loss": ("ScheduledLoss",),
-    "lrt.model.transformer": ("LRT",),
+    "lrt.model.lrt": ("LRT",),
     "lrt.passes": ("Pass", "exact_prefix"),
     "lrt.schedule": ("Schedule",),
     "lrt.text_model": ("TextModel", "load", "train"),

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_library_example_trains_and_samples():
+def test_the_library_example_trains_and_samples(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     said = io.StringIO()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,7 +63,7 @@ class Conversation:
         """Tokens of the context that are taken."""
         return len(self.pending) + (int(self.cache.length[0]) if self.cache else 0)
 
-    def say(self, text: str, sampling: SamplingParams) -> Iterator[str]:
+    def say(self, text: str, sampling: SamplingParams) -> Generator[str, None, None]:
         """Add `text` and stream the model's continuation; a caller may stop early, and go on with the next turn.
 
         A stop text that ends the answer does not enter the state: the answer as shown is taken in with the next turn,
