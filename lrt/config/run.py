@@ -6,15 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lrt.config.model import (
-    BackboneConfig,
     Backend,
     Execution,
-    MemoryConfig,
     ModelConfig,
-    RopeScaling,
     require,
     require_choice,
 )
@@ -292,56 +289,40 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     """Rebuild a configuration from `to_dict`'s output; unknown or ill-typed fields raise ValueError naming them."""
     require(isinstance(data, dict), f"{where} is a {type(data).__name__}; it must be an object of named fields")
-    known = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    unknown = sorted(set(data) - set(known))
-    require(not unknown, f"{where} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(known)}")
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        value = _RENAMED.get((str(known[name].type), value), value) if isinstance(value, str) else value
-        nested = _NESTED.get(str(known[name].type))
-        value = from_dict(nested, value, f"{where}.{name}") if nested else value
-        values[name] = tuple(value) if isinstance(value, list) else value
-        if nested is None:
-            _check_type(f"{where}.{name}", values[name], str(known[name].type))
-    return cls(**values)
+    hints, written = get_type_hints(cls), {f.name: str(f.type) for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    unknown = sorted(set(data) - set(hints))
+    require(not unknown, f"{where} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(hints)}")
+    values = {name: _RENAMED.get((written[name], str(value)), value) for name, value in data.items()}
+    return cls(**{name: _field(hints[name], written[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
-_NESTED: dict[str, type] = {
-    c.__name__: c
-    for c in (RopeScaling, BackboneConfig, MemoryConfig, ModelConfig, DataConfig, OptimConfig, TrainConfig)
-}
 _RENAMED = {("Backend", "merged"): "auto"}
 """What older configurations call a choice, by its type."""
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "None": (type(None),),
-    "Projection": (str,),
-    "ValueEmbeddings": (str,),
-    "Dtype": (str,),
-    "Parallelism": (str,),
-    "Backend": (str,),
-    "MLPKind": (str,),
-    "Biases": (str,),
-    "QKNorm": (str,),
-    "RopeKind": (str,),
-    "MemoryStart": (str,),
-}
-_PAIRS: dict[str, tuple[type, ...]] = {"tuple[float, float]": (int, float), "tuple[int, int]": (int,)}
 
 
-def _check_type(where: str, value: Any, annotation: str) -> None:
-    pair = annotation.removesuffix(" | None")
-    if pair in _PAIRS and (value is not None or pair == annotation):
-        fits = isinstance(value, tuple) and len(value) == 2 and all(type(x) in _PAIRS[pair] for x in value)
-    elif pair in _PAIRS:
-        fits = True
-    else:
-        kinds = sum((_TYPES[part.strip()] for part in annotation.split("|")), ())
-        fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
-    require(fits, f"{where} is {value!r}; it must be {annotation}")
+def _field(hint: Any, written: str, value: Any, where: str) -> Any:
+    """A field's value, of the type it is annotated with; JSON's lists are tuples, and no truth value is a number."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, where)
+    value = tuple(value) if isinstance(value, list) else value
+    number = any(isinstance(x, bool) for x in (value if isinstance(value, tuple) else (value,))) and hint is not bool
+    require(not number and _fits(value, hint), f"{where} is {value!r}; it must be {_in_words(hint, written)}")
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type  # not at the top: `lrt --help` is faster
+
+    try:
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return True
+
+
+def _in_words(hint: Any, written: str) -> str:
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return f"one of {', '.join(map(str, choices))}" if choices else written
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

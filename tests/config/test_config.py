@@ -237,3 +237,21 @@ def test_horizons(text: str, kind: str, number: float):
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().depth = 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "said"),
+    [
+        (OptimConfig, {"clip": True}, "config.clip is True; it must be float | None"),
+        (OptimConfig, {"betas": [0.9, True]}, "config.betas is (0.9, True); it must be tuple[float, float]"),
+        (OptimConfig, {"betas": [0.9]}, "config.betas is (0.9,)"),
+        (TrainConfig, {"dtype": "float16"}, "config.dtype is 'float16'; it must be one of auto, bfloat16, float32"),
+        (TrainConfig, {"batch": 8.0}, "config.batch is 8.0; it must be int"),
+        (RunConfig, {"model": {"memory": {"residual": 1}}}, "config.model.memory.residual is 1; it must be bool"),
+        (RunConfig, {"model": [1]}, "config.model is a list; it must be an object"),
+    ],
+)
+def test_a_field_of_another_type_is_named(kind: type, data: dict, said: str):
+    with pytest.raises(ValueError, match="it must be") as caught:
+        from_dict(kind, data)
+    assert str(caught.value).startswith(said)
