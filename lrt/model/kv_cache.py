@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.model.shapes import HeadsBKNE, PositionsN, TokensBN
@@ -193,6 +191,8 @@ class KVCache(NamedTuple):
 
     def save(self, path: Path | str) -> None:
         """Write the state, only the slots in use, as safetensors."""
+        from safetensors.torch import save_file
+
         used = self.longest
         tensors = {"memory": self.memory, "length": self.length, "last_token": self.last_token}
         for name, xs in (("keys", self.keys), ("values", self.values)):
@@ -203,6 +203,8 @@ class KVCache(NamedTuple):
     @staticmethod
     def load(path: Path | str, device: str | torch.device = "cpu") -> KVCache:
         """Read a state written by `save`, bit for bit. ValueError: no such file, or not a state of this version."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 about = file.metadata() or {}
