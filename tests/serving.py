@@ -84,7 +84,7 @@ class Server:
             if next(begun) >= after:
                 until.wait(60)
 
-        self.loaded.model.register_forward_pre_hook(wait)
+        self.loaded.model.blocks[0].register_forward_pre_hook(wait)
 
     def wait_idle(self, seconds: float = 20) -> None:
         """Wait until nothing runs or waits."""

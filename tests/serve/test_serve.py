@@ -184,7 +184,7 @@ def test_extreme_laws_and_faulty_rows_leave_their_neighbours_alone(server, caplo
         for x in server.served.engine._batch.cache.keys if poison.is_set() else ():
             x[rows] = float("nan")
 
-    hook = model.register_forward_hook(spoil)
+    hook = model.blocks[-1].register_forward_hook(spoil)
     try:
         with ThreadPoolExecutor(12) as pool:
             asked = [pool.submit(post, server, "/v1/completions", body | law) for law in laws for _ in range(2)]
@@ -402,7 +402,7 @@ def test_inspect_scores_both_modes_and_measures_the_memory(server):
         assert (rows[:, 0] == 0).all()  # nothing to read at the first token
         assert (rows[:, 1:] > 0).all()
     assert found["model"]["trained_without_memory"] is False
-    assert server.loaded.model._forward_pre_hooks == {}
+    assert all(part._forward_pre_hooks == {} for block in server.loaded.model.blocks for part in block.modules())
 
 
 def test_strengths_are_the_norms_of_the_injections(server):

@@ -62,7 +62,7 @@ def test_write_streams_the_servers_answer(page, server):
 
 
 def test_stop_ends_the_answer_and_frees_the_row(page, server):
-    slow = server.loaded.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    slow = server.loaded.model.blocks[0].register_forward_pre_hook(lambda *_: time.sleep(0.02))
     page.locator("[name=max_tokens]").fill("240")
     page.get_by_role("button", name="Continue").click()
     while len(page.locator("#text").text_content()) < 60:
