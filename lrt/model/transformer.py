@@ -119,7 +119,8 @@ class Transformer(nn.Module):
     def stream_dtype(self) -> torch.dtype:
         """Type of the residual stream: autocast's where it is on, else the parameters'."""
         device, dtype = self.device.type, next(self.parameters()).dtype
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        cast = device != "meta" and torch.is_autocast_enabled(device)  # on meta while offloaded
+        return torch.get_autocast_dtype(device) if cast else dtype
 
     @property
     def device(self) -> torch.device:

@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
     cache: Cache | None = None
 
 
+@torch.compiler.disable  # so many passes as were drawn
 def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outcome:
     """The schedule's passes over every document, with their gradient; each position as the last pass leaves it."""
     schedule = Curriculum.parse(config.schedule).stages[-1][0].draw(config.seed, step)
@@ -93,11 +94,18 @@ def _reaching(core: LRT, passes: Passes, folded: Folded) -> Folded:
 
 def decoded(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     """The decoded model: one step on a cache that holds memory, or several tokens by the configured prefill."""
+    cache = inputs.cache
+    known = cache is not None and memory_layer(cache, core.config.layers).m is not None
+    if cache is not None and known and inputs.tokens.shape[1] == 1:
+        return _step(core, config, inputs, cache)
+    return _several(core, config, inputs)
+
+
+@torch.compiler.disable  # sweeps until rows have settled: a graph cannot say how many
+def _several(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
+    """Several tokens a row, or the first one: documents by the configured prefill."""
     tokens, cache = inputs.tokens, inputs.cache
     n = tokens.shape[1]
-    known = cache is not None and memory_layer(cache, core.config.layers).m is not None
-    if cache is not None and known and n == 1:
-        return _step(core, config, inputs, cache)
     used = 0 if cache is None else int(cache.get_seq_length())
     mask = inputs.mask if inputs.mask is None else _cut(inputs.mask, used + n)
     if used:

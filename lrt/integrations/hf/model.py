@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from lrt.config.model import require
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.embeds import as_tokens
 from lrt.integrations.hf.fold import Wanted
-from lrt.integrations.hf.forward import Inputs, by_schedule, decoded
+from lrt.integrations.hf.forward import Inputs, Outcome, by_schedule, decoded
 from lrt.integrations.hf.objective import objective
 from lrt.integrations.hf.pretrained import LRTPreTrainedModel
 from lrt.model.lrt import LRT
@@ -91,10 +90,14 @@ class LRTModel(LRTPreTrainedModel):
         without = "in train mode a forward runs the schedule's passes: leave past_key_values and use_cache out"
         require(not (scheduled and cached), without)
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not scheduled
-        with self._reading(input_ids, inputs_embeds) as tokens:
-            inputs = Inputs(tokens, attention_mask, position_ids, past_key_values, use_cache, wanted)
-            run = by_schedule(self.core, self.config, inputs, self._count()) if scheduled else None
-            out = run or decoded(self.core, self.config, inputs)
+        require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, one of them")
+        rest = (attention_mask, position_ids, past_key_values, use_cache, wanted)
+        if input_ids is not None:
+            out = self._run(Inputs(input_ids, *rest), scheduled)
+        else:
+            assert inputs_embeds is not None
+            with as_tokens(self.core, inputs_embeds) as tokens:
+                out = self._run(Inputs(tokens, *rest), scheduled)
         return LRTModelOutput(
             last_hidden_state=out.hidden,  # pyright: ignore[reportArgumentType]
             past_key_values=out.cache if use_cache else None,
@@ -103,12 +106,10 @@ class LRTModel(LRTPreTrainedModel):
             scored=out.scored if return_scored else None,
         )
 
-    def _reading(self, ids: TokensBN | None, vectors: StreamBND | None) -> AbstractContextManager[TokensBN]:
-        require((ids is None) != (vectors is None), "give input_ids or inputs_embeds, one of them")
-        if ids is not None:
-            return nullcontext(ids)
-        assert vectors is not None
-        return as_tokens(self.core, vectors)
+    def _run(self, inputs: Inputs, scheduled: bool) -> Outcome:
+        if scheduled:
+            return by_schedule(self.core, self.config, inputs, self._count())
+        return decoded(self.core, self.config, inputs)
 
     def _wanted(self, streams: bool | None, attentions: bool | None) -> Wanted:
         config = self.config
