@@ -121,9 +121,11 @@ def _from_run(base: RunConfig, run: Path) -> RunConfig:
     start = open_checkpoint(run)
     tokenizer = start.folder.parent.parent / "tokenizer"
     length = min(base.train.length, start.config.model.context)
+    recurrent = start.config.model.memory.recurrent  # without, sweeps would have nothing to settle
+    schedule = base.train.schedule if recurrent else "parallel"
     return replace(
         base,
         model=start.config.model,
         data=replace(base.data, tokenizer=str(tokenizer)),
-        train=replace(base.train, init_from=str(run), length=length),
+        train=replace(base.train, init_from=str(run), length=length, schedule=schedule),
     )

@@ -66,9 +66,9 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
 
 def _schedule(source: ConversionSource, config: ModelConfig) -> str:
     """The source's, unless memory has come or there is none that passes could settle."""
-    if not config.memory.on:
+    if not config.memory.recurrent:
         return "parallel"
-    return source.train.schedule if source.config.memory.on else TrainConfig().schedule
+    return source.train.schedule if source.config.memory.recurrent else TrainConfig().schedule
 
 
 def _memory(how: Conversion) -> MemoryConfig:
