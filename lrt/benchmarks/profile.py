@@ -41,8 +41,9 @@ def named(module: nn.Module, name: str) -> Iterator[None]:
 
 def parts(step: Callable[[], Any], model: LRT) -> dict[str, float]:
     """Milliseconds of each of PARTS in one call of `step`; on cuda, of its kernels. Eager steps only."""
-    labels: list[tuple[nn.Module, str]] = [(model, "blocks' rest"), (model.embedding, "embedding")]
+    labels: list[tuple[nn.Module, str]] = [(model.embedding, "embedding")]
     for block in model.blocks:
+        labels += [(block, "blocks' rest")]
         labels += [(block.get_submodule("attention"), "attention"), (block.get_submodule("mlp"), "mlp")]
     cuda = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -98,7 +98,7 @@ def decoded(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     known = cache is not None and memory_layer(cache, core.config.layers).m is not None
     if cache is not None and known and inputs.tokens.shape[1] == 1:
         return _step(core, config, inputs, cache)
-    return _several(core, config, inputs)
+    return _several(core, config, inputs)  # pyright: ignore[reportCallIssue] - its decorator
 
 
 @torch.compiler.disable  # sweeps until rows have settled: a graph cannot say how many

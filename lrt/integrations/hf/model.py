@@ -108,7 +108,7 @@ class LRTModel(LRTPreTrainedModel):
 
     def _run(self, inputs: Inputs, scheduled: bool) -> Outcome:
         if scheduled:
-            return by_schedule(self.core, self.config, inputs, self._count())
+            return by_schedule(self.core, self.config, inputs, self._count())  # pyright: ignore[reportCallIssue] - its decorator
         return decoded(self.core, self.config, inputs)
 
     def _wanted(self, streams: bool | None, attentions: bool | None) -> Wanted:
