@@ -1,4 +1,4 @@
-"""The one legend of dimension letters. A tensor's name carries its layout: `q_BHNE` is [B, H, N, E].
+"""The one legend of dimension letters. The aliases below name layouts in signatures: `HeadsBKNE` is [B, K, N, E].
 
     B  rows of a batch (sequences)
     T  positions of a row

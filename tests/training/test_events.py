@@ -75,7 +75,8 @@ def test_the_time_left_is_at_this_processs_speed(source: Path, tmp_path: Path, m
             raise RuntimeError
 
     clock = itertools.count(step=50)  # a slow machine: a step takes 50 s
-    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: next(clock), process_time=lambda: 0.0))
+    slow = SimpleNamespace(perf_counter=lambda: next(clock), process_time=lambda: 0.0, monotonic=lambda: 0.0)
+    monkeypatch.setattr(session, "time", slow)
     with pytest.raises(RuntimeError):
         train(config, run, sinks=[said.append, stop])
     monkeypatch.undo()
