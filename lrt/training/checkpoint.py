@@ -103,10 +103,9 @@ def save(
         write_text(aside / SUMS, _sums_text(checksums | {META: _hash(aside / META)}))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:80]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:60]
         raise OSError(
-            f"{folder} could not be written ({reason}); free space or choose another disk, then use --resume {run}; "
-            "the checkpoints before it are whole"
+            f"{folder.name} could not be written ({reason}); free space or choose another disk, then use --resume {run}"
         ) from None
     replaced = folder.with_name(folder.name + ".old.tmp")
     if folder.exists():  # resumed past a checkpoint that did not verify
