@@ -40,6 +40,11 @@ class Pass:
         return f"{at.start}:{at[-1] + 1}{step}{marks}{' detached' if self.detach else ''}"
 
 
+def no_grad_pass(positions: range) -> Pass:
+    """A pass without gradient or loss."""
+    return Pass(positions, weight=0.0, grad=False)
+
+
 Passes = tuple[Pass, ...]
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lrt.passes import Pass
+from lrt.passes import Pass, no_grad_pass
 
 DEFAULT_MODE = "interleaved-8"
 """The fastest that agrees with exact decoding on trained models: measured in docs/decoding.md."""
@@ -70,11 +70,6 @@ class PrefillOptions(NamedTuple):
 def default_tolerance(stride: int) -> float:
     """The tolerance of sweeps with `stride` subsets (see `PrefillOptions`) where none is given."""
     return max(tolerance for least, tolerance in DEFAULT_TOLERANCES.items() if least <= max(stride, 1))
-
-
-def no_grad_pass(positions: range) -> Pass:
-    """A pass without gradient or loss."""
-    return Pass(positions, weight=0.0, grad=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrt.config.decoding import no_grad_pass
 from lrt.data import Loader, RowSource, TaskRows
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
 from lrt.inference.generate import score
@@ -21,6 +20,7 @@ from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
+from lrt.passes import no_grad_pass
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.distributed import World
 

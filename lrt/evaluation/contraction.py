@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.config.decoding import no_grad_pass
+from lrt.config.decoding import PrefillOptions
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import advance
+from lrt.model.recurrence import solve
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import Buffer, PassOutput
+from lrt.passes import no_grad_pass
 
 SWEEPS = 8
 """Jacobi sweeps that are followed."""
@@ -47,12 +48,9 @@ class SweepErrors(NamedTuple):
 @torch.no_grad()
 def exact_states(model: LRT, tokens: TokensBN) -> ExactStates:
     """Decode `tokens` [B, T] by the exact recurrence."""
-    cache, hidden, memory = KVCache.empty(model, *tokens.shape), [], []
-    for t in range(tokens.shape[1]):
-        now, cache = advance(model, tokens[:, t], cache)
-        hidden.append(now)
-        memory.append(cache.memory)
-    return ExactStates(torch.stack(hidden, dim=1), torch.stack(memory, dim=1))
+    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
+    found = list(solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), PrefillOptions.parse("exact")))
+    return ExactStates(torch.cat([s.hidden for _, s in found], dim=1), torch.cat([s.memory for _, s in found], dim=1))
 
 
 @torch.no_grad()

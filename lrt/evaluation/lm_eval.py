@@ -12,11 +12,11 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
+from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.config.model import require
 from lrt.data.normalised import Spelling
 from lrt.inference.generate import generate
-from lrt.model.recurrence import states
+from lrt.model.recurrence import prefill_options, states
 from lrt.training.checkpoint import Loaded
 
 Pair = tuple[Any, list[int], list[int]]
@@ -153,5 +153,5 @@ def run_tasks(
     model: Any = Harness(loaded, mode, normalised=normalised or loaded.config.data.normalised)
     done: Any = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, limit=limit)
     lost = str(model.spelling) if model.spelling.changed else ""
-    name = mode if mode == "zero_memory" else str(PrefillOptions.parse(mode))
+    name = mode if mode == "zero_memory" else str(prefill_options(loaded.model, mode))
     return {"mode": name, "lost": lost, "results": done["results"]}

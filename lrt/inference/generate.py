@@ -8,20 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.config.decoding import (
-    DEFAULT_CHUNK,
-    DEFAULT_MODE,
-    DEFAULT_SWEEPS,
-    PrefillOptions,
-    SamplingParams,
-)
+from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
 from lrt.inference.batch import Emission, Request, RunningBatch
 from lrt.inference.prefill import next_logits, prefill
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import Effort, OneToken, states, total
+from lrt.model.recurrence import Effort, OneToken, prefill_options, states, total
 from lrt.model.shapes import StreamBND, TokensBN
 
 LOGITS_AT_ONCE = 2**25
@@ -39,28 +33,18 @@ class Scored(NamedTuple):
 
 
 @torch.no_grad()
-def score(
-    model: LRT,
-    tokens: TokensBN,
-    targets: TokensBN,
-    *,
-    mode: str = DEFAULT_MODE,
-    tolerance: float | None = None,
-    chunk: int = DEFAULT_CHUNK,
-    max_sweeps: int = DEFAULT_SWEEPS,
-) -> Scored:
+def score(model: LRT, tokens: TokensBN, targets: TokensBN, *, mode: str | PrefillOptions = DEFAULT_MODE) -> Scored:
     """Negative log-likelihood of every target under the decoded model, in nats.
 
     `tokens` and `targets` are int64 [B, T]; targets may be IGNORE. The mode is one of `prefill`'s, or `zero_memory`:
     one parallel pass without memory. There is no limit to T but memory.
     """
     nats, parts = [], []
-    found = states(model, tokens, mode=mode, tolerance=tolerance, chunk=chunk, max_sweeps=max_sweeps)
-    for first, hidden, effort in found:
+    for first, hidden, effort in states(model, tokens, mode):
         n = hidden.shape[1]
         nats.append(_nats(model, hidden, targets[:, first : first + n]))
         parts.append((n, effort))
-    name = mode if mode == "zero_memory" else str(PrefillOptions.parse(mode, tolerance, max_sweeps, chunk))
+    name = "zero_memory" if mode == "zero_memory" else str(prefill_options(model, mode))
     return Scored(torch.cat(nats, dim=1), name, total(parts))
 
 
@@ -83,8 +67,7 @@ def generate(
     decode_bytes: DecodeBytes | None = None,
     cache: KVCache | None = None,
     capacity: int | None = None,
-    mode: str = DEFAULT_MODE,
-    tolerance: float | None = None,
+    mode: str | PrefillOptions = DEFAULT_MODE,
     run: OneToken = next_logits,
 ) -> Iterator[Generated]:
     """Continue prompts together, a token per step, until every row has stopped.
@@ -97,7 +80,7 @@ def generate(
         cache: a state to continue, one row per prompt. It has not taken in the last token it emitted: begin the
             prompt with that. Otherwise an empty one of `capacity` tokens; by default what prompts and answers need,
             at most the model's context, and answers end where it is full.
-        mode, tolerance: how the prompts are taken in, see `prefill`.
+        mode: how the prompts are taken in, see `prefill`.
         run: `next_logits`, or what `compiled` returns.
 
     Raises:
@@ -110,7 +93,7 @@ def generate(
     if cache is None and capacity is None:
         needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, laws, strict=True))
         capacity = min(model.config.context, needed)
-    start = prefill(model, tokens, mode=mode, tolerance=tolerance, lengths=lengths, cache=cache, capacity=capacity)
+    start = prefill(model, tokens, mode=mode, lengths=lengths, cache=cache, capacity=capacity)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
     cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
     shapes = [2**i for i in range(1, len(rows).bit_length())]  # rows that have all stopped leave the step

@@ -7,10 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.config.decoding import DEFAULT_CHUNK, DEFAULT_MODE, DEFAULT_SWEEPS, PrefillOptions
+from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import Effort, OneToken, PerRow, advance, check_tokens, one_token, solve, total
+from lrt.model.recurrence import (
+    Effort,
+    OneToken,
+    PerRow,
+    advance,
+    check_tokens,
+    one_token,
+    prefill_options,
+    solve,
+    total,
+)
 from lrt.model.shapes import TokensBN
 from lrt.model.transformer import Transformer
 
@@ -31,30 +41,25 @@ def prefill(
     model: LRT,
     tokens: TokensBN,
     *,
-    mode: str = DEFAULT_MODE,
-    tolerance: float | None = None,
+    mode: str | PrefillOptions = DEFAULT_MODE,
     lengths: Tensor | None = None,
     cache: KVCache | None = None,
     capacity: int | None = None,
-    chunk: int = DEFAULT_CHUNK,
-    max_sweeps: int = DEFAULT_SWEEPS,
 ) -> Prefill:
-    """Take prompts in, so that `step` can go on from them.
+    """Take prompts in, so that `decode_step` can go on from them.
 
     Args:
         tokens: int64 [B, T]; shorter rows are padded on the right with any valid token.
-        mode: `exact` (token by token), `jacobi` or `interleaved-G` sweeps; see `PrefillOptions`.
-        tolerance: relative change of the memory, per row and position, at which sweeps stop; by default the mode's.
+        mode: `exact` (token by token), `jacobi` or `interleaved-G` sweeps; with a tolerance, a budget or chunks of
+            your own, `PrefillOptions.parse(mode, tolerance, ..)`.
         lengths: tokens of each row that count, int64 [B], 1..T; by default all.
         cache: a state to continue; its keys and values are filled in place. By default an empty one of `capacity`
             tokens (the model's context if that is not given).
-        chunk: positions solved at a time, which bounds the memory that sweeps take.
-        max_sweeps: sweeps per chunk before the rest of it is finished exactly.
 
     Raises:
         ValueError: a token out of range, an empty prompt, or one that does not fit the capacity.
     """
-    plan = PrefillOptions.parse(mode, tolerance, max_sweeps, chunk)
+    plan = prefill_options(model, mode)
     check_tokens(model, tokens)
     lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens.device)
     cache = KVCache.empty(model, len(tokens), capacity or model.config.context) if cache is None else cache

@@ -39,8 +39,7 @@ class LRT(Transformer):
         """
         graded = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         mode = mode or ("exact" if graded else DEFAULT_MODE)
-        if mode != "zero_memory":
-            PrefillOptions.parse(mode, tolerance)  # raises what is wrong with it
+        how = mode if mode == "zero_memory" else PrefillOptions.parse(mode, tolerance)
         parallel = mode == "zero_memory" or not self.config.memory.recurrent
         require(
             not graded or parallel or mode == "exact",
@@ -48,7 +47,7 @@ class LRT(Transformer):
             "(T passes with gradient), or train with ScheduledLoss",
         )
         if not graded:
-            found = states(self, tokens, mode="zero_memory" if parallel else mode, tolerance=tolerance)
+            found = states(self, tokens, "zero_memory" if parallel else how)
             return self.logits(torch.cat([hidden for _, hidden, _ in found], dim=1))
         check_tokens(self, tokens)
         return self.logits(self._graded(tokens, "parallel" if parallel else "sequential"))

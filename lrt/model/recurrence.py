@@ -14,20 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.config.decoding import (
-    DEFAULT_CHUNK,
-    DEFAULT_MODE,
-    DEFAULT_SWEEPS,
-    PrefillOptions,
-    no_grad_pass,
-)
+from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
 from lrt.model.kv_cache import KVCache
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import Buffer
 from lrt.model.transformer import Transformer
-from lrt.passes import Pass, exact_prefix
+from lrt.passes import Pass, exact_prefix, no_grad_pass
 
+ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Relative change of the memory below which rounding hides it, by the type that the stream is computed in."""
 PerRow = tuple[Tensor, Tensor, Tensor]
 """Memory [B, D], length [B] and last token [B] of a cache's rows."""
 OneToken = Callable[[Transformer, Tensor, KVCache, Tensor | None], tuple[Tensor, PerRow]]
@@ -52,6 +48,8 @@ class Solved(NamedTuple):
 
     hidden: StreamBND
     """Input of the head, [B, n, D]; arbitrary beyond a row's own positions."""
+    memory: StreamBND
+    """m_t of every position, likewise."""
     cache: KVCache
     effort: Effort
 
@@ -65,19 +63,23 @@ class SettledRows(NamedTuple):
     """How many positions of each hold the solution: all of them, or the exact prefix where the budget ran out, [b]."""
     buffer: Buffer
     hidden: StreamBND
+    memory: StreamBND
     sweeps: int
     residual: float
 
 
+def prefill_options(model: Transformer, mode: str | PrefillOptions) -> PrefillOptions:
+    """How `model` solves the recurrence: `mode`, with sweeps that stop where only rounding still moves its memory.
+
+    ValueError: an unknown mode.
+    """
+    options = PrefillOptions.parse(mode) if isinstance(mode, str) else mode
+    return options._replace(tolerance=max(options.tolerance, ROUNDING.get(model.stream_dtype, 0.0)))
+
+
 @torch.no_grad()
 def states(
-    model: Transformer,
-    tokens: TokensBN,
-    *,
-    mode: str = DEFAULT_MODE,
-    tolerance: float | None = None,
-    chunk: int = DEFAULT_CHUNK,
-    max_sweeps: int = DEFAULT_SWEEPS,
+    model: Transformer, tokens: TokensBN, mode: str | PrefillOptions = DEFAULT_MODE
 ) -> Iterator[tuple[int, StreamBND, Effort]]:
     """The head's input at every position of `tokens` [B, T] as the model decodes them: first column, [B, n, D], effort.
 
@@ -90,9 +92,9 @@ def states(
         assert written.hidden is not None
         yield 0, written.hidden, Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
         return
-    plan = PrefillOptions.parse(mode, tolerance, max_sweeps, chunk)
     lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
-    for first, solved in solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), plan):
+    cache = KVCache.empty(model, *tokens.shape)
+    for first, solved in solve(model, tokens, lengths, cache, prefill_options(model, mode)):
         yield first, solved.hidden, solved.effort
 
 
@@ -111,17 +113,17 @@ def solve(
 
 
 def _chunk(model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, plan: PrefillOptions) -> Solved:
-    hidden = cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1])
+    hidden, memory = (cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1]) for _ in range(2))
     begin, sweeps, residual = torch.zeros_like(count), 0, 0.0
     for group in _sweeps(model, tokens, count, cache, plan) if plan.stride else ():
-        hidden[group.rows] = group.hidden.to(hidden.dtype)
+        hidden[group.rows], memory[group.rows] = group.hidden.to(hidden.dtype), group.memory.to(memory.dtype)
         cache = cache.commit(group.buffer, group.rows, group.taken)
         begin[group.rows] = group.taken
         sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
-    cache = _recur(model, tokens, begin, count, cache, hidden)
+    cache = _recur(model, tokens, begin, count, cache, hidden, memory)
     below = model.config.source / model.config.layers
     forwards = sweeps * below + (sweeps > 0 and below < 1) + float((count - begin).max()) / tokens.shape[1]
-    return Solved(hidden, cache, Effort(sweeps, residual, forwards, count - begin))
+    return Solved(hidden, memory, cache, Effort(sweeps, residual, forwards, count - begin))
 
 
 def _sweeps(
@@ -143,9 +145,11 @@ def _sweeps(
         if leaving.any():
             at, every = leaving.nonzero()[:, 0], bool(leaving.all())
             whole, hidden = finish(model, here[at], buffer if every else buffer.take(at), new[at])
+            written = whole.memory(range(1, n + 1))
+            assert written is not None
             taken = torch.where(settled, wanted, wanted.clamp(max=known))
             residual = change.masked_fill(~settled | (wanted <= known), 0).max()
-            yield SettledRows(rows[at], taken[at], whole, hidden, number, float(residual))
+            yield SettledRows(rows[at], taken[at], whole, hidden, written, number, float(residual))
             if every:
                 return
             stay = (~leaving).nonzero()[:, 0]
@@ -182,9 +186,15 @@ def change_of(old: StreamBND | None, new: StreamBND, count: Tensor) -> Tensor:
 
 
 def _recur(
-    model: Transformer, tokens: TokensBN, begin: Tensor, end: Tensor, cache: KVCache, hidden: StreamBND
+    model: Transformer,
+    tokens: TokensBN,
+    begin: Tensor,
+    end: Tensor,
+    cache: KVCache,
+    hidden: StreamBND,
+    memory: StreamBND,
 ) -> KVCache:
-    """Take in columns begin..end-1 of each row token by token; fills `hidden` there in place."""
+    """Take in columns begin..end-1 of each row token by token; fills `hidden` and `memory` there in place."""
     rows = (begin < end).nonzero()[:, 0]
     if not len(rows):
         return cache
@@ -193,7 +203,8 @@ def _recur(
     for t in range(int(begin.min()), int(end.max())):
         active = (begin <= t) & (t < end)
         now, part = advance(model, tokens[rows, t], part, active)
-        hidden[rows, t] = torch.where(active[:, None], now.to(hidden.dtype), hidden[rows, t])
+        for kept, new in ((hidden, now), (memory, part.memory)):
+            kept[rows, t] = torch.where(active[:, None], new.to(kept.dtype), kept[rows, t])
     return cache.put(rows, part) if part.rows < cache.rows else part
 
 

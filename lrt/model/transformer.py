@@ -72,8 +72,8 @@ class Transformer(nn.Module):
         self, tokens: TokensBN, read: PassInput, starts: Tensor | None = None, *, top: bool = True
     ) -> PassOutput:
         """`run_pass` between opening and writing the state: tensors in, tensors out."""
-        eps, x0 = self.config.backbone.norm_eps, self.embedding(tokens)
-        x0 = (rms_norm(x0, eps) if self.config.backbone.embedding_norm else x0).to(self.stream_dtype)
+        eps, embedded = self.config.backbone.norm_eps, self.embedding(tokens)
+        x0 = (rms_norm(embedded, eps) if self.config.backbone.embedding_norm else embedded).to(self.stream_dtype)
         memories = Memories(self._recurrent(read.memory, starts), self._shift(read.previous, starts))
         shared = projected(memories, (self.projection, self.shift_projection))
         rope = rope_at(read.positions, self.config.e, self.config.rope_theta, x0.dtype, self.config.backbone.rope)
@@ -81,7 +81,8 @@ class Transformer(nn.Module):
         windows, masks = self.config.windows(), self._masks(read)
         run, kv = self._runner(read)
         x = x0.clone() if self.execution.compile else x0  # one tensor given twice would be a graph of its own
-        memory, keys, values = x0 if self.config.source else self._normed(tokens), [], []
+        of_embedding = self.config.source == 0 and not self.config.backbone.embedding_norm
+        memory, keys, values = rms_norm(x0, eps) if of_embedding else x0, [], []
         for i in range(self.blocks_run(top)):
             own = context._replace(attention_mask=masks[windows[i]], kv=None if kv is None else kv[i])
             x, k, v = run(self.blocks[i % self.config.depth], x, own)
@@ -175,10 +176,8 @@ class Transformer(nn.Module):
             return None
         assert previous is not None, "a model with a token shift needs the previous tokens"
         absent = previous < 0 if starts is None else (previous < 0) | starts
-        return self._normed(previous.clamp(min=0)).masked_fill(absent[..., None], 0)
-
-    def _normed(self, tokens: TokensBN) -> StreamBND:
-        return rms_norm(self.embedding(tokens), self.config.backbone.norm_eps).to(self.stream_dtype)
+        embedded = rms_norm(self.embedding(previous.clamp(min=0)), self.config.backbone.norm_eps)
+        return embedded.to(self.stream_dtype).masked_fill(absent[..., None], 0)
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

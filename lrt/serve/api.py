@@ -202,7 +202,7 @@ def _own(served: Served) -> APIRouter:
         """What the memory does to every token of a text."""
         ids, top = await served.intake.take(request, inspected)
         call = Call(served, request.state.owner)
-        work = partial(inspect, served.model, served.words, ids, top, **served.how)
+        work = partial(inspect, served.model, served.words, ids, top, served.mode)
         call.submit([BackgroundTask(0, call.events, call.deadline, work=work)])
         (event,) = await call.all(request)
         return event.what | {"model": served.about()}

@@ -66,7 +66,7 @@ class Completion:
         if self.scored:  # before the answers, whose listings follow
             jobs += [
                 BackgroundTask(-1 - i, call.events, call.deadline,
-                     work=lambda ids=ids: score(served.model, ids, body.logprobs or 0, **served.how))
+                     work=lambda ids=ids: score(served.model, ids, body.logprobs or 0, served.mode))
                 for i, ids in enumerate(self.prompts)
             ]  # fmt: skip
         if body.max_tokens:

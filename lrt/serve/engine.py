@@ -27,7 +27,7 @@ from lrt.inference.prefill import next_logits
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import OneToken, solve
+from lrt.model.recurrence import OneToken, prefill_options, solve
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
 from lrt.serve.states import MARK_EVERY, StateStore, StoredState
@@ -108,7 +108,8 @@ class Engine:
         self.model, self.settings, self.metrics = model, settings, metrics
         self.capacity = model.config.context
         self.store = StateStore(settings.keep_mb * 2**20)
-        self.plan = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
+        chosen = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
+        self.plan = prefill_options(model, chosen)
         cache = KVCache.empty(model, settings.shapes[-1], self.capacity)
         self._batch = RunningBatch(model, cache, run=run, shapes=settings.shapes)
         self._decode_bytes = decode_bytes

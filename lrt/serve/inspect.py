@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrt.config.decoding import PrefillOptions
 from lrt.evaluation.bits_per_byte import bits_per_byte
 from lrt.inference.batch import Ranked, ranked
 from lrt.model.blocks import Attention, Block, BlockContext, Memories, ResidualInjection
@@ -70,15 +71,15 @@ def trained_without_memory(schedule: str, length: int) -> bool:
     return any(s.passes(length)[0].weight > 0 for s, _ in Curriculum.parse(schedule).shares())
 
 
-def inspect(model: LRT, words: Vocabulary, ids: list[int], top: int, **how: Any) -> Lane:
-    """Score `ids` [T] decoded and with the memory reset at every token; `how` are `states`' mode, tolerance, chunk.
+def inspect(model: LRT, words: Vocabulary, ids: list[int], top: int, mode: str | PrefillOptions) -> Lane:
+    """Score `ids` [T] decoded and with the memory reset at every token; `mode` is one of `states`.
 
     Returns plain data: tokens with both log-probabilities (nats) and alternatives, BPB in both modes, strengths by
     layer and by the position that predicts the token.
     """
     strengths = Strengths(model, len(ids) - 1)
-    decoded = yield from score(model, ids, top, strengths if model.config.memory.on else None, **how)
-    zero = yield from score(model, ids, top, mode="zero_memory")
+    decoded = yield from score(model, ids, top, mode, strengths if model.config.memory.on else None)
+    zero = yield from score(model, ids, top, "zero_memory")
     sizes = torch.tensor([len(words.tokenizer.decode_bytes([i])) for i in ids[1:]])
     bpb = {}
     for name, rows in (("decoded", decoded), ("zero", zero)):
@@ -98,10 +99,10 @@ def _spelled(words: Vocabulary, scored: tuple[float, Ranked]) -> dict[str, Any]:
     return {"logprob": value, "top": [[words.spell(token), p] for token, p in best]}
 
 
-def score(model: LRT, ids: list[int], top: int, strengths: Strengths | None = None, **how: Any) -> Lane:
-    """Log-probability and alternatives of every token of `ids` but the first; `how` are `states`' options."""
+def score(model: LRT, ids: list[int], top: int, mode: str | PrefillOptions, strengths: Strengths | None = None) -> Lane:
+    """Log-probability and alternatives of every token of `ids` but the first; `mode` is one of `states`."""
     found: list[tuple[float, Ranked]] = []
-    passes = states(model, torch.tensor([ids[:-1]], device=model.device), **how) if len(ids) > 1 else iter(())
+    passes = states(model, torch.tensor([ids[:-1]], device=model.device), mode) if len(ids) > 1 else iter(())
     while True:
         with strengths.watch() if strengths else nullcontext():
             solved = next(passes, None)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, final
 from pydantic import BaseModel, ValidationError
 
 from lrt import __version__
+from lrt.config.decoding import PrefillOptions
 from lrt.inference.prefill import next_logits
 from lrt.model.recurrence import OneToken
 from lrt.serve.engine import Engine
@@ -44,7 +45,7 @@ class Served:
         self.context = self.model.config.context
         self.vocabulary = self.model.config.vocab_size
         self.grammars = Grammars(loaded.tokenizer, self.vocabulary)
-        self.how = {"mode": settings.prefill, "tolerance": settings.tolerance, "chunk": settings.chunk}
+        self.mode = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
 
     def about(self) -> dict[str, Any]:
         """What the page shows of the model."""

@@ -90,12 +90,8 @@ class Session:
         self.optimizer = Optimizer(self.model, config.optim, self.dtype)
         self.progress, self.settling, self.stop = Progress(), Settling(), Stop()
         self.bpb, self.scored = None, -1
-        self.lock, self.resumed, self.stepped, self.saved_at = (
-            RunLock(run),
-            started is not None,
-            False,
-            time.monotonic(),
-        )
+        self.resumed, self.stepped = started is not None, False
+        self.lock, self.saved_at = RunLock(run), time.monotonic()
         if started is not None:
             self._restore(started)
         self.skips = Skips(self.progress.skipped, self.device)
@@ -192,8 +188,8 @@ class Session:
         out, norm = self.gradients(batch)
         skip = ~(out.loss.isfinite() & norm.isfinite())
         self.skips.add(skip)
-        shares = (f(self.progress.step, self.steps, self.config.optim) for f in (rate, memory_rate))
-        self.optimizer.step(next(shares), skip, next(shares))
+        when = (self.progress.step, self.steps, self.config.optim)
+        self.optimizer.step(rate(*when), skip, memory_rate(*when))
         self.settling = self.settling.follow(self.plan, self.progress.step, lambda: out.consistency.sqrt().item())
         return out._replace(loss=out.loss.masked_fill(skip, math.nan)), norm
 

@@ -22,7 +22,7 @@ from lrt.inference.prefill import compiled, decode_step, next_logits, prefill
 from lrt.model.kv_cache import KVCache, positions_held, visible_slots
 from lrt.model.loss import IGNORE
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import advance
+from lrt.model.recurrence import ROUNDING, advance, solve
 from lrt.model.reference import reference
 
 TIGHT = 1e-10
@@ -55,11 +55,11 @@ def test_any_split_equals_the_reference(cfg, mode):
     model, rows = randomised(cfg), tokens(cfg, 3, 21)
     assert (rows[:, 1:] == cfg.bos).any()
     expected, lengths, every = truth(model, rows), torch.tensor([11, 4, 15]), torch.arange(3)
-    options = {"mode": mode, "tolerance": 1e-13, "chunk": 6, "max_sweeps": 50}
-    first = prefill(model, rows, lengths=lengths, capacity=25, **options)
+    options = PrefillOptions.parse(mode, 1e-13, max_sweeps=50, chunk=6)
+    first = prefill(model, rows, lengths=lengths, capacity=25, mode=options)
     close(first.logits, expected[every, lengths - 1])
     more = torch.stack([rows[i, n : n + 3] for i, n in enumerate(lengths)])
-    second = prefill(model, more, cache=first.cache, **options)
+    second = prefill(model, more, cache=first.cache, mode=options)
     close(second.logits, expected[every, lengths + 2])
     cache = second.cache
     for at in (lengths + 3, lengths + 4, lengths + 5):
@@ -78,7 +78,10 @@ def test_any_split_equals_the_reference(cfg, mode):
 def test_sweeps_equal_the_reference_for_any_lengths_chunk_and_stride(cfg, lengths, chunk, stride, seed):
     model, rows = randomised(cfg, seed), tokens(cfg, len(lengths), max(lengths), seed)
     found = prefill(
-        model, rows, mode=f"interleaved-{stride}", tolerance=1e-13, lengths=torch.tensor(lengths), chunk=chunk
+        model,
+        rows,
+        mode=PrefillOptions.parse(f"interleaved-{stride}", 1e-13, chunk=chunk),
+        lengths=torch.tensor(lengths),
     )
     close(found.logits, truth(model, rows)[torch.arange(len(lengths)), torch.tensor(lengths) - 1])
 
@@ -88,7 +91,7 @@ def test_sweeps_equal_the_reference_for_any_lengths_chunk_and_stride(cfg, length
 def test_what_does_not_settle_is_finished_exactly(mode, source):
     model, rows = randomised(config(source=source)), tokens(CFG, 3, 16)
     lengths = torch.tensor([16, 9, 1])
-    found = prefill(model, rows, mode=mode, tolerance=1e-13, max_sweeps=2, lengths=lengths)
+    found = prefill(model, rows, mode=PrefillOptions.parse(mode, 1e-13, max_sweeps=2), lengths=lengths)
     close(found.logits, truth(model, rows)[torch.arange(3), lengths - 1])
     assert found.effort.residual == 0
     assert found.effort.stepped[0] > 0
@@ -97,7 +100,7 @@ def test_what_does_not_settle_is_finished_exactly(mode, source):
 
 def test_as_many_sweeps_as_positions_always_suffice(model):
     rows = tokens(CFG, 2, 12)
-    found = prefill(model, rows, mode="jacobi", tolerance=0.0, max_sweeps=12)
+    found = prefill(model, rows, mode=PrefillOptions.parse("jacobi", 0.0, max_sweeps=12))
     assert found.effort.stepped.sum() == 0
     close(found.logits, truth(model, rows)[:, -1])
 
@@ -116,7 +119,7 @@ def test_the_tolerance_belongs_to_the_mode(mode: str, tolerance: float):
 
 def test_a_looser_tolerance_takes_fewer_sweeps_and_says_so():
     model, rows = randomised(CFG, scale=0.2), tokens(CFG, 2, 40)  # weak injections, so that the memory settles
-    loose, tight = (prefill(model, rows, mode="interleaved-8", tolerance=t) for t in (1e-2, 1e-9))
+    loose, tight = (prefill(model, rows, mode=PrefillOptions.parse("interleaved-8", t)) for t in (1e-2, 1e-9))
     assert loose.mode == "sweeps(interleaved-8, 0.01)"
     assert loose.effort.sweeps < tight.effort.sweeps
     assert tight.effort.residual <= 1e-9 < loose.effort.residual <= 1e-2
@@ -124,9 +127,10 @@ def test_a_looser_tolerance_takes_fewer_sweeps_and_says_so():
 
 def test_a_row_does_not_depend_on_how_fast_the_others_settle():
     model, rows = randomised(CFG, scale=0.2), tokens(CFG, 4, 30)
-    together = prefill(model, rows, mode="interleaved-4", tolerance=1e-2)
+    loose = PrefillOptions.parse("interleaved-4", 1e-2)
+    together = prefill(model, rows, mode=loose)
     for i, row in enumerate(rows):
-        close(together.logits[i : i + 1], prefill(model, row[None], mode="interleaved-4", tolerance=1e-2).logits)
+        close(together.logits[i : i + 1], prefill(model, row[None], mode=loose).logits)
 
 
 @pytest.mark.parametrize("cfg", [config(projection="none", residual=False, source=3), SHIFT], ids=["none", "shift"])
@@ -142,7 +146,7 @@ def test_score_is_the_likelihood_of_the_decoded_model(model, mode):
     rows = tokens(CFG, 2, 20)
     targets = torch.roll(rows, -1, 1)
     targets[:, 5] = IGNORE
-    scored = score(model, rows, targets, mode=mode, tolerance=1e-13, chunk=7)
+    scored = score(model, rows, targets, mode=PrefillOptions.parse(mode, 1e-13, chunk=7))
     expected = -truth(model, rows).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     close(scored.nats, torch.where(targets == IGNORE, 0.0, expected))
 
@@ -275,9 +279,8 @@ def test_rows_that_have_all_stopped_leave_the_step(model):
 def test_generation_follows_the_reference(model):
     """Greedy text: every token is the reference's most probable one, its log-probability the reference's."""
     prompt = tokens(CFG, 1, 8)[0].tolist()
-    (made,) = run_text(
-        model, [prompt], SamplingParams(temperature=0, max_new_tokens=12, stop_tokens=()), tolerance=1e-12
-    )
+    greedy = SamplingParams(temperature=0, max_new_tokens=12, stop_tokens=())
+    (made,) = run_text(model, [prompt], greedy, mode=PrefillOptions.parse("interleaved-8", 1e-12))
     text = [t for t, _ in made]
     expected = truth(model, torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert expected.argmax(-1).tolist() == text
@@ -334,7 +337,7 @@ def test_answers_end_at_stop_tokens_stop_texts_length_and_capacity(model):
         (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), capacity=8), "9 tokens but the capacity is 8"),
         (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), lengths=torch.tensor([0])), "between 1 and the 9"),
         (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), mode="newton"), "'newton' is unknown: use exact"),
-        (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), max_sweeps=0), "max_sweeps 0"),
+        (lambda m: PrefillOptions.parse("jacobi", max_sweeps=0), "max_sweeps 0"),
         (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), cache=KVCache.empty(m, 2, 20)), "1 prompts for a"),
         (lambda m: next(generate(m, [[1], []])), "prompt 1 is empty"),
         (lambda m: next(generate(m, [[1]], SamplingParams(stop=("x",)))), "stop texts need decode_bytes"),
@@ -405,3 +408,23 @@ def test_the_bench_decodes_beside_transformers():
     found = bench.against_transformers(plain, torch.device("cpu"), False, tokens=4, repeats=1)
     speeds = [found[f"{name}_tokens_per_second"] for name in ("transformers", "eager")]
     assert all(s > 0 for s in speeds) and found["eager_ratio"] == pytest.approx(speeds[1] / speeds[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_low_precision_sweeps_stop_where_rounding_moves_the_memory_and_say_so(dtype):
+    """Without that floor no row would settle, and a prompt would be taken in token by token."""
+    model, rows = randomised(CFG, scale=0.2).to(dtype), tokens(CFG, 2, 40)
+    found = prefill(model, rows)
+    assert found.mode == f"sweeps(interleaved-8, {ROUNDING[dtype]:g})"
+    assert not found.effort.stepped.any()
+    assert score(model, rows, rows).mode == found.mode
+    assert prefill(model.double(), rows).mode == "sweeps(interleaved-8, 0.0007)"
+
+
+def test_the_memory_of_a_solution_is_that_of_the_reference(model):
+    rows, lengths = tokens(CFG, 2, 12), torch.tensor([12, 9])
+    for mode in (PrefillOptions.parse("exact"), PrefillOptions.parse("interleaved-4", 1e-13, chunk=5)):
+        parts = solve(model, rows, lengths, KVCache.empty(model, 2, 12), mode)
+        memory = torch.cat([solved.memory for _, solved in parts], dim=1)
+        for row, ids, n in zip(memory, rows, lengths.tolist(), strict=True):
+            close(row[:n], reference(dict(model.state_dict()), CFG, ids[:n].tolist()).memory)

@@ -39,7 +39,7 @@ def forwards(model: LRTForCausalLM, ids: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_not_prefilled_token_by_token(folder: Path, dtype: torch.dtype, monkeypatch):
-    from lrt.integrations.hf import forward
+    from lrt.model import recurrence
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     low = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -48,7 +48,7 @@ def test_low_precision_is_not_prefilled_token_by_token(folder: Path, dtype: torc
     low.save_pretrained(folder.parent / str(dtype))
     auto = transformers.AutoModelForCausalLM.from_pretrained(folder.parent / str(dtype), dtype="auto")
     assert auto.dtype == dtype and forwards(auto, IDS) == forwards(low, IDS)
-    monkeypatch.setattr(forward, "SETTLES", {})
+    monkeypatch.setattr(recurrence, "ROUNDING", {})
     low.config.prefill_tolerance = 1e-5
     assert forwards(low, IDS) > IDS.shape[1]  # rounding keeps the memory moving: without the floor, token by token
 

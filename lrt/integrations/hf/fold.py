@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lrt.config.decoding import PrefillOptions, no_grad_pass
+from lrt.config.decoding import PrefillOptions
+from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import change_of
+from lrt.model.recurrence import solve
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import PositionsN, StreamBND, TokensBN
-from lrt.model.state import Buffer
-from lrt.passes import Pass, exact_prefix
+from lrt.model.state import Buffer, PassOutput
+from lrt.passes import Pass
 
 
 class Wanted(NamedTuple):
@@ -135,24 +136,11 @@ def _columns(keys: PositionsN, start: Tensor | int, past: int, n: int) -> Tensor
 
 
 @torch.no_grad()
-def settled(core: LRT, tokens: TokensBN, count: Tensor, buffer: Buffer, options: PrefillOptions) -> Buffer:
-    """The buffer once sweeps leave the memory of every row's first `count` positions where it is.
-
-    What has not settled within the budget is finished token by token.
-    """
-    n, known, old = tokens.shape[1], 0, None
-    for number in range(1, options.max_sweeps + 1):
-        passes = options.sweep(number, n)
-        *_, (_, _, buffer) = run_passes(core, tokens, passes, core.starts(tokens), buffer)
-        new = buffer.memory(range(1, n + 1))
-        assert new is not None
-        known = exact_prefix(passes, n, known) if core.config.memory.recurrent else n
-        if known >= n or bool((change_of(old, new, count) <= options.tolerance).all()):
-            return buffer
-        old = new
-    steps = [no_grad_pass(range(t, t + 1)) for t in range(n)]
-    *_, (_, _, buffer) = run_passes(core, tokens, steps, core.starts(tokens), buffer)
-    return buffer
+def settled(core: LRT, tokens: TokensBN, count: Tensor, state: KVCache, options: PrefillOptions) -> Buffer:
+    """A buffer after `state`, which stays as it is, that holds the decoded memory of `tokens` and nothing else."""
+    own = state.take(torch.arange(state.rows, device=tokens.device))  # solving fills keys and values in place
+    memory = torch.cat([solved.memory for _, solved in solve(core, tokens, count, own, options)], dim=1)
+    return state.buffer().write(None, PassOutput(tokens, None, memory, (), ()))
 
 
 # Recording.

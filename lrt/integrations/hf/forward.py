@@ -18,14 +18,12 @@ from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fol
 from lrt.integrations.hf.objective import least_length, token_weights
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import solve
+from lrt.model.recurrence import prefill_options, solve
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import PassInput
 from lrt.passes import Pass, Passes
 from lrt.schedule import Curriculum
 
-SETTLES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Relative change of the memory below which rounding hides it, by the type that the stream is computed in."""
 PACKED = "rows that hold several documents have no {}; give them as rows of their own"
 
 
@@ -193,7 +191,7 @@ def _solved(
     core: LRT, config: LRTConfig, tokens: TokensBN, count: Tensor, state: KVCache
 ) -> tuple[StreamBND, PassStates, Gained]:
     hidden, before = [], state.length
-    for _, solved in solve(core, tokens, count, state, prefill_options(config, core.stream_dtype)):
+    for _, solved in solve(core, tokens, count, state, configured_options(core, config)):
         hidden, state = [*hidden, solved.hidden], solved.cache
     return (
         torch.cat(hidden, dim=1),
@@ -211,7 +209,7 @@ def _traced(
     if config.prefill == "exact" and core.config.memory.recurrent:
         passes = [Pass(range(t, t + 1)) for t in range(n)]
     elif config.prefill == "sweeps" and core.config.memory.recurrent:
-        buffer = settled(core, tokens, count, buffer, prefill_options(config, core.stream_dtype))
+        buffer = settled(core, tokens, count, state, configured_options(core, config))
     folded = fold(core, tokens, passes, buffer, inputs.wanted)
     at = [segment.at for segment in folded.buffer.segments]
     written = [segment.written for segment in folded.buffer.segments]
@@ -252,8 +250,7 @@ def _in_batch(states: PassStates, rows: DocumentRows, n: int, seen: Tensor | Non
     return PassStates(tuple(queries(x) for x in states.streams), tuple(weights(x) for x in states.attentions))
 
 
-def prefill_options(config: LRTConfig, dtype: torch.dtype) -> PrefillOptions:
-    """How the memory is solved in a stream of this type: sweeps stop where only rounding still moves it."""
+def configured_options(core: LRT, config: LRTConfig) -> PrefillOptions:
+    """How the configuration has the memory solved."""
     mode = "exact" if config.prefill == "exact" else config.prefill_mode
-    options = PrefillOptions.parse(mode, config.prefill_tolerance)
-    return options._replace(tolerance=max(options.tolerance, SETTLES.get(dtype, 0.0)))
+    return prefill_options(core, PrefillOptions.parse(mode, config.prefill_tolerance))
