@@ -85,6 +85,8 @@ CORNERS = [
 CODE = "".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400))
 """A text to train on."""
 
+TOLERANCE = 1e-10
+"""Of equality in float64."""
 SCHEDULES = [
     "parallel", "interleaved-1", "interleaved-2", "interleaved-3:settle=1", "refinement-2", "chunked-3", "sequential",
     "settled-0", "settled-2", "interleaved-2:weights=0/1", "refinement-1:detach",
@@ -160,6 +162,19 @@ def outcome(model: LRT, ids: Tensor, run: Sequence[Pass]) -> Outcome:
             for i in range(c.source):
                 keys[i][:, :, at], values[i][:, :, at] = written.keys[i], written.values[i]
     return Outcome(hidden, source, keys, values)
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def same(a: Outcome, b: Outcome) -> bool:
+    return all(near(x, y) for x, y in zip(a, b, strict=True))
+
+
+def differ(a: Tensor, b: Tensor) -> Tensor:
+    """Per row and position, the largest difference of the last axis."""
+    return (a - b).abs().amax(-1)
 
 
 def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import torch
 
 from lrt.config.model import MemoryConfig, ModelConfig
@@ -92,3 +93,12 @@ class Server:
         while not self.served.engine.idle:
             assert time.monotonic() < end, "the server does not come to rest"
             time.sleep(0.01)
+
+
+def post(server: Server, path: str, body, **options) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=60, **options)
+
+
+def opened(server: Server, text: str) -> list[int]:
+    """The tokens of a document that begins with `text`."""
+    return [server.loaded.tokenizer.bos, *server.loaded.tokenizer.encode(text)]

@@ -103,17 +103,27 @@ class KVCache(NamedTuple):
         layers = [Slots(k, v, rows, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
         return PassInput(queries, layers, self.memory[:, None], self.last_token[:, None]), self
 
-    def write(self, positions: range | None, written: PassOutput, active: Tensor | None = None) -> KVCache:
-        """The state after a pass that `open` began; rows where `active` [B] is False stay as they were.
+    def write(self, positions: range | None, written: PassOutput) -> KVCache:
+        """The state after a pass that `open` began.
 
         Keys and values have been filled in place.
         """
+        rows, longest = self.rows_after(written), min(self.longest + 1, self.capacity)
+        return KVCache(self.keys, self.values, *rows, longest=longest)
+
+    def rows_after(self, written: PassOutput, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`per_row` of that state; rows where `active` [B] is False stay as they were.
+
+        Tensors alone, so that a compiled step depends on no number of the host.
+        """
         new = (written.memory[:, 0].to(self.memory.dtype), self.length + 1, written.tokens[:, 0])
-        if active is not None:
-            pairs = zip(new, self.per_row(), strict=True)
-            new = tuple(torch.where(active.view(-1, *(1,) * (x.dim() - 1)), x, old) for x, old in pairs)
-        memory, length, last_token = new
-        return KVCache(self.keys, self.values, memory, length, last_token, min(self.longest + 1, self.capacity))
+        if active is None:
+            return new
+        memory, length, last_token = (
+            torch.where(active.view(-1, *(1,) * (x.dim() - 1)), x, old)
+            for x, old in zip(new, self.per_row(), strict=True)
+        )
+        return memory, length, last_token
 
     def buffer(self) -> Buffer:
         """A buffer for passes over the positions that come next, counted from 0 in every row; nothing is copied."""

@@ -217,7 +217,7 @@ def one_token(model: Transformer, tokens: Tensor, view: KVCache, active: Tensor 
     read, rest = view.open(None, tokens, model.config.layers)
     written = model.forward_pass(tokens, read, model.starts(tokens))
     assert written.hidden is not None
-    return written.hidden[:, 0], rest.write(None, written, active).per_row()
+    return written.hidden[:, 0], rest.rows_after(written, active)
 
 
 def advance(

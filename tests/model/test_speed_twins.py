@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import config, packed
+from helpers import config, packed, randomised
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -124,11 +124,11 @@ def test_blocks_are_compiled_once_per_kind_of_pass(compiled):
     ids = packed(CONFIG, 2, 48)
     graphs = []
     for text in ("interleaved-4", "interleaved-6", "interleaved-3", "settled-1", "settled-3"):
-        model = LRT(config(depth=2, window_pattern="L", value_embeddings="none"), seed=3)
+        model = randomised(config(depth=2, window_pattern="L", value_embeddings="none"), seed=3)
         expected = fast_loss(model, ids, ids, Schedule.parse(text), 0)
         model.execution = Execution(compile=True)
         loss = fast_loss(model, ids, ids, Schedule.parse(text), 0)
         loss.backward()
-        assert torch.allclose(loss, expected, rtol=1e-5)
+        assert torch.allclose(loss, expected, rtol=1e-10)
         graphs.append(compiled())
     assert graphs == [2, 3, 3, 5, 6]

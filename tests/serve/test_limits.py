@@ -13,7 +13,7 @@ import time
 
 import httpx
 import pytest
-from serving import Server, make_run
+from serving import Server
 
 from lrt.serve.connections import ConnectionLimits, OpenConnections
 from lrt.serve.keys import ApiKeys, HostNames
@@ -21,17 +21,6 @@ from lrt.serve.keys import ApiKeys, HostNames
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BODY = {"prompt": "def", "max_tokens": 2, "temperature": 0}
 N = 180_000
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("limits") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(run):
-    with Server(run) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -19,16 +20,11 @@ from typing import NamedTuple
 import httpx
 import psutil
 import pytest
-from serving import Server, make_run
+from serving import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 LONG = {"prompt": "def", "max_tokens": 250, "seed": 1, "stop": "\x00", "ignore_eos": True}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("end") / "tiny")
 
 
 class Process(NamedTuple):
@@ -58,11 +54,17 @@ def started(run: Path, log: Path, *flags: str) -> Iterator[Process]:
             process.kill()
 
 
-def test_what_runs_when_the_drain_is_over_is_told_so(run, caplog):
+def test_what_runs_when_the_drain_is_over_is_told_so(run, caplog, monkeypatch):
     """A stream ends with an error event, a whole answer with 503, and nothing is logged."""
+    monkeypatch.setattr("lrt.serve.server.LAST_WORDS", 30.0)
     with Server(run, drain=0.2) as server:
-        go = threading.Event()
-        server.hold(go, after=20)
+        asked, go, told = threading.Event(), threading.Event(), threading.Event()
+        engine, submitted = server.served.engine, itertools.count(1)
+        submit, abort = engine.submit, engine.abort
+        monkeypatch.setattr(engine, "submit", lambda jobs: (submit(jobs), next(submitted) == 2 and asked.set()))
+        monkeypatch.setattr(engine, "abort", lambda: (abort(), told.set()))
+        server.hold(asked, after=20)  # the first has begun; it waits for the second,
+        server.hold(go, after=40)  # and both wait, long before they are done, for the end of the drain
         found: dict[str, object] = {}
 
         def stream() -> None:
@@ -78,7 +80,7 @@ def test_what_runs_when_the_drain_is_over_is_told_so(run, caplog):
         while server.metric("lrt_rows_running") < 2:
             time.sleep(0.01)
         server.server.should_exit = True
-        time.sleep(0.6)
+        assert told.wait(30)
         go.set()
         for client in clients:
             client.join(30)

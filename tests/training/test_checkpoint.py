@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import pickle
 import shutil
@@ -13,16 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, packed
+from checkpoints import EXTRA, MODEL_NOW, OPTIMIZER_NOW, RUN, edit, names, saved
 from safetensors.torch import save_file
 
 import lrt
 from lrt.config.model import ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import ByteTokenizer, train_bpe
-from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
-from lrt.schedule import Schedule
 from lrt.training import checkpoint
 from lrt.training.checkpoint import (
     META,
@@ -34,33 +31,8 @@ from lrt.training.checkpoint import (
     newest_valid,
     open_checkpoint,
     save,
-    write_json,
 )
 from lrt.training.optimizer import Optimizer
-
-RUN = RunConfig(model=config(), train=TrainConfig(length=8, schedule="interleaved-2"))
-EXTRA = {"data": "abc", "progress": {"step": 3}, "bpb": None}
-
-
-def trained() -> tuple[LRT, Optimizer]:
-    """A model one step away from its initialisation, and its optimizer."""
-    model = LRT(RUN.model)
-    optimizer = Optimizer(model, RUN.optim)
-    ids = packed(RUN.model, 2, 8)
-    ScheduledLoss(model, Schedule.parse("interleaved-2"))(ids, ids.roll(-1, 1)).loss.backward()
-    optimizer.step(1.0)
-    return model, optimizer
-
-
-MODEL_NOW, OPTIMIZER_NOW = trained()
-
-
-def saved(run: Path, step: int = 3, keep: int = 2) -> Path:
-    return save(run, step, RUN, MODEL_NOW, OPTIMIZER_NOW.state(), EXTRA, keep)
-
-
-def names(run: Path) -> list[int]:
-    return [int(p.name.removeprefix("step_")) for p in checkpoint.checkpoints(run)]
 
 
 def test_round_trip_is_bit_exact(tmp_path: Path):
@@ -122,111 +94,6 @@ def test_a_broken_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_pa
     folder = saved(tmp_path, 150, keep=1)
     assert folder.is_dir()
     assert newest_valid(tmp_path)[0].step == 150
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 1
-    file.write_bytes(data)
-
-
-def edit(file: Path, **changes) -> None:
-    write_json(file, json.loads(file.read_text()) | changes)
-    resum(file)
-
-
-def resum(file: Path) -> None:
-    """Make SHA256SUMS fit a description that was changed: what is then refused is refused for what it says."""
-    sums = json.loads(file.read_text())["sha256"]
-    if (file.parent / SUMS).exists() and sums and isinstance(sums.get(OPTIMIZER), str):
-        (file.parent / SUMS).write_text(checkpoint._sums_text(sums | {META: checkpoint._hash(file)}))
-
-
-def edit_model(file: Path, **changes) -> None:
-    meta = json.loads(file.read_text())
-    meta["config"]["model"] |= changes
-    write_json(file, meta)
-    resum(file)
-
-
-def hide_pickle(file: Path) -> None:
-    """A pickle in place of the weights, with a checksum that fits."""
-    file.write_bytes(pickle.dumps({"head.weight": [1.0]}))
-    meta = json.loads(file.with_name(META).read_text())
-    edit(file.with_name(META), sha256=meta["sha256"] | {file.name: checkpoint._hash(file)})
-
-
-def read(folder: Path) -> None:
-    """Open a checkpoint and read everything in it."""
-    opened = open_checkpoint(folder)
-    opened.model()
-    opened.optimizer_state()
-
-
-DAMAGE = {
-    "model truncated": (MODEL, lambda f: f.write_bytes(f.read_bytes()[:-100])),
-    "model empty": (MODEL, lambda f: f.write_bytes(b"")),
-    "model flipped": (MODEL, flip),
-    "model missing": (MODEL, Path.unlink),
-    "model pickled": (MODEL, hide_pickle),
-    "optimizer flipped": (OPTIMIZER, flip),
-    "optimizer missing": (OPTIMIZER, Path.unlink),
-    "optimizer pickled": (OPTIMIZER, hide_pickle),
-    "meta truncated": (META, lambda f: f.write_text(f.read_text()[:50])),
-    "meta not text": (META, lambda f: f.write_bytes(b"\xff\xfe\x00")),
-    "meta a list": (META, lambda f: f.write_text("[]")),
-    "meta nested": (META, lambda f: f.write_text("[" * 100000)),
-    "meta of another format": (META, lambda f: edit(f, format=99)),
-    "meta without format": (META, lambda f: f.write_text("{}")),
-    "meta without sums": (META, lambda f: edit(f, sha256={})),
-    "meta with other sums": (META, lambda f: edit(f, sha256={MODEL: "0", OPTIMIZER: 1})),
-    "meta step a text": (META, lambda f: edit(f, step="3")),
-    "meta without extra": (META, lambda f: edit(f, extra=None)),
-    "meta without config": (META, lambda f: edit(f, config=None)),
-    "meta with an unknown field": (META, lambda f: edit(f, config={"modle": {}})),
-    "meta of a wider model": (META, lambda f: edit_model(f, width=48)),
-    "meta of a deeper model": (META, lambda f: edit_model(f, depth=4)),
-    "meta of another memory": (META, lambda f: edit_model(f, memory={"projection": "shared"})),
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_damage_is_refused_in_one_line_that_names_the_file(how: str, tmp_path: Path):
-    folder = saved(tmp_path)
-    name, damage = DAMAGE[how]
-    damage(folder / name)
-    with pytest.raises(ValueError) as error:
-        read(folder)
-    message = str(error.value)
-    assert "\n" not in message
-    assert name in message or "weight" in message  # a weight that does not fit is named itself
-    assert ";" in message  # what to do about it
-
-
-@pytest.mark.parametrize(
-    "how", [h for h in DAMAGE if "wider" not in h and "deeper" not in h and "another memory" not in h]
-)
-def test_the_newest_valid_checkpoint_is_found(how: str, tmp_path: Path):
-    saved(tmp_path, 1)
-    folder = saved(tmp_path, 2)
-    name, damage = DAMAGE[how]
-    damage(folder / name)
-    found, problems = newest_valid(tmp_path)
-    if "pickled" in how:  # its checksum fits: only reading the tensors can tell
-        assert found.step == 2
-        return
-    assert found.step == 1
-    assert len(problems) == 1
-    assert str(folder) in problems[0]
-
-
-def test_nothing_valid(tmp_path: Path):
-    assert newest_valid(tmp_path) == (None, [])
-    for step in (1, 2):
-        flip(saved(tmp_path, step) / MODEL)
-    found, problems = newest_valid(tmp_path)
-    assert found is None
-    assert [("step_00000002" in problems[0]), ("step_00000001" in problems[1])] == [True, True]
 
 
 def test_a_half_written_folder_is_ignored(tmp_path: Path):

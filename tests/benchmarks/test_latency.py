@@ -1,0 +1,48 @@
+"""`lrt bench decode`: every figure as it is measured, every part, and the comparison with transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from helpers import PLAIN_OPTIONS, config, randomised, tokens
+
+from lrt.benchmarks import convergence
+from lrt.benchmarks import latency as bench
+from lrt.cli.bench_decode import main as bench_decode
+from lrt.config.model import MEMORY_OFF
+from lrt.evaluation.contraction import exact_states
+
+
+def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
+    small = "--recipe cpu_demo --batches 1 2 --contexts 8 --steps 1 --no-compile --device cpu --json"
+    assert bench_decode(small.split()) == 0
+    *told, last = capsys.readouterr().out.splitlines()
+    assert [(c["batch"], c["context"]) for c in json.loads(last)["decode"]] == [(1, 8), (2, 8)]
+    assert [line.split()[:4] for line in told] == [["batch", "1", "context", "8"], ["batch", "2", "context", "8"]]
+
+
+def test_the_bench_measures_every_part(tmp_path):
+    model = randomised(config(vocab_size=64), seed=2, scale=0.2).float()
+    prompts = tokens(model.config, 2, 20)
+    cells = list(bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], 1, False, cache_gib=0.01))
+    prefills = bench.prefill_times(model, prompts, ["jacobi", "interleaved-4"])
+    assert [(c["batch"], c["context"]) for c in cells] == [(1, 8), (2, 8)]
+    assert bench.score_times(model, prompts)["max_nats_diff"] < 1e-2
+    assert all(c["max_logit_diff"] < 1e-2 and c["greedy_agree"] > 0.9 for c in prefills)
+    exact = exact_states(model, prompts).hidden
+    points = convergence.curve(model, prompts, "jacobi", 20, exact)
+    assert points[-1].logit_diff < 1e-4
+    assert points[-1].greedy_agree == 1
+    convergence.draw({"random": {"jacobi": points}}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_bench_decodes_beside_transformers():
+    pytest.importorskip("transformers")
+    plain = dataclasses.replace(config(depth=2, width=32, context=32, **PLAIN_OPTIONS), memory=MEMORY_OFF)
+    found = bench.against_transformers(plain, torch.device("cpu"), False, tokens=4, repeats=1)
+    speeds = [found[f"{name}_tokens_per_second"] for name in ("transformers", "eager")]
+    assert all(s > 0 for s in speeds) and found["eager_ratio"] == pytest.approx(speeds[1] / speeds[0])
