@@ -79,9 +79,9 @@ class Schedule:
         for option in options:
             key, _, value = option.partition("=")
             if key in SPAN_OPTIONS and span:
-                given = schedule.settle if span == "settle" else schedule.size
-                assert given is not None
-                schedule = replace(schedule, **{span: given.with_option(key, value, f"schedule {text!r}")})
+                base = schedule.settle if span == "settle" else schedule.size
+                assert base is not None
+                schedule = replace(schedule, **{span: base.with_option(key, value, f"schedule {text!r}")})
                 continue
             span = "settle" if key == "settle" else ""
             if key == "weights":

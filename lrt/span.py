@@ -30,10 +30,10 @@ class Span:
     @staticmethod
     def parse(text: str, least: int, what: str) -> Span:
         """Read `4` or `1..3`."""
-        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
-        if not found:
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+        if not match:
             raise ValueError(f"{what} {text!r} is not a number or a range such as 1..3")
-        span = Span(int(found[1]), int(found[2] or found[1]))
+        span = Span(int(match[1]), int(match[2] or match[1]))
         if not least <= span.low <= span.high:
             raise ValueError(f"{what} {text!r} must rise from at least {least}")
         return span
@@ -109,10 +109,10 @@ NONE = Span(0, 0)
 def numbers(text: str) -> tuple[float, ...]:
     """The numbers of `0.1/0.3/0.6`; none unless all are finite and at least 0."""
     try:
-        found = tuple(float(part) for part in text.split("/"))
+        weights = tuple(float(part) for part in text.split("/"))
     except ValueError:
         return ()
-    return found if all(0 <= x < math.inf for x in found) else ()
+    return weights if all(0 <= x < math.inf for x in weights) else ()
 
 
 def slashed(parts: Iterable[float]) -> str:

@@ -35,12 +35,12 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     )
     kinds: list[tuple[Parallelism, bool]] = [("ddp", False), ("fsdp", False), ("fsdp", True)]
     names = dict.fromkeys((*SCHEDULES, t.schedule))
-    found = [row(config, cluster, name, mode, reshard) for name in names for mode, reshard in kinds]
+    rows = [row(config, cluster, name, mode, reshard) for name in names for mode, reshard in kinds]
     cache = cache_bytes_per_token(config.model) * config.model.context
     return {
         "parameters": groups | {"total": sum(groups.values())},
         "cache_bytes_per_row": cache + memory_bytes(config.model),
-        "rows": found,
+        "rows": rows,
     }
 
 
@@ -106,14 +106,14 @@ def states(config: RunConfig, shards: int, mode: Parallelism, reshard: bool, bac
     model, groups = config.model, parameters_by_group(config.model)
     total, muon, root = sum(groups.values()), matrices(model), groups["embedding"] + groups["head"]
     block = (total - root) / model.depth
-    found = {"weights": 4 * total / shards, "gradients": 4 * total / shards}
-    found["optimizer"] = (4 * muon + 8 * (total - muon)) / shards
+    memory = {"weights": 4 * total / shards, "gradients": 4 * total / shards}
+    memory["optimizer"] = (4 * muon + 8 * (total - muon)) / shards
     if mode == "fsdp":
-        found["gathered weights"] = 4 * (root + (2 * block if reshard else total - root))
-        found["whole gradients"] = 4 * (root + (2 * block if backwards < 2 else total - root))
+        memory["gathered weights"] = 4 * (root + (2 * block if reshard else total - root))
+        memory["whole gradients"] = 4 * (root + (2 * block if backwards < 2 else total - root))
     if width(config) == 2:  # kept by autocast until the step ends; given back too with reshard, if computed again
-        found["cast weights"] = 2.0 * (root + 2 * block if reshard and config.train.recompute else total)
-    return found
+        memory["cast weights"] = 2.0 * (root + 2 * block if reshard and config.train.recompute else total)
+    return memory
 
 
 def activations(model: ModelConfig, passes: Passes, recompute: bool) -> float:

@@ -193,21 +193,21 @@ def _take_in(model: LRT, prompt: TokensBN, plan: PrefillOptions) -> Taken:
 
     (hidden, cache, effort), seconds = _timed(prompt.device, work)
     logits = model.logits(hidden)
-    last, said = logits[:, -1], []
+    last, greedy = logits[:, -1], []
     for _ in range(GREEDY):
-        said.append(last.argmax(-1))
-        last, cache = decode_step(model, said[-1], cache)
-    return Taken(logits, torch.cat(said), effort, seconds)
+        greedy.append(last.argmax(-1))
+        last, cache = decode_step(model, greedy[-1], cache)
+    return Taken(logits, torch.cat(greedy), effort, seconds)
 
 
 def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str]) -> list[dict[str, Any]]:
     """Every mode against exact decoding on the same prompts, one at a time; worst difference, median seconds."""
-    length, found = prompts.shape[1], {}
+    length, taken_by_mode = prompts.shape[1], {}
     for mode in ("exact", *modes):
         plan = PrefillOptions.parse(mode)
-        found[mode] = [_take_in(model, prompt[None], plan) for prompt in prompts]
-    exact, cells = found.pop("exact"), []
-    for mode, taken in found.items():
+        taken_by_mode[mode] = [_take_in(model, prompt[None], plan) for prompt in prompts]
+    exact, cells = taken_by_mode.pop("exact"), []
+    for mode, taken in taken_by_mode.items():
         pairs = list(zip(taken, exact, strict=True))
         seconds = [median(t.seconds for t in side) for side in (taken, exact)]
         cells.append(

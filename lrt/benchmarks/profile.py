@@ -50,9 +50,9 @@ def parts(step: Callable[[], Any], model: LRT) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         for module, label in labels:
             stack.enter_context(named(module, label))
-        found = stack.enter_context(profile(activities=activities, acc_events=True))
+        profiler = stack.enter_context(profile(activities=activities, acc_events=True))
         step()
-    return attribute(list(found.events() or ()), cuda)
+    return attribute(list(profiler.events() or ()), cuda)
 
 
 def attribute(events: list[FunctionEvent], cuda: bool) -> dict[str, float]:
@@ -68,8 +68,8 @@ def attribute(events: list[FunctionEvent], cuda: bool) -> dict[str, float]:
         return part(e.cpu_parent) if e.cpu_parent is not None else REST
 
     for e in sorted(events, key=lambda e: e.time_range.start):
-        here = part(e)
+        part_name = part(e)
         if e.sequence_nr >= 0 and not e.name.startswith(BACKWARD):
-            made_by.setdefault(e.sequence_nr, here)
-        spent[here] += (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3
+            made_by.setdefault(e.sequence_nr, part_name)
+        spent[part_name] += (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3
     return spent

@@ -69,9 +69,9 @@ def measure(folder: Path, settings: LoadBenchmark) -> dict[str, Any]:
     ):
         try:
             assert server.stdout is not None
-            said = server.stdout.readline()
-            require(" at http://" in said, f"the server of {folder} did not start: see what it says above")
-            host, _, port = said.strip().rpartition("//")[2].partition(":")
+            announced = server.stdout.readline()
+            require(" at http://" in announced, f"the server of {folder} did not start: see what it says above")
+            host, _, port = announced.strip().rpartition("//")[2].partition(":")
             run = lambda *cell: pool.submit(_cell, host, int(port), settings.tokens, *cell).result()  # noqa: E731
             run(max(settings.clients), min(3.0, settings.seconds), False, None)  # warm up
             rows = _rounds(settings, run)
@@ -91,10 +91,10 @@ def _rounds(settings: LoadBenchmark, run: Any) -> list[dict[str, Any]]:
                 rate = settings.load * closed["tokens_per_second"] / settings.tokens
                 cells.setdefault((clients, stream, "open"), []).append(run(clients, settings.seconds, stream, rate))
     rows = []
-    for (clients, stream, loop), found in cells.items():
+    for (clients, stream, loop), rounds in cells.items():
         base = cells[settings.clients[0], stream, "closed"]
-        ratios = [f["tokens_per_second"] / b["tokens_per_second"] for f, b in zip(found, base, strict=True)]
-        figures = {key: median(f[key] for f in found) for key in found[0]}
+        ratios = [f["tokens_per_second"] / b["tokens_per_second"] for f, b in zip(rounds, base, strict=True)]
+        figures = {key: median(f[key] for f in rounds) for key in rounds[0]}
         rows.append({"clients": clients, "stream": stream, "loop": loop, "ratio": median(ratios)} | figures)
     return rows
 

@@ -49,8 +49,8 @@ def shape(settings: StepBenchmark) -> tuple[ModelConfig, int]:
         memory = MemoryConfig(projection="shared")
         base, length = ModelConfig(depth=4, vocab_size=4096, context=512, memory=memory), 512
     else:
-        found = find_recipe(settings.recipe)
-        base, length = found.model, found.train.length
+        base_recipe = find_recipe(settings.recipe)
+        base, length = base_recipe.model, base_recipe.train.length
     length = settings.length or length
     sizes = {"depth": settings.depth, "width": settings.width, "vocab_size": settings.vocab_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}

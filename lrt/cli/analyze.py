@@ -54,6 +54,6 @@ def main(args: list[str]) -> int:
     if loaded.config.model.memory.projection != "none":
         heat_map(findings).savefig(picture, dpi=130)
     text = "\n\n".join([scored, *(f"{heading}\n\n{table.markdown()}" for heading, table in tables(findings))])
-    found = {"run": str(flags.run), "step": loaded.step, "scored": scored}
-    print(json.dumps(found | findings) if flags.json else text)
+    about = {"run": str(flags.run), "step": loaded.step, "scored": scored}
+    print(json.dumps(about | findings) if flags.json else text)
     return 0

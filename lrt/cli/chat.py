@@ -92,8 +92,8 @@ class ChatSession:
             self._say(line.removeprefix(" ") if line.startswith(" /") else line)
 
     def _say(self, line: str) -> None:
-        said = self.template.replace("{}", line)
-        pieces, answer, told = self.conversation.say(said, self.sampling), "", False
+        message = self.template.replace("{}", line)
+        pieces, answer, told = self.conversation.say(message, self.sampling), "", False
         with _stoppable() as stop, contextlib.closing(pieces):
             for text in pieces:
                 if self.conversation.dropped and not told:
@@ -104,7 +104,7 @@ class ChatSession:
                 if stop:
                     break
         print()
-        self.transcript.append(f"{said}{answer}\n")
+        self.transcript.append(f"{message}{answer}\n")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")

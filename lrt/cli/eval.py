@@ -73,10 +73,10 @@ def main(args: list[str]) -> int:
         length = loaded.config.train.length if flags.length is None else flags.length
         context = loaded.config.model.context
         require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
-        found = Curriculum.parse(flags.schedule or loaded.config.train.schedule)
+        curriculum = Curriculum.parse(flags.schedule or loaded.config.train.schedule)
         normalised = True if flags.normalised else None
         sample = held_out(loaded, flags.source, rows=flags.rows, length=length, normalised=normalised)
-        bpb = score_rows(loaded.model, found, sample, world=world)
+        bpb = score_rows(loaded.model, curriculum, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
     if world.first:
         print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if flags.json else _eval_text(where, bpb))

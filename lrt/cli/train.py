@@ -99,7 +99,7 @@ def _placed(config: RunConfig, out: Path | None, args: Sequence[str]) -> tuple[R
     return config if named else replace(config, name=folder.absolute().name), folder
 
 
-def _resumed(run: Path, given: RunConfig, args: Sequence[str]) -> RunConfig:
+def _resumed(run: Path, config: RunConfig, args: Sequence[str]) -> RunConfig:
     """The configuration that a run goes on with: its own, on the device that is asked for."""
     from lrt.training import checkpoint
 
@@ -110,7 +110,7 @@ def _resumed(run: Path, given: RunConfig, args: Sequence[str]) -> RunConfig:
         checkpoint.open_checkpoint(run)  # says what is there instead
     if started is None:
         raise ValueError(f"{run} holds no checkpoint to resume; {' '.join(problems)}")
-    device = given.train.device if "--train.device" in names_of(args) else started.config.train.device
+    device = config.train.device if "--train.device" in names_of(args) else started.config.train.device
     return replace(started.config, train=replace(started.config.train, device=device))
 
 

@@ -44,12 +44,12 @@ class PrefillOptions(NamedTuple):
 
         ValueError: another mode, or a number out of range.
         """
-        found = re.fullmatch(r"exact|jacobi|interleaved-([1-9]\d*)", mode)
-        if not found:
+        match = re.fullmatch(r"exact|jacobi|interleaved-([1-9]\d*)", mode)
+        if not match:
             raise ValueError(
                 f"prefill mode {mode!r} is unknown: use exact, jacobi or interleaved-G, e.g. interleaved-8"
             )
-        stride = int(found[1]) if found[1] else int(mode == "jacobi")
+        stride = int(match[1]) if match[1] else int(mode == "jacobi")
         tolerance = default_tolerance(stride) if tolerance is None else tolerance
         if not tolerance >= 0 or max_sweeps < 1 or chunk < 1:
             raise ValueError(

@@ -96,19 +96,19 @@ def prepare(
         return Prepared(Path(folder), task_tokenizer(train), train, val)
     text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
     base = tokenizer.removesuffix(PAUSES)
-    given, pauses = _given_tokenizer(base), tokenizer[len(base) :]
-    kind = (f"bpe{vocab_size}" if given is None else given.hash) + pauses
+    ready, pauses = _given_tokenizer(base), tokenizer[len(base) :]
+    kind = (f"bpe{vocab_size}" if ready is None else ready.hash) + pauses
     facts = [CHECKED, text.fingerprint(), max_bytes, validation, kind]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    home = expand_home(folder) / f"{_slug(source)}-{_slug(kind if given is None else tokenizer)}-{key}"
+    home = expand_home(folder) / f"{_slug(source)}-{_slug(kind if ready is None else tokenizer)}-{key}"
     if not home.exists():
         report = progress if progress is not None else _silent
-        made = given if given is not None else _train(text, vocab_size, validation, report)
+        made = ready if ready is not None else _train(text, vocab_size, validation, report)
         made = _with_pauses(made) if pauses else made
         _tokenize(text, made, home, validation, normalised, report)
     prepared = _open(home, verify, normalised)
-    if given is not None:  # the shards may have been made with the same tokens and other templates
-        prepared.tokenizer.config = given.config
+    if ready is not None:  # the shards may have been made with the same tokens and other templates
+        prepared.tokenizer.config = ready.config
     return prepared
 
 

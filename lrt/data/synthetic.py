@@ -50,13 +50,13 @@ TASKS: dict[str, TaskKind] = {
 
 def task_kind(name: str) -> tuple[TaskKind, tuple[int, ...]]:
     """The task that `NAME`, `NAME-N` or `NAME-N-M` means, and its numbers. ValueError: there is none such."""
-    found = re.fullmatch(r"(\w+)((?:-[1-9]\d{0,5})*)", name)
-    kind = TASKS.get(found[1]) if found else None
-    if found is None or kind is None:
+    match = re.fullmatch(r"(\w+)((?:-[1-9]\d{0,5})*)", name)
+    kind = TASKS.get(match[1]) if match else None
+    if match is None or kind is None:
         raise ValueError(f"task {name!r}: there is no such task; choose one of {', '.join(TASKS)}")
-    numbers = tuple(int(part) for part in found[2].split("-")[1:])
+    numbers = tuple(int(part) for part in match[2].split("-")[1:])
     if len(numbers) > len(kind.numbers):
-        example = "-".join(map(str, (found[1], *kind.numbers)))
+        example = "-".join(map(str, (match[1], *kind.numbers)))
         raise ValueError(f"task {name!r} has {len(numbers)} numbers; the most it takes are those of {example}")
     return kind, numbers + kind.numbers[len(numbers) :]
 

@@ -14,14 +14,14 @@ def spellings(core: tokenizers.Tokenizer, content: dict[str, Any]) -> list[bytes
     """
     spell = _speller(list(_decoders(content.get("decoder"))))
     vocabulary = core.get_vocab(with_added_tokens=True)
-    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    spelled = [b""] * (max(vocabulary.values(), default=-1) + 1)
     added = core.get_added_tokens_decoder()
     for token, i in vocabulary.items():
         if i in added:
-            found[i] = b"" if added[i].special else token.encode()
+            spelled[i] = b"" if added[i].special else token.encode()
         else:
-            found[i] = spell(token)
-    return found
+            spelled[i] = spell(token)
+    return spelled
 
 
 def byte_of_character() -> dict[str, int]:

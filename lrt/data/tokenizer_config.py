@@ -95,9 +95,9 @@ def _ending_ids(folder: Path) -> list[int]:
         if (folder / name).exists():
             ids = read_json(folder / name, "model's settings").get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
-            found = [i for i in ids if isinstance(i, int) and not isinstance(i, bool)]
-            if found:
-                return found
+            token_ids = [i for i in ids if isinstance(i, int) and not isinstance(i, bool)]
+            if token_ids:
+                return token_ids
     return []
 
 
@@ -114,11 +114,11 @@ def _chat_templates(folder: Path, facts: Mapping[str, Any]) -> dict[str, str]:
         return {DEFAULT: listed} | own
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
-    found = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
-    for name in found:
+    templates = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+    for name in templates:
         if not FILE_NAME.fullmatch(name):  # it will name a file
             raise ValueError(f"{folder / CONFIG}: chat template {name[:40]!r}: name it by letters and digits")
-    return found | own
+    return templates | own
 
 
 def _write(file: Path, text: str) -> None:

@@ -185,8 +185,8 @@ def _against_exact(model: LRT, rows: Rows, world: World) -> dict[str, tuple[floa
     parts = [sweep_errors(model, ids, reset, exact_states(model, ids)) for ids, reset in split]
     kv, agreement, kl = (world.gather(torch.cat(x))[: len(rows.tokens)] for x in zip(*parts, strict=True))
     errors = (kv[..., 0].sum(0) / kv[..., 1].sum(0)).sqrt()
-    found = {"kv_errors": errors, "argmax_agreement": agreement.mean(0), "kl": kl.mean(0)}
-    return {name: tuple(x.tolist()) for name, x in found.items()}
+    figures = {"kv_errors": errors, "argmax_agreement": agreement.mean(0), "kl": kl.mean(0)}
+    return {name: tuple(x.tolist()) for name, x in figures.items()}
 
 
 def _share(rows: Rows, world: World) -> Rows:
@@ -198,13 +198,13 @@ def _share(rows: Rows, world: World) -> Rows:
 
 def by_position(nats: Tensor, sizes: Tensor) -> dict[str, float]:
     """BPB in buckets of doubling position: the loss falls along the row as far as context helps."""
-    length, found, low = nats.shape[1], {}, 1
+    length, by_position, low = nats.shape[1], {}, 1
     while low <= length:
         high = min(2 * low, length + 1)
         label = str(low) if high == low + 1 else f"{low}-{high - 1}"
-        found[label] = bits_per_byte(nats[:, low - 1 : high - 1], sizes[:, low - 1 : high - 1])
+        by_position[label] = bits_per_byte(nats[:, low - 1 : high - 1], sizes[:, low - 1 : high - 1])
         low = high
-    return found
+    return by_position
 
 
 class _Scores(NamedTuple):
@@ -238,10 +238,10 @@ def sweep_residuals(model: LRT, tokens: TokensBN, starts: Tensor | None, sweeps:
     if not model.config.memory.recurrent:
         return []
     full = range(tokens.shape[1])
-    found: list[float] = []
+    changes: list[float] = []
     before = torch.zeros(())
     for _, written, _ in run_passes(model, tokens, [no_grad_pass(full)] * (sweeps + 1), starts):
         change = (written.memory - before).norm(dim=-1) / written.memory.norm(dim=-1)
         before = written.memory
-        found.append(float(change.max()))
-    return found[1:]
+        changes.append(float(change.max()))
+    return changes[1:]

@@ -49,8 +49,8 @@ class SweepErrors(NamedTuple):
 def exact_states(model: LRT, tokens: TokensBN) -> ExactStates:
     """Decode `tokens` [B, T] by the exact recurrence."""
     lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
-    found = list(solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), PrefillOptions.parse("exact")))
-    return ExactStates(torch.cat([s.hidden for _, s in found], dim=1), torch.cat([s.memory for _, s in found], dim=1))
+    chunks = list(solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), PrefillOptions.parse("exact")))
+    return ExactStates(torch.cat([s.hidden for _, s in chunks], dim=1), torch.cat([s.memory for _, s in chunks], dim=1))
 
 
 @torch.no_grad()

@@ -61,8 +61,8 @@ def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:
         f"the text of {d.source} has changed since {loaded.run} was trained, so nothing of it is known to be held out; "
         f"restore it, or score it as another text with --source {d.source}",
     )
-    found = validation_rows(prepared.val, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
-    return of_split(prepared.val, found, d.source, prepared.normalised)
+    sample = validation_rows(prepared.val, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    return of_split(prepared.val, sample, d.source, prepared.normalised)
 
 
 def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool) -> HeldOut:
@@ -76,9 +76,9 @@ def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool
     if not normalised:
         spelling.require_same()
     stream = TextInMemory(np.asarray(ids, dtype=np.int64))
-    found = validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    sample = validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
     cut, whole = spelling.bytes >= enough, source_bytes(source)
-    part = found.tokens.numel() / (len(stream) - 1)
+    part = sample.tokens.numel() / (len(stream) - 1)
     share = min(1.0, part * spelling.bytes / whole) if cut and whole else None if cut else min(1.0, part)
     name = f"the first {spelling.bytes:,} bytes of {source}" if cut and not whole else source
-    return HeldOut(found, ScoredText(name, share, spelling.changed > 0))
+    return HeldOut(sample, ScoredText(name, share, spelling.changed > 0))

@@ -68,7 +68,7 @@ class Harness(TemplateLM):
             "leave the task out, or take a model with a longer context",
         )
         whole = [([*context, *rest][-self.max_length - 1 :], len(rest)) for _, context, rest in requests]
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(whole)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(whole)
         for rows in self._batches([len(ids) for ids, _ in whole]):
             width = max(len(whole[i][0]) for i in rows)
             ids = torch.tensor(
@@ -78,8 +78,8 @@ class Harness(TemplateLM):
             for row, i in enumerate(rows):
                 end, count = len(whole[i][0]) - 1, whole[i][1]
                 part = slice(end - count, end)
-                found[i] = float(chosen[row, part].sum()), bool(best[row, part].all())
-        return found
+                scores[i] = float(chosen[row, part].sum()), bool(best[row, part].all())
+        return scores
 
     def _scored(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every token after the first, float64 [B, T - 1], and whether it is the most probable."""
@@ -105,7 +105,7 @@ class Harness(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, up to the first stop text; a context too long for its answer loses its beginning."""
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         prompts, laws = zip(*(self._request(*request.args) for request in requests), strict=True)
         for rows in self._batches([len(p) for p in prompts]):
             texts = dict.fromkeys(rows, "")
@@ -115,8 +115,8 @@ class Harness(TemplateLM):
                 for emission in made.emissions:
                     texts[rows[emission.row]] += emission.text
             for i, text in texts.items():
-                found[i] = text
-        return found
+                answers[i] = text
+        return answers
 
     def _request(self, context: str, options: dict[str, Any]) -> tuple[list[int], SamplingParams]:
         until, count = options.get("until") or [], options.get("max_gen_toks", MAX_NEW)

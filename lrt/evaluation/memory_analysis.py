@@ -47,22 +47,27 @@ def _blocks(model: LRT) -> list[Block]:
 
 def switches(model: LRT) -> dict[str, list[Tensor]]:
     """Weights (or parts of them) that are zeroed to switch something off, by what that is. `model` is `layerwise`."""
-    found: dict[str, list[Tensor]] = {"all memory": [], "ResidualInjection": [], "KVProjection": [], "token shift": []}
+    switched: dict[str, list[Tensor]] = {
+        "all memory": [],
+        "ResidualInjection": [],
+        "KVProjection": [],
+        "token shift": [],
+    }
     for i, block in enumerate(_blocks(model), 1):
         injection, attention = block.injection, block.attention
         gammas = [injection.gamma, injection.shift_gamma]
         projections = [attention.projection, attention.shift_projection]
         pairs = [[p.key.weight.data, p.value.weight.data] if p is not None else [] for p in projections]
         gamma, matrices = [g.data for g in gammas if g is not None], pairs[0] + pairs[1]
-        found["ResidualInjection"] += gamma
-        found["KVProjection"] += matrices
-        found["token shift"] += pairs[1] + ([gammas[1].data] if gammas[1] is not None else [])
-        found[f"layer {i}"] = gamma + matrices
+        switched["ResidualInjection"] += gamma
+        switched["KVProjection"] += matrices
+        switched["token shift"] += pairs[1] + ([gammas[1].data] if gammas[1] is not None else [])
+        switched[f"layer {i}"] = gamma + matrices
         for head in range(model.config.k if matrices else 0):
             rows = slice(head * model.config.e, (head + 1) * model.config.e)
-            found[f"layer {i}, head {head + 1}"] = [w[rows] for w in matrices]
-    found["all memory"] = found["ResidualInjection"] + found["KVProjection"]
-    return {name: parts for name, parts in found.items() if parts}
+            switched[f"layer {i}, head {head + 1}"] = [w[rows] for w in matrices]
+    switched["all memory"] = switched["ResidualInjection"] + switched["KVProjection"]
+    return {name: parts for name, parts in switched.items() if parts}
 
 
 @torch.no_grad()
@@ -73,15 +78,15 @@ def ablations(model: LRT, rows: Rows) -> dict[str, float]:
     def loss() -> float:
         return float(score(copy, rows.tokens, rows.targets).nats.double().mean())
 
-    whole, found = loss(), {}
+    whole, increases = loss(), {}
     for name, parts in switches(copy).items():
         kept = [part.clone() for part in parts]
         for part in parts:
             part.zero_()
-        found[name] = loss() - whole
+        increases[name] = loss() - whole
         for part, before in zip(parts, kept, strict=True):
             part.copy_(before)
-    return {"loss": whole} | found
+    return {"loss": whole} | increases
 
 
 @torch.no_grad()
@@ -125,8 +130,8 @@ def influence(model: LRT, rows: Rows, reach: int = REACH) -> list[float]:
         assert last is not None
         loss = token_nats(model, last, targets[:, -1:]).sum()
         before = [w.memory for w in reversed(written[-1 - reach : -1])]
-        found = torch.autograd.grad(loss, before, allow_unused=True)
-    return [0.0 if g is None else float(g.norm(dim=-1).mean()) for g in found]
+        gradients = torch.autograd.grad(loss, before, allow_unused=True)
+    return [0.0 if g is None else float(g.norm(dim=-1).mean()) for g in gradients]
 
 
 @torch.no_grad()
@@ -163,36 +168,36 @@ def analyse(model: LRT, rows: Rows) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
+def tables(findings: dict[str, Any]) -> list[tuple[str, Table]]:
     """The findings as tables under headings."""
     layers = [
         [str(i), *(f"{s[n]:.3f}" if n in s else "" for n in ("alpha", "beta", "gamma", "shift_gamma"))]
         + [" ".join(f"{x:.2f}" for x in g.get(n, [])) for n in ("local", "memory", "value")]
-        for i, (s, g) in enumerate(zip(found["scalars"], found["gates"], strict=True), 1)
+        for i, (s, g) in enumerate(zip(findings["scalars"], findings["gates"], strict=True), 1)
     ]
     header = ["layer", "alpha", "beta", "gamma", "shift gamma", "local gates by head", "memory gates", "value gates"]
-    changes = [[name, f"{x:+.4f}"] for name, x in found["ablations"].items() if name != "loss"]
-    whole = f"nats per token more than {found['ablations']['loss']:.4f}"
-    reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(found["influence"], 1)]
-    sizes = [[k, f"{x:.4f}"] for k, x in found["stream_rms_by_position"].items()]
-    sweeps = [[str(k), f"{x:.2e}"] for k, x in enumerate(found["sweep_residuals"], 1)]
+    changes = [[name, f"{x:+.4f}"] for name, x in findings["ablations"].items() if name != "loss"]
+    whole = f"nats per token more than {findings['ablations']['loss']:.4f}"
+    reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(findings["influence"], 1)]
+    sizes = [[k, f"{x:.4f}"] for k, x in findings["stream_rms_by_position"].items()]
+    sweeps = [[str(k), f"{x:.2e}"] for k, x in enumerate(findings["sweep_residuals"], 1)]
     return [
         ("scalars and gates", Table(header, layers)),
         ("switched off", Table(["off", whole], changes)),
         ("reach of the memory", Table(["k", "norm of the loss's gradient at m_{t-k}"], reach)),
         ("the stream before it is normalised to the memory", Table(["from position", "root mean square"], sizes)),
-        (f"sweeps contract by {found['contraction']:.3f}", Table(["sweep", "largest relative change"], sweeps)),
+        (f"sweeps contract by {findings['contraction']:.3f}", Table(["sweep", "largest relative change"], sweeps)),
     ]
 
 
-def heat_map(found: dict[str, Any]) -> Figure:
+def heat_map(findings: dict[str, Any]) -> Figure:
     """Loss increase with a head's memory switched off (left), and its mean memory gate (right), layers by heads."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    depth, heads = len(found["gates"]), max(len(g.get("memory", ())) for g in found["gates"])
+    depth, heads = len(findings["gates"]), max(len(g.get("memory", ())) for g in findings["gates"])
     require(heads > 0, "this model has no KVProjection, so there is no heat map by head")
     cells = [(i, h) for i in range(depth) for h in range(heads)]
-    losses = [[found["ablations"][f"layer {i}, head {h}"] for h in range(1, heads + 1)] for i in range(1, depth + 1)]
-    opened = [g["memory"] for g in found["gates"]]
+    losses = [[findings["ablations"][f"layer {i}, head {h}"] for h in range(1, heads + 1)] for i in range(1, depth + 1)]
+    opened = [g["memory"] for g in findings["gates"]]
     for axes, values, title in zip(
         figure.subplots(1, 2), (losses, opened), ("nats per token more without it", "mean memory gate"), strict=True
     ):

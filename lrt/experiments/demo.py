@@ -96,14 +96,19 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     samples = {f"sample: {row['name']}": row["sample"] for row in rows}
     name = "bits per byte of the normalised text" if rows[0]["normalised"] else "bits per byte"
     about += f" Bits per byte are of {rows[0]['scored']}."
-    said = verdict(rows)
-    blocks = [("verdict", said), (name, Table(HEADER, cells)), ("loss and bits per byte", figure), *samples.items()]
+    conclusion = verdict(rows)
+    blocks = [
+        ("verdict", conclusion),
+        (name, Table(HEADER, cells)),
+        ("loss and bits per byte", figure),
+        *samples.items(),
+    ]
     html = page("lrt demo", about, blocks)
     write_text(out / "report.html", html)
-    write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about, "verdict": said})
+    write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about, "verdict": conclusion})
     texts = [f"--- {name}\n{text}" for name, text in samples.items()]
     files = f"{out / 'report.html'}, report.png, report.json"
-    return "\n\n".join([*texts, Table(HEADER, cells).markdown(), about, said, next_commands(out), files])
+    return "\n\n".join([*texts, Table(HEADER, cells).markdown(), about, conclusion, next_commands(out), files])
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

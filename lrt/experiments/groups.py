@@ -48,16 +48,16 @@ def read_groups(files: Sequence[Path]) -> list[RunGroup]:
 
     ValueError: a line that is no record.
     """
-    found: dict[tuple[str, str, str], list[Record]] = {}
+    grouped: dict[tuple[str, str, str], list[Record]] = {}
     for file in files:
         for number, record in read_jsonl(file, "records", loose=True):
             _require_record(record, f"{file}:{number}")
             sweep = file.parent.name if file.name == "results.jsonl" else file.stem
             point = ", ".join(f"{name} {value}" for name, value in record["grid"].items())
-            group = found.setdefault((sweep, point, record["arm"]), [])
+            group = grouped.setdefault((sweep, point, record["arm"]), [])
             if not any(_same_run(record, other) for other in group):
                 group.append(record)
-    return [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in found.items()]
+    return [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in grouped.items()]
 
 
 def _require_record(record: Record, where: str) -> None:

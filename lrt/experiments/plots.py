@@ -31,10 +31,10 @@ def budgets(groups: Sequence[RunGroup]) -> Figure:
     arms = list(dict.fromkeys(g.arm for g in groups))[: len(COLOURS)]
     for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), COST.items(), strict=True):
         for arm, colour in zip(arms, COLOURS, strict=False):
-            found = sorted((g for g in groups if g.arm == arm), key=lambda g: g.mean(cost))
-            x, y = [g.mean(cost) for g in found], [g.mean(decoded) for g in found]
-            axes.errorbar(x, y, [g.deviation(decoded) for g in found], color=colour, marker="o", ms=4, label=arm)
-            for g in found:
+            points = sorted((g for g in groups if g.arm == arm), key=lambda g: g.mean(cost))
+            x, y = [g.mean(cost) for g in points], [g.mean(decoded) for g in points]
+            axes.errorbar(x, y, [g.deviation(decoded) for g in points], color=colour, marker="o", ms=4, label=arm)
+            for g in points:
                 axes.plot([cost(r) for r in g.records], [decoded(r) for r in g.records], ".", ms=3, color=colour)
         axes.set_xlabel(label)
         axes.set_xscale("log")

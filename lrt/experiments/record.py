@@ -80,7 +80,7 @@ def scored(loaded: Loaded) -> dict[str, Any]:
 
     Of a task's run, accuracy at multiples of the trained length.
     """
-    t, source, found = loaded.config.train, loaded.config.data.source, {}
+    t, source, decoded_at = loaded.config.train, loaded.config.data.source, {}
     if source.startswith(TASK):
         task = TaskRows(source.removeprefix(TASK), 1)
         return {"task": task.name, "accuracy": by_length(loaded.model, task, t.length)}
@@ -91,12 +91,12 @@ def scored(loaded: Loaded) -> dict[str, Any]:
         each = score(model, tokens, targets, mode="exact").nats.cpu()
         return each, bits_per_byte(each, rows.bytes)
 
-    each, found["1"] = nats(loaded.model, 1)
-    found |= {str(times): nats(loaded.model, times)[1] for times in LONGER}
+    each, decoded_at["1"] = nats(loaded.model, 1)
+    decoded_at |= {str(times): nats(loaded.model, times)[1] for times in LONGER}
     _, rounded = nats(deepcopy(loaded.model).to(torch.bfloat16), 1)
     return {
         "in_context_score": in_context_score(each) * loaded.tokenizer.positions,
-        "decoded_at_length": found,
+        "decoded_at_length": decoded_at,
         "decoded_bfloat16": rounded,
     }
 
@@ -126,9 +126,9 @@ def origin(config: RunConfig) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit that this code stands at, with a + if files differ from it; empty outside a repository."""
-    here = Path(__file__).parent
-    said = [
-        subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=False).stdout.strip()
+    folder = Path(__file__).parent
+    outputs = [
+        subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=False).stdout.strip()
         for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     ]
-    return said[0] + ("+" if said[1] else "")
+    return outputs[0] + ("+" if outputs[1] else "")

@@ -47,9 +47,9 @@ def report_blocks(groups: Sequence[RunGroup], baseline: str) -> list[Block]:
         if len({g.point for g in budgets}) > 1:
             blocks.append((f"{sweep}: decoded bits per byte against cost{_of(budgets)}", plots.budgets(budgets)))
     for sweep, point in dict.fromkeys((g.sweep, g.point) for g in groups):
-        here = [g for g in groups if (g.sweep, g.point) == (sweep, point)]
-        heading = (f"{sweep}: {point}" if point else sweep) + _of(here)
-        blocks += _tasks(heading, here) if here[0] not in text else _texts(heading, here, baseline)
+        members = [g for g in groups if (g.sweep, g.point) == (sweep, point)]
+        heading = (f"{sweep}: {point}" if point else sweep) + _of(members)
+        blocks += _tasks(heading, members) if members[0] not in text else _texts(heading, members, baseline)
     for sweep in dict.fromkeys(g.sweep for g in text):
         last = [g for g in text if g.sweep == sweep][-1].point
         blocks += _inside(

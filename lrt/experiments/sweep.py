@@ -170,8 +170,8 @@ def _run_one(config: RunConfig, folder: Path, tell: Sink) -> None:
     strange = folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir())
     require(not strange, f"{folder} holds something else than a run; move it, or choose another --out")
     train(config, folder, resume=None, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
-    found = record(folder)
-    write_json(folder / RECORD, found | {"settings": to_dict(config)})
+    result = record(folder)
+    write_json(folder / RECORD, result | {"settings": to_dict(config)})
 
 
 def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
@@ -179,9 +179,9 @@ def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
     lines = []
     for run in runs:
         if (out / run.name / RECORD).exists():
-            found = read_json(out / run.name / RECORD, "record")
-            del found["settings"]
-            lines.append({"arm": run.arm, "grid": run.grid} | found)
+            result = read_json(out / run.name / RECORD, "record")
+            del result["settings"]
+            lines.append({"arm": run.arm, "grid": run.grid} | result)
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "results.jsonl", lines)
     return lines

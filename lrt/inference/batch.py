@@ -24,7 +24,7 @@ from lrt.model.lrt import LRT
 from lrt.model.recurrence import OneToken, advance
 
 GREEDY = SamplingParams(temperature=0)
-"""The law of rows where nobody sits: the cheapest."""
+"""The sampling of rows where nobody sits: the cheapest."""
 Ranked = tuple[tuple[int, float], ...]
 """Tokens and their log-probabilities, the most probable first."""
 
@@ -35,7 +35,7 @@ class Emission(NamedTuple):
     row: int
     token: int
     logprob: float
-    """Log-probability under the model itself, before any sampling law."""
+    """Log-probability under the model itself, before any sampling rule."""
     text: str
     """Text that has become certain with it; empty without a tokenizer."""
     finish: str | None

@@ -174,9 +174,9 @@ class ChatTemplate:
         """The tokens of the text: special tokens where the template wrote them, all else as text."""
         ids, at = [], 0
         for start, end in own:
-            for found in self._special.finditer(text, start, end):
-                ids += [*self._text(text[at : found.start()]), self.tokenizer.specials[found[0]]]
-                at = found.end()
+            for special in self._special.finditer(text, start, end):
+                ids += [*self._text(text[at : special.start()]), self.tokenizer.specials[special[0]]]
+                at = special.end()
         return [*ids, *self._text(text[at:])]
 
     def _text(self, text: str) -> list[int]:

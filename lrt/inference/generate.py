@@ -87,18 +87,18 @@ def generate(
         ValueError: as `prefill`; stop texts without `decode_bytes`; not one sampling per prompt; a row whose logits
             are not finite.
     """
-    laws = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    all_params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
     tokens, lengths = _padded(prompts, model.device)
-    _check_requests(laws, len(prompts), samples, decode_bytes)
+    _check_requests(all_params, len(prompts), samples, decode_bytes)
     if cache is None and capacity is None:
-        needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, laws, strict=True))
+        needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, all_params, strict=True))
         capacity = min(model.config.context, needed)
     start = prefill(model, tokens, mode=mode, lengths=lengths, cache=cache, capacity=capacity)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
     cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
     shapes = [2**i for i in range(1, len(rows).bit_length())]  # rows that have all stopped leave the step
     batch = RunningBatch(model, cache, logits=logits, run=run, shapes=shapes)
-    for request in _requests(model, laws, samples, cache, decode_bytes):
+    for request in _requests(model, all_params, samples, cache, decode_bytes):
         batch.join(request, prompts[request.row // samples])
     while True:
         emissions = batch.draw()
@@ -111,16 +111,16 @@ def generate(
 
 
 def _requests(
-    model: LRT, laws: list[SamplingParams], samples: int, cache: KVCache, decode_bytes: DecodeBytes | None
+    model: LRT, all_params: list[SamplingParams], samples: int, cache: KVCache, decode_bytes: DecodeBytes | None
 ) -> list[Request]:
     bos = () if model.config.bos is None else (model.config.bos,)
     requests = []
     for row, length in enumerate(cache.length.tolist()):
-        law = laws[row // samples]
-        stop = bos if law.stop_tokens is None else law.stop_tokens
-        stream = None if decode_bytes is None else TextStream(decode_bytes, law.stop)
-        left = min(law.max_new_tokens, cache.capacity - length + 1)
-        requests.append(Request(row, law, stop, left, stream, row % samples, length))
+        params = all_params[row // samples]
+        stop = bos if params.stop_tokens is None else params.stop_tokens
+        stream = None if decode_bytes is None else TextStream(decode_bytes, params.stop)
+        left = min(params.max_new_tokens, cache.capacity - length + 1)
+        requests.append(Request(row, params, stop, left, stream, row % samples, length))
     return requests
 
 
@@ -134,10 +134,14 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tok
     return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
 
 
-def _check_requests(laws: list[SamplingParams], prompts: int, samples: int, decode_bytes: DecodeBytes | None) -> None:
-    if len(laws) != prompts or samples < 1:
-        raise ValueError(f"{len(laws)} samplings, {samples} samples for {prompts} prompts: give one sampling a prompt")
-    if decode_bytes is None and any(law.stop for law in laws):
+def _check_requests(
+    all_params: list[SamplingParams], prompts: int, samples: int, decode_bytes: DecodeBytes | None
+) -> None:
+    if len(all_params) != prompts or samples < 1:
+        raise ValueError(
+            f"{len(all_params)} samplings, {samples} samples for {prompts} prompts: give one sampling a prompt"
+        )
+    if decode_bytes is None and any(params.stop for params in all_params):
         raise ValueError("stop texts need decode_bytes: pass the tokenizer's, or stop at stop_tokens")
 
 

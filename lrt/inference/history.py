@@ -1,4 +1,4 @@
-"""What the laws of a running batch need to know of its rows' tokens: kept only where some row asks for it."""
+"""What the all_params of a running batch need to know of its rows' tokens: kept only where some row asks for it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class HistoryState:
         self._counts: Tensor | None = None
         self._bias: Tensor | None = None
 
-    def join(self, row: int, law: SamplingParams, known: Sequence[int]) -> None:
+    def join(self, row: int, params: SamplingParams, known: Sequence[int]) -> None:
         """Begin a row anew: `known` are the tokens of its prompt. ValueError: a bias outside the vocabulary."""
-        outside = [i for i, _ in law.logit_bias if i >= self.shape[1]]
+        outside = [i for i, _ in params.logit_bias if i >= self.shape[1]]
         if outside:
             raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary has {self.shape[1]}")
-        if law.repetition_penalty != 1 and self._seen is None:
+        if params.repetition_penalty != 1 and self._seen is None:
             self._seen = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
-        if (law.presence_penalty or law.frequency_penalty) and self._counts is None:
+        if (params.presence_penalty or params.frequency_penalty) and self._counts is None:
             self._counts = torch.zeros(self.shape, device=self.device)
-        if law.logit_bias and self._bias is None:
+        if params.logit_bias and self._bias is None:
             self._bias = torch.zeros(self.shape, device=self.device)
         for x in (self._seen, self._counts, self._bias):
             if x is not None:
                 x[row] = 0
-        if law.repetition_penalty != 1 and self._seen is not None:
+        if params.repetition_penalty != 1 and self._seen is not None:
             self._seen[row, list(known)] = True
-        for token, bias in law.logit_bias:
+        for token, bias in params.logit_bias:
             assert self._bias is not None
             self._bias[row, token] += bias
 

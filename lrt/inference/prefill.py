@@ -68,8 +68,8 @@ def prefill(
     for first, solved in solve(model, tokens, lengths, cache, plan):
         cache = solved.cache
         at = lengths - 1 - first
-        here = ((at >= 0) & (at < solved.hidden.shape[1])).nonzero()[:, 0]
-        last[here] = solved.hidden[here, at[here]].to(last.dtype)
+        inside = ((at >= 0) & (at < solved.hidden.shape[1])).nonzero()[:, 0]
+        last[inside] = solved.hidden[inside, at[inside]].to(last.dtype)
         parts.append((solved.hidden.shape[1], solved.effort))
     return Prefill(model.logits(last), cache, str(plan), total(parts))
 

@@ -1,9 +1,9 @@
-"""Sampling: from logits to a token, by laws that may differ from row to row.
+"""Sampling: from logits to a token, by parameters that may differ from row to row.
 
-A row's draw depends on its own logits, law and seed alone, never on what else is in the batch: each row has its own
-stream of uniform numbers, and turns one into a token by inverting its own cumulative distribution in the order of ids.
-Every law that `SamplingParams` accepts gives every row of finite logits a token: distributions are formed relative to
-the largest logit, and every law keeps the most probable token.
+A row's draw depends on its own logits, sampling parameters and seed alone, never on what else is in the batch. Each row
+has its own stream of uniform numbers, and turns one into a token by inverting its own cumulative distribution in the
+order of ids. Every `SamplingParams` gives every row of finite logits a token: distributions are formed relative to the
+largest logit, and each keeps the most probable token.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Drawn(NamedTuple):
     tokens: Tensor
     """int64 [B]; where `valid` is False, some token."""
     logprobs: Tensor
-    """Log-probabilities under the model itself (before any law), float64 [B]."""
+    """Log-probabilities under the model itself (before any sampling rule), float64 [B]."""
     valid: Tensor
     """Boolean [B]: False where the row's logits are not finite, or every token is forbidden."""
 

@@ -39,10 +39,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        self.stopped = bool(found)
-        end = min(found) if found else len(text) - self._doubtful(text)
-        self._held = "" if found else text[end:]
+        starts = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        self.stopped = bool(starts)
+        end = min(starts) if starts else len(text) - self._doubtful(text)
+        self._held = "" if starts else text[end:]
         return text[:end]
 
     def _doubtful(self, text: str) -> int:

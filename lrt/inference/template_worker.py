@@ -61,11 +61,11 @@ class Marked(str):
         return self * count
 
     def __mod__(self, values: Any) -> Any:
-        text, given = str.__mod__(self, values), values if isinstance(values, tuple) else (values,)
+        text, operands = str.__mod__(self, values), values if isinstance(values, tuple) else (values,)
         parts = Marked.split(self, "%s")
-        if len(parts) != len(given) + 1 or any("%" in part for part in parts):
+        if len(parts) != len(operands) + 1 or any("%" in part for part in parts):
             return text
-        return joined(x for pair in zip(parts, (*map(text_of, given), ""), strict=True) for x in pair)
+        return joined(x for pair in zip(parts, (*map(text_of, operands), ""), strict=True) for x in pair)
 
     def __getitem__(self, index: Any) -> Marked:
         mask = self._mask[index]
@@ -131,12 +131,12 @@ class Marked(str):
 
     def _located(self, parts: Iterable[str]) -> list[Any]:
         """The same parts, which follow each other in this text."""
-        found, at = [], 0
+        pieces, at = [], 0
         for part in parts:
             at = str.find(self, part, at)
-            found.append(self[at : at + len(part)])
+            pieces.append(self[at : at + len(part)])
             at += len(part)
-        return found
+        return pieces
 
 
 def is_markup(text: str) -> bool:

@@ -147,10 +147,10 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         names: dict[str, Any] = read_json(index, "index").get("weight_map", {})
         files = [folder / Path(name).name for name in sorted(set(names.values()))]
     require(bool(files), f"{folder} holds no .safetensors; save the model with save_pretrained, pickle is not read")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
-        found |= {name: value.float() for name, value in _load(file).items()}
-    return found
+        tensors |= {name: value.float() for name, value in _load(file).items()}
+    return tensors
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ class _HeadLoss(torch.autograd.Function):
         hidden, targets = rows[: len(scales)], rows[len(scales) :]
         w, dw = weight.to(hidden[0].dtype), torch.zeros_like(weight) if differentiate else None
         dhidden = [torch.empty_like(h) if differentiate else None for h in hidden]
-        found = zip(hidden, targets, scales, dhidden, strict=True)
-        sums = torch.stack([_summed(w, cap, *one, dw) for one in found])
+        groups = zip(hidden, targets, scales, dhidden, strict=True)
+        sums = torch.stack([_summed(w, cap, *one, dw) for one in groups])
         if differentiate:
             ctx.save_for_backward(dw, *dhidden)
         ctx.mark_non_differentiable(sums)
@@ -47,14 +47,14 @@ def _summed(
     """Summed nats of one pass whose rows are `h` [n, D]; its gradients fill `dh` and are added to `dw`."""
     size, sums = max(1, CHUNK[h.device.type] // len(w)), []
     for i in range(0, len(h), size):
-        here, target = h[i : i + size], targets[i : i + size, None]
-        nats, dz = _chunk(here @ w.T, cap, target, differentiate=dh is not None)
+        chunk, target = h[i : i + size], targets[i : i + size, None]
+        nats, dz = _chunk(chunk @ w.T, cap, target, differentiate=dh is not None)
         counted = target != IGNORE
         sums.append((nats * counted).sum())
         if dh is not None and dw is not None:
             dz = dz.mul_(scale * counted).to(w.dtype)
             torch.mm(dz, w, out=dh[i : i + size])
-            dw.add_(dz.T @ here) if dw.dtype != dz.dtype else dw.addmm_(dz.T, here)
+            dw.add_(dz.T @ chunk) if dw.dtype != dz.dtype else dw.addmm_(dz.T, chunk)
     return torch.stack(sums).sum()
 
 

@@ -143,20 +143,20 @@ class KVCache(NamedTuple):
         for at, w in buffer.segments:
             offset = torch.arange(at.start, at.stop, at.step, device=count.device)
             last = offset == count[:, None] - 1
-            here, there = last.nonzero(as_tuple=True)
-            memory[rows[here]], last_token[rows[here]] = w.memory[here, there].to(memory.dtype), w.tokens[here, there]
+            row, column = last.nonzero(as_tuple=True)
+            memory[rows[row]], last_token[rows[row]] = w.memory[row, column].to(memory.dtype), w.tokens[row, column]
             kept = per_size(self.keys, lambda r, offset=offset: self._places(offset, rows, count, r))
             for mine, new, places in zip((*self.keys, *self.values), (*w.keys, *w.values), kept * 2, strict=True):
-                here, there, slot = places
-                mine[rows[here], :, slot] = new[here, :, there].to(mine.dtype)
+                row, column, slot = places
+                mine[rows[row], :, slot] = new[row, :, column].to(mine.dtype)
         length[rows] += count
         return self._replace(memory=memory, length=length, last_token=last_token, longest=int(length.max()))
 
     def _places(self, offset: Tensor, rows: Tensor, count: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which of the positions `offset` [n] a layer of `slots` slots keeps: row, index into `offset`, slot."""
         kept = (offset < count[:, None]) & (offset >= count[:, None] - slots)
-        here, there = kept.nonzero(as_tuple=True)
-        return here, there, (self.length[rows[here]] + offset[there]) % slots
+        row, column = kept.nonzero(as_tuple=True)
+        return row, column, (self.length[rows[row]] + offset[column]) % slots
 
     def first(self, n: int) -> KVCache:
         """The first n rows: the same tensors of keys and values, which a step fills in place."""
@@ -218,17 +218,17 @@ class KVCache(NamedTuple):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 about = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be read as a saved state ({error}): save it again") from None
         if about.get("format") != FORMAT:
             raise ValueError(f"{path}: not a state saved as {FORMAT}: write it with KVCache.save")
         slots = json.loads(about["slots"])
         keys, values = (
-            tuple(_refill(found[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
+            tuple(_refill(tensors[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
         )
-        last = found.get("last_token", torch.full_like(found["length"], -1))  # older files: no model read it
-        return KVCache(keys, values, found["memory"], found["length"], last, int(about["longest"]))
+        last = tensors.get("last_token", torch.full_like(tensors["length"], -1))  # older files: no model read it
+        return KVCache(keys, values, tensors["memory"], tensors["length"], last, int(about["longest"]))
 
 
 def _refill(used: Tensor, slots: int) -> Tensor:

@@ -114,8 +114,8 @@ class ScheduledLoss(nn.Module):
         if self.consistency:
             loss = loss + self.consistency * distance
         if not parts.memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
-            here = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
-            loss = loss + sum(0.0 * p.sum() for p in here)
+            local = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
+            loss = loss + sum(0.0 * p.sum() for p in local)
         return LossOutput(loss, sums / counts[:-1], distance.detach(), passes)
 
     def _run(self, tokens: TokensBN, targets: TokensBN, starts: Tensor | None, passes: Passes) -> _Parts:
@@ -148,8 +148,8 @@ class _Parts(NamedTuple):
 
 def _states(buffer: Buffer, at: range) -> StreamBND | None:
     """m_t for every t of `at`, cut from the gradient."""
-    found = buffer.memory(range(at.start + 1, at.stop + 1, at.step))
-    return None if found is None else found.detach()
+    read = buffer.memory(range(at.start + 1, at.stop + 1, at.step))
+    return None if read is None else read.detach()
 
 
 def _cut(of: Tensor, p: Pass) -> Tensor:
@@ -175,6 +175,6 @@ def _distance(written: StreamBND, before: StreamBND, read: Tensor) -> Tensor:
 def step_plan(targets: TokensBN, starts: Tensor | None, passes: Passes) -> StepPlan:
     """The plan of a step over all of `targets`, int64 [B, T]; `starts` as in `ScheduledLoss.forward`."""
     kept, read = (targets != IGNORE).sum(0, keepdim=True), states_read(targets, starts).sum(0, keepdim=True)
-    found = [_cut(kept, p).sum() for p in passes if p.weight > 0]
+    counts = [_cut(kept, p).sum() for p in passes if p.weight > 0]
     states = [_cut(read, p).sum() for p, one in zip(passes, rewriting(passes), strict=True) if one]
-    return StepPlan(passes, torch.stack([*found, sum(states, torch.zeros_like(found[0]))]).float())
+    return StepPlan(passes, torch.stack([*counts, sum(states, torch.zeros_like(counts[0]))]).float())

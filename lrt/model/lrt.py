@@ -47,8 +47,8 @@ class LRT(Transformer):
             "(T passes with gradient), or train with ScheduledLoss",
         )
         if not graded:
-            found = states(self, tokens, "zero_memory" if parallel else how)
-            return self.logits(torch.cat([hidden for _, hidden, _ in found], dim=1))
+            parts = states(self, tokens, "zero_memory" if parallel else how)
+            return self.logits(torch.cat([hidden for _, hidden, _ in parts], dim=1))
         check_tokens(self, tokens)
         return self.logits(self._graded(tokens, "parallel" if parallel else "sequential"))
 

@@ -106,8 +106,8 @@ def solve(
     Yields each chunk's first column and its solution.
     """
     for first in range(0, tokens.shape[1], plan.chunk):
-        here = tokens[:, first : first + plan.chunk]
-        solved = _chunk(model, here, (lengths - first).clamp(0, here.shape[1]), cache, plan)
+        piece = tokens[:, first : first + plan.chunk]
+        solved = _chunk(model, piece, (lengths - first).clamp(0, piece.shape[1]), cache, plan)
         cache = solved.cache
         yield first, solved
 
@@ -134,8 +134,8 @@ def _sweeps(
     buffer = buffer if len(rows) == len(count) else buffer.take(rows)
     n, known, old = tokens.shape[1], 0, None
     for number in range(1, plan.max_sweeps + 1 if len(rows) else 0):
-        here, wanted, passes = tokens[rows], count[rows], plan.sweep(number, n)
-        buffer = _sweep(model, here, passes, buffer)
+        unsettled, wanted, passes = tokens[rows], count[rows], plan.sweep(number, n)
+        buffer = _sweep(model, unsettled, passes, buffer)
         new = buffer.memory(range(1, n + 1))
         assert new is not None
         known = exact_prefix(passes, n, known) if model.config.memory.recurrent else n
@@ -144,7 +144,7 @@ def _sweeps(
         leaving = settled if number < plan.max_sweeps else torch.ones_like(settled)
         if leaving.any():
             at, every = leaving.nonzero()[:, 0], bool(leaving.all())
-            whole, hidden = finish(model, here[at], buffer if every else buffer.take(at), new[at])
+            whole, hidden = finish(model, unsettled[at], buffer if every else buffer.take(at), new[at])
             written = whole.memory(range(1, n + 1))
             assert written is not None
             taken = torch.where(settled, wanted, wanted.clamp(max=known))

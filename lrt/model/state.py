@@ -187,8 +187,8 @@ class Buffer:
         parts = [(at, tokens), *((s.at, s.written.tokens) for s in self.segments)]
         if self.prefix is not None:
             parts.append((range(-1, 0), self.prefix.last_token[:, None]))
-        found = _newest(_before(at), parts, -1)
-        return torch.full_like(tokens, -1) if found is None else found
+        newest = _newest(_before(at), parts, -1)
+        return torch.full_like(tokens, -1) if newest is None else newest
 
     def _input(self, at: range, tokens: TokensBN, blocks: int, memory: StreamBND | None) -> PassInput:
         """What a pass reads of segments that it does not itself rewrite, up to its last position."""
@@ -235,16 +235,16 @@ def _newest(places: range, parts: Sequence[tuple[range, Tensor]], empty: int) ->
     None if nothing lies anywhere.
     """
     shared = [(intersect(at, places), at, x) for at, x in parts]
-    found = [(common, x if common == at else x[:, _cut(at, common)]) for common, at, x in shared if len(common)]
-    if not found:
+    covered = [(common, x if common == at else x[:, _cut(at, common)]) for common, at, x in shared if len(common)]
+    if not covered:
         return None
-    if len(found) == 1 and len(found[0][0]) == len(places):
-        return found[0][1]
-    example = found[0][1]
+    if len(covered) == 1 and len(covered[0][0]) == len(places):
+        return covered[0][1]
+    example = covered[0][1]
     nothing = example.new_full((example.shape[0], 1, *example.shape[2:]), empty)
-    if len(found) == 1 and found[0][0] == places[1:]:  # the usual case: only position 0 reads nothing
+    if len(covered) == 1 and covered[0][0] == places[1:]:  # the usual case: only position 0 reads nothing
         return torch.cat((nothing, example), dim=1)
-    order = {t: i for i, t in enumerate(t for common, _ in found for t in common)}
-    joined = torch.cat((*(x for _, x in found), nothing), dim=1)
+    order = {t: i for i, t in enumerate(t for common, _ in covered for t in common)}
+    joined = torch.cat((*(x for _, x in covered), nothing), dim=1)
     index = [order.get(t, len(order)) for t in places]
     return joined[:, torch.tensor(index, device=joined.device)]

@@ -53,13 +53,18 @@ class Call:
         self.left = 0
 
     def answers(
-        self, prompts: Sequence[list[int]], n: int, law: SamplingParams, top: int, form: GrammarConstraint | None = None
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        params: SamplingParams,
+        top: int,
+        form: GrammarConstraint | None = None,
     ) -> list[Job]:
         """The jobs of n answers to each prompt."""
         return [
             Answer(
-                i * n + j, self.events, self.deadline, prompt=prompt, sampling=law, sample=j, top=top, scope=self.scope,
-                constraint=None if form is None else form.copy(),
+                i * n + j, self.events, self.deadline, prompt=prompt, sampling=params, sample=j, top=top,
+                scope=self.scope, constraint=None if form is None else form.copy(),
             )
             for i, prompt in enumerate(prompts) for j in range(n)
         ]  # fmt: skip
@@ -106,10 +111,10 @@ class Call:
         """Everything, unless the client goes away first."""
 
         async def gather() -> list[Event]:
-            found = []
+            complete = []
             while ready := await self.next():
-                found += ready
-            return found
+                complete += ready
+            return complete
 
         gathering = asyncio.ensure_future(gather())
         watching = asyncio.ensure_future(disconnected(request.receive))

@@ -54,11 +54,11 @@ def conversation(
     if least > served.longest_prompt:  # before any of it is made tokens
         served.too_long(f"at least {least}", "messages")
     try:
-        found = served.words.conversation(plain, [t.model_dump(exclude_none=True) for t in tools], variables)
+        rendered = served.words.conversation(plain, [t.model_dump(exclude_none=True) for t in tools], variables)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from None
-    served.fits(found[0], "messages")
-    return found
+    served.fits(rendered[0], "messages")
+    return rendered
 
 
 @final
@@ -71,9 +71,9 @@ class Chat:
         answers = [Choice(k, self.prompt, Listing(served.words)) for k in range(self.body.n)]
         self.choices = [ChatChoice(answer, ready.tools) for answer in answers]
         most = self.body.max_completion_tokens or self.body.max_tokens or served.longest
-        law = self.body.sampling(most, ready.stop if ready.form is None else (), served.words.tokenizer.ends)
+        params = self.body.sampling(most, ready.stop if ready.form is None else (), served.words.tokenizer.ends)
         top = (self.body.top_logprobs or 0) if self.body.logprobs else 0
-        self.call.submit(self.call.answers([self.prompt], self.body.n, law, top, ready.form))
+        self.call.submit(self.call.answers([self.prompt], self.body.n, params, top, ready.form))
 
     async def whole(self, request: Request) -> dict[str, Any]:
         """The answer in one piece."""
@@ -144,11 +144,11 @@ class ChatChoice:
 
     def message(self) -> dict[str, Any]:
         """The whole message."""
-        said: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
         if self.reader.name is not None:
             function = {"name": self.reader.name, "arguments": self.arguments}
-            said |= {"content": None, "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
-        return said
+            message |= {"content": None, "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
+        return message
 
     def listed(self, logprobs: bool, last: bool = False) -> dict[str, Any] | None:
         """Log-probabilities of its tokens, or of the last one."""

@@ -38,13 +38,13 @@ class ReadyCompletion(NamedTuple):
         return ReadyCompletion(body, texts, prompts or [served.opened(text) for text in texts], form)
 
 
-def _apart(given: Any) -> tuple[list[str], list[list[int]]]:
+def _apart(prompt: Any) -> tuple[list[str], list[list[int]]]:
     """The prompts of a body: texts, or token ids."""
-    if isinstance(given, str):
-        return [given], []
-    if isinstance(given[0], int):
-        return [], [given]
-    return (given, []) if isinstance(given[0], str) else ([], given)
+    if isinstance(prompt, str):
+        return [prompt], []
+    if isinstance(prompt[0], int):
+        return [], [prompt]
+    return (prompt, []) if isinstance(prompt[0], str) else ([], prompt)
 
 
 @final
@@ -70,8 +70,8 @@ class Completion:
                 for i, ids in enumerate(self.prompts)
             ]  # fmt: skip
         if body.max_tokens:
-            law = body.sampling(body.max_tokens, (), served.words.tokenizer.ends)
-            jobs += call.answers(self.prompts, body.n, law, body.logprobs or 0, form)
+            params = body.sampling(body.max_tokens, (), served.words.tokenizer.ends)
+            jobs += call.answers(self.prompts, body.n, params, body.logprobs or 0, form)
         elif not jobs:  # an echo alone: nothing to compute
             self.choices = [Choice(c.index, c.prompt, c.listing, finish="length") for c in self.choices]
         return jobs

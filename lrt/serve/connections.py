@@ -106,8 +106,8 @@ class OpenConnections:
 class LimitedConnection(H11Protocol):
     """One connection: uvicorn's, with times for headers and body. What is wrong with a request is not logged."""
 
-    def __init__(self, everyone: OpenConnections, **given: Any):
-        super().__init__(**given)
+    def __init__(self, everyone: OpenConnections, **options: Any):
+        super().__init__(**options)
         self._everyone, self._limits = everyone, everyone.limits
         self._timer: asyncio.TimerHandle | None = None
         self._phase = ""

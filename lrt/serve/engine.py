@@ -265,12 +265,21 @@ class Engine:
         self._join(answer, row, len(known))
 
     def _join(self, answer: Answer, row: int, done: int) -> None:
-        law = answer.sampling
-        left = min(law.max_new_tokens, self.capacity - len(answer.prompt) + 1)
-        stream = TextStream(self._decode_bytes, law.stop)
+        params = answer.sampling
+        left = min(params.max_new_tokens, self.capacity - len(answer.prompt) + 1)
+        stream = TextStream(self._decode_bytes, params.stop)
         prompt = answer.prompt[done:][::-1]
         request = Request(
-            row, law, law.stop_tokens or (), left, stream, answer.sample, done, prompt, answer.top, answer.constraint
+            row,
+            params,
+            params.stop_tokens or (),
+            left,
+            stream,
+            answer.sample,
+            done,
+            prompt,
+            answer.top,
+            answer.constraint,
         )
         self._batch.join(request, answer.prompt)
 

@@ -62,9 +62,9 @@ class Guard:
             raise ApiError(403, f"the name {host[:100]!r} is not served here; start the server with --allowed-host")
         owner = self.keys.owner(headers.get(b"authorization", b""))
         if owner is None and scope["path"] not in self.public:
-            said = {"www-authenticate": "Bearer"}
+            challenge = {"www-authenticate": "Bearer"}
             raise ApiError(401, "an API key is needed: send it as Authorization: Bearer KEY", code="invalid_api_key",
-                           headers=said)  # fmt: skip
+                           headers=challenge)  # fmt: skip
         length = headers.get(b"content-length", b"0")
         if len(length) > 18 or int(length) > self.max_body:  # h11 takes digits alone
             raise too_large(self.max_body)

@@ -101,17 +101,17 @@ def _spelled(words: Vocabulary, scored: tuple[float, Ranked]) -> dict[str, Any]:
 
 def score(model: LRT, ids: list[int], top: int, mode: str | PrefillOptions, strengths: Strengths | None = None) -> Lane:
     """Log-probability and alternatives of every token of `ids` but the first; `mode` is one of `states`."""
-    found: list[tuple[float, Ranked]] = []
+    scored: list[tuple[float, Ranked]] = []
     passes = states(model, torch.tensor([ids[:-1]], device=model.device), mode) if len(ids) > 1 else iter(())
     while True:
         with strengths.watch() if strengths else nullcontext():
             solved = next(passes, None)
         if solved is None:
-            return found
+            return scored
         first, hidden, _ = solved
         aims = ids[first + 1 : first + 1 + hidden.shape[1]]
         logits = model.logits(hidden[0])
         values = logits.double().log_softmax(-1).gather(-1, torch.tensor(aims, device=logits.device)[:, None])
         best = ranked(logits, [top] * len(aims)) if top else [()] * len(aims)
-        found += zip(values[:, 0].tolist(), best, strict=True)
+        scored += zip(values[:, 0].tolist(), best, strict=True)
         yield

@@ -33,8 +33,8 @@ class ApiKeys:
         if not self._spellings:
             return 0
         scheme, _, credentials = authorization.partition(b" ")
-        said = b"Bearer " + credentials.strip() if scheme.lower() == b"bearer" else b""
-        fitting = [i for i, spelling in self._spellings if hmac.compare_digest(said, spelling)]
+        spoken = b"Bearer " + credentials.strip() if scheme.lower() == b"bearer" else b""
+        fitting = [i for i, spelling in self._spellings if hmac.compare_digest(spoken, spelling)]
         return fitting[0] if fitting else None
 
 

@@ -111,9 +111,9 @@ class Message(Strict):
     def plain(self) -> dict[str, Any]:
         """What a template sees."""
         text = self.content if isinstance(self.content, str) else "".join(p.text or p.refusal for p in self.content)
-        said: dict[str, Any] = {"role": self.role, "content": text}
+        message: dict[str, Any] = {"role": self.role, "content": text}
         if self.tool_calls:
-            said["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in self.tool_calls]
+            message["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in self.tool_calls]
         if self.tool_call_id is not None:
-            said["tool_call_id"] = self.tool_call_id
-        return said
+            message["tool_call_id"] = self.tool_call_id
+        return message

@@ -215,5 +215,5 @@ def described(kind: type[BaseModel]) -> dict[str, Any]:
 
 def components() -> dict[str, Any]:
     """The schemas of all bodies and of what they hold, by name."""
-    _, found = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=REFERENCE)
-    return found["$defs"]
+    _, schema = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=REFERENCE)
+    return schema["$defs"]

@@ -148,8 +148,8 @@ class StateStore:
                 insort(self._sorted, mark)
             self._lengths[mark] += 1
         own = set(places)
-        found = self._beginnings(scope, state.tokens, len(state.tokens))
-        self._digests[number] = tuple(digest for mark, digest in found if mark in own)
+        beginnings = self._beginnings(scope, state.tokens, len(state.tokens))
+        self._digests[number] = tuple(digest for mark, digest in beginnings if mark in own)
         for digest in self._digests[number]:
             self._holders[digest] = (*self._holders.get(digest, ()), number)
 

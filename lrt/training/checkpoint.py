@@ -189,13 +189,13 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is not a folder; give the folder of a run or of one of its checkpoints")
     if not (folder / META).exists():
-        found = checkpoints(folder)
-        if not found:
+        saved = checkpoints(folder)
+        if not saved:
             raise ValueError(f"{folder} {_instead(folder)}")
-        folder = found[-1]
-    meta, said = _described(folder)
+        folder = saved[-1]
+    meta, sums = _described(folder)
     for name in (MODEL, OPTIMIZER):
-        if not (folder / name).is_file() or (verify and _hash(folder / name) != said[name]):
+        if not (folder / name).is_file() or (verify and _hash(folder / name) != sums[name]):
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
     config = from_dict(RunConfig, meta.get("config"), str(folder / META))
     return Checkpoint(folder, meta["step"], config, meta["extra"], _tokenizer(meta.get("tokenizer"), folder / META))
@@ -227,9 +227,9 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return meta, sums
 
 
-def _tokenizer(said: Any, where: Path) -> dict[str, str]:
+def _tokenizer(recorded: Any, where: Path) -> dict[str, str]:
     """Hashes of the tokenizer's files by name; the first format named that of tokenizer.json alone."""
-    sums = {"tokenizer.json": said} if isinstance(said, str) else said or {}
+    sums = {"tokenizer.json": recorded} if isinstance(recorded, str) else recorded or {}
     for value in require_kind(sums, dict, f"{where}: tokenizer").values():
         require_kind(value, str, f"{where}: tokenizer")
     return sums
@@ -316,8 +316,8 @@ def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
     for name, value in weights.items():
         if value.shape != own[name].shape or value.dtype != own[name].dtype:
             kinds = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (value, own[name])]
-            said = f"{kinds[0]} in the checkpoint, {kinds[1]} in the model"
-            raise ValueError(f"weight {name} is {said}; the checkpoint is of another model: use its own config")
+            difference = f"{kinds[0]} in the checkpoint, {kinds[1]} in the model"
+            raise ValueError(f"weight {name} is {difference}; the checkpoint is of another model: use its own config")
     for name, value in weights.items():
         fill(own[name], value)
 

@@ -107,13 +107,13 @@ def not_finite(model: LRT, per_pass: Tensor, world: World) -> str:
     names = [name for name, _ in model.named_parameters()]
     bad = [[_bad(p) for p in model.parameters()], [_bad(p.grad) for p in model.parameters()]]
     weights, gradients = world.total(torch.tensor(bad, device=world.device)).tolist()
-    found = {"weights": [n for n, x in zip(names, weights, strict=True) if x]}
-    found["losses of passes"] = [str(i) for i in (~per_pass.isfinite()).nonzero().flatten().tolist()]
-    found["gradients"] = [n for n, x in zip(names, gradients, strict=True) if x]
-    said = [
-        f"{what} {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}" for what, which in found.items() if which
+    culprits = {"weights": [n for n, x in zip(names, weights, strict=True) if x]}
+    culprits["losses of passes"] = [str(i) for i in (~per_pass.isfinite()).nonzero().flatten().tolist()]
+    culprits["gradients"] = [n for n, x in zip(names, gradients, strict=True) if x]
+    sentences = [
+        f"{what} {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}" for what, which in culprits.items() if which
     ]
-    return "not finite when computed again: " + ("; ".join(said) or "nothing, so the cause may be the machine")
+    return "not finite when computed again: " + ("; ".join(sentences) or "nothing, so the cause may be the machine")
 
 
 def _bad(x: Tensor | None) -> float:

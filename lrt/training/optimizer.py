@@ -80,7 +80,7 @@ def _by_rate(parameters: Iterable[nn.Parameter], peaks: dict[nn.Parameter, Peak]
     groups: dict[Peak, list[nn.Parameter]] = {}
     for p in parameters:
         groups.setdefault(peaks[p], []).append(p)
-    return [{"params": found, **peak._asdict()} for peak, found in groups.items()]
+    return [{"params": members, **peak._asdict()} for peak, members in groups.items()]
 
 
 class Muon(torch.optim.Optimizer):
@@ -174,16 +174,16 @@ class Optimizer:
         """
         for group, peak in self.peaks:
             group["lr"] = peak * share * (memory if group["warming"] else 1.0)
-        found = None if skip is None else skip.float()
-        self.adam.found_inf = self.muon.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
+        skipped = None if skip is None else skip.float()
+        self.adam.found_inf = self.muon.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
         for optimizer in (self.adam, self.muon):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """`{parameter name/key: tensor}` of both optimizers; sharded where the parameters are."""
-        found = ((p, state) for o in (self.adam, self.muon) for p, state in o.state.items())
-        return {f"{self.names[p]}/{key}": value for p, state in found for key, value in state.items()}
+        states = ((p, state) for o in (self.adam, self.muon) for p, state in o.state.items())
+        return {f"{self.names[p]}/{key}": value for p, state in states for key, value in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned: all of it, or nothing (from before the first step).
@@ -217,8 +217,8 @@ def clip(parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
     for p in parameters:
         if p.grad is not None:
             kinds[is_sharded(p.grad)].append(p)
-    found = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
-    total = found[0] if len(found) == 1 else torch.stack(found).norm()
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
+    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     if norm is not None:
         for kind in kinds:
             nn.utils.clip_grads_with_norm_(kind, norm, total)

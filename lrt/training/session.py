@@ -124,15 +124,16 @@ class Session:
 
     def _begin_from(self, run: Path) -> None:
         """Take over the weights of another run of the same model; its context may differ."""
-        found, mine = checkpoint.open_checkpoint(run), self.config.model
-        theirs = replace(found.config.model, context=mine.context, bos=mine.bos)
+        source, mine = checkpoint.open_checkpoint(run), self.config.model
+        theirs = replace(source.config.model, context=mine.context, bos=mine.bos)
         require(theirs == mine, f"{run} is of another model than this config's; leave the model's flags to --init-from")
-        checkpoint.load_weights(self.model, found.weights())
+        checkpoint.load_weights(self.model, source.weights())
 
     def _restore(self, started: Checkpoint) -> None:
-        data, here = started.extra.get("data"), self.prepared.train.hash
+        data, hash_now = started.extra.get("data"), self.prepared.train.hash
         require(
-            data == here, f"{started.folder} was trained on other tokens than {self.prepared.folder}; restore its data"
+            data == hash_now,
+            f"{started.folder} was trained on other tokens than {self.prepared.folder}; restore its data",
         )
         checkpoint.load_weights(self.model, started.weights())
         self.optimizer.load(started.optimizer_state())
@@ -321,8 +322,8 @@ class Session:
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the CPU, on the first process alone; copies where training goes on meanwhile."""
-        found = ((name, whole(x).detach()) for name, x in tensors.items())
-        copied = {name: x.to("cpu", copy=self.writer.background) for name, x in found if self.world.first}
+        gathered = ((name, whole(x).detach()) for name, x in tensors.items())
+        copied = {name: x.to("cpu", copy=self.writer.background) for name, x in gathered if self.world.first}
         return copied
 
     def finish(self) -> Result:

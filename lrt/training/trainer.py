@@ -105,13 +105,13 @@ def _started(run: Path, resume: bool | None, world: World, sinks: Sequence[Sink]
             taken = (run / "config.json").exists() or bool(checkpoint.checkpoints(run))
             require(not taken, f"{run} already holds a run; continue it with --resume {run}, or choose another --out")
             return -1
-        found, problems = checkpoint.newest_valid(run)
-        for problem in problems if found is not None else ():
+        newest, problems = checkpoint.newest_valid(run)
+        for problem in problems if newest is not None else ():
             tell(sinks, kind="warning", text=f"{problem} (using an earlier one)")
         begin = resume is None and not problems
-        said = " ".join(problems) or "train it first"
-        require(found is not None or begin, f"{run} holds no valid checkpoint to resume; {said}")
-        return -1 if found is None else checkpoint.checkpoints(run).index(found.folder)
+        reason = " ".join(problems) or "train it first"
+        require(newest is not None or begin, f"{run} holds no valid checkpoint to resume; {reason}")
+        return -1 if newest is None else checkpoint.checkpoints(run).index(newest.folder)
 
     place = world.agree(find)
     return None if place < 0 else checkpoint.open_checkpoint(checkpoint.checkpoints(run)[place], verify=world.first)

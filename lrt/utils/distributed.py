@@ -57,9 +57,9 @@ class World:
         """Every process's `x`, all of one shape, one after the other along the first dimension."""
         if self.size == 1:
             return x
-        here = x.to(self.device)
-        parts = [torch.empty_like(here) for _ in range(self.size)]
-        dist.all_gather(parts, here)
+        mine = x.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
         return torch.cat(parts).to(x.device)
 
     def agree(self, work: Callable[[], int]) -> int:
@@ -97,24 +97,24 @@ def join(device: str) -> Iterator[World]:
 
     ValueError: no such device, fewer devices than processes, or the others cannot be reached.
     """
-    found = resolve_device(device)
+    chosen = resolve_device(device)
     if dist.is_initialized():  # by the caller, who also ends it
-        yield World(found, dist.get_rank(), dist.get_world_size(), grouped=True)
+        yield World(chosen, dist.get_rank(), dist.get_world_size(), grouped=True)
         return
     if not os.environ.keys() >= LAUNCHED:
-        yield World(found)
+        yield World(chosen)
         return
-    if found.type == "cuda":
+    if chosen.type == "cuda":
         place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         require(
             place < there, f"process {place} of this machine has no GPU: there are {there}; start no more processes"
         )
-        found = torch.device("cuda", place)
-        torch.cuda.set_device(found)
+        chosen = torch.device("cuda", place)
+        torch.cuda.set_device(chosen)
     try:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"cannot join the other processes at {address} ({error}); start all with torchrun") from None
-    yield World(found, dist.get_rank(), dist.get_world_size(), grouped=True)
+    yield World(chosen, dist.get_rank(), dist.get_world_size(), grouped=True)
     dist.destroy_process_group()  # not after an error: the process ends, and waiting for the others might not

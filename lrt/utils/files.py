@@ -49,9 +49,9 @@ NAMES = {
 }
 
 
-def one_line(said: object, most: int = 300) -> str:
+def one_line(message: object, most: int = 300) -> str:
     """`said` as one printable line of at most `most` characters; the middle of a longer one is left out."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(said).split()))
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
     half = (most - 5) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
@@ -273,8 +273,8 @@ def _named(where: str, form: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        said = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 160)
-        raise ValueError(f"{where} is not valid {form} ({said}); {RESTORE}") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 160)
+        raise ValueError(f"{where} is not valid {form} ({reason}); {RESTORE}") from None
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

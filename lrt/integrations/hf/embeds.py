@@ -53,8 +53,8 @@ def known_tokens(weight: Tensor, vectors: Tensor) -> Tensor:
         return (x.contiguous().view(BITS[x.element_size()]).long() * odd).sum(1)
 
     sorted_, order = keys(weight).sort()
-    found = order[torch.searchsorted(sorted_, keys(vectors)).clamp(max=len(weight) - 1)]
-    return torch.where((weight[found] == vectors).all(1), found, -1)
+    nearest = order[torch.searchsorted(sorted_, keys(vectors)).clamp(max=len(weight) - 1)]
+    return torch.where((weight[nearest] == vectors).all(1), nearest, -1)
 
 
 class _Swap:

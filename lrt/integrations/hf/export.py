@@ -66,18 +66,18 @@ def wrapped(loaded: Loaded, prefill: str = "sweeps") -> Any:
 
 def sources() -> dict[str, str]:
     """The flat modules that travel: those the entry needs, with relative imports, by name."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     waiting = [ENTRY]
     while waiting:
         module = waiting.pop()
-        if flat(module) in found:
+        if flat(module) in sources:
             continue
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None
         text = Path(spec.origin).read_text(encoding="utf-8")
         waiting += [m[2] for m in IMPORT.finditer(text)]
-        found[flat(module)] = IMPORT.sub(lambda m: f"{m[1]}.{flat(m[2])}", text)
-    return found
+        sources[flat(module)] = IMPORT.sub(lambda m: f"{m[1]}.{flat(m[2])}", text)
+    return sources
 
 
 def flat(module: str) -> str:
