@@ -18,14 +18,11 @@ FLOORS: list[tuple[str, ...]] = [
     ("lrt.model",),
     ("lrt.data",),
     ("lrt.inference",),
-    # Scoring rows takes a model, a schedule and rows, nothing of training; and training reports it as it goes.
-    ("lrt.evaluation.contraction",),
-    ("lrt.evaluation.bits_per_byte",),
+    # Scoring takes a model, a schedule and rows, nothing of training; and training scores as it goes.
+    ("lrt.evaluation",),
     ("lrt.training",),
     # The library's three calls: loading, training, text in and text out.
     ("lrt.text_model",),
-    # Evaluating a run: its checkpoint, its held-out text.
-    ("lrt.evaluation",),
     ("lrt.experiments", "lrt.integrations", "lrt.serve", "lrt.benchmarks"),
     ("lrt.cli",),
     ("lrt.__main__",),

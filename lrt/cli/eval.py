@@ -18,7 +18,7 @@ from lrt.utils.score_names import share_text, unit
 
 if TYPE_CHECKING:
     from lrt.evaluation.bits_per_byte import BPB
-    from lrt.training.checkpoint import Loaded
+    from lrt.inference.loaded import Loaded
 
 
 @dataclass(frozen=True)

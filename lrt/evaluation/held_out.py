@@ -11,7 +11,7 @@ from lrt.config.model import require
 from lrt.data import documents, prepare, source_bytes
 from lrt.data.normalised import Spelling
 from lrt.evaluation.bits_per_byte import HeldOut, Rows, ScoredText, of_split, validation_rows
-from lrt.training.checkpoint import Loaded
+from lrt.inference.loaded import Loaded
 
 BYTES_PER_TOKEN = 16
 """Text read for a row of another source, per token: more than tokens spell on average."""

@@ -16,8 +16,8 @@ from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.config.model import require
 from lrt.data.normalised import Spelling
 from lrt.inference.generate import generate
+from lrt.inference.loaded import Loaded
 from lrt.model.recurrence import prefill_options, states
-from lrt.training.checkpoint import Loaded
 
 Pair = tuple[Any, list[int], list[int]]
 """Something to tell it by, and the tokens of context and continuation."""

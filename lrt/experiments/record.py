@@ -22,9 +22,10 @@ from lrt.evaluation.held_out import held_out_rows
 from lrt.evaluation.in_context import in_context_score
 from lrt.evaluation.task_accuracy import by_length
 from lrt.inference.generate import generate, score
+from lrt.inference.loaded import Loaded
 from lrt.model.flops import decode_flops_per_token, parameters_by_group, scaling_parameters
 from lrt.model.lrt import LRT
-from lrt.training.checkpoint import Loaded, load_model
+from lrt.training.checkpoint import load_model
 from lrt.utils.files import read_json
 from lrt.utils.hardware import resolve_device
 from lrt.utils.score_names import share_text

@@ -16,6 +16,7 @@ from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
 from lrt.data.tokenizer_config import read_tokenizer_config
+from lrt.inference.loaded import Loaded
 from lrt.integrations import families
 from lrt.model.lrt import LRT
 from lrt.model.parameters import MEMORY, role
@@ -160,7 +161,7 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as safetensors ({one_line(error, 120)}); download it again") from None
 
 
-def save_family(loaded: checkpoint.Loaded, folder: Path, kind: str) -> None:
+def save_family(loaded: Loaded, folder: Path, kind: str) -> None:
     """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
     weights = dict(loaded.model.state_dict())
     active = [name for name, value in weights.items() if role(name) in (*MEMORY, "gate") and value.any()]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from lrt import __version__
 from lrt.config.decoding import PrefillOptions
+from lrt.inference.loaded import Loaded
 from lrt.inference.prefill import next_logits
 from lrt.model.recurrence import OneToken
 from lrt.serve.engine import Engine
@@ -22,7 +23,6 @@ from lrt.serve.metrics import Metrics
 from lrt.serve.schemas import Generation
 from lrt.serve.settings import Settings
 from lrt.serve.text import Vocabulary
-from lrt.training.checkpoint import Loaded
 
 B = TypeVar("B", bound=BaseModel)
 READ_SECONDS = 10.0

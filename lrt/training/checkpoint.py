@@ -31,7 +31,8 @@ from torch import Tensor
 
 from lrt.config.model import require
 from lrt.config.run import RunConfig, from_dict, to_dict
-from lrt.data import Tokenizer, load_tokenizer
+from lrt.data import load_tokenizer
+from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.utils.dtensor import fill
 from lrt.utils.files import one_line, read_json, read_text, require_fields, require_kind, write_json, write_text
@@ -264,22 +265,6 @@ def require_same(config: RunConfig, started: Checkpoint) -> None:
                 f"--{part}.{name} is {asked[name]}, but {started.folder} was trained with {had[name]}; give that, or "
                 "choose another --out",
             )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model with what belongs to it."""
-
-    model: LRT
-    tokenizer: Tokenizer
-    config: RunConfig
-    step: int
-    folder: Path
-    """The checkpoint's folder."""
-    run: Path
-    """The run's folder."""
-    data: str | None = None
-    """Hash of the tokens that it was trained on; None where that is unknown, as in a converted model."""
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lrt.config.run import to_dict
+from lrt.inference.loaded import Loaded
 from lrt.integrations.hf.fast_tokenizer import with_pad
-from lrt.training.checkpoint import Loaded
 from lrt.utils.files import read_json
 from lrt.utils.score_names import share_text, unit
 

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from lrt.data import Tokenizer
-from lrt.training.checkpoint import Loaded
+from lrt.inference.loaded import Loaded
 from lrt.utils.files import read_json, write_json
 
 PAD = "<|pad|>"

@@ -1,0 +1,26 @@
+"""A trained model together with what belongs to it: what every use of a run begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrt.config.run import RunConfig
+from lrt.data import Tokenizer
+from lrt.model.lrt import LRT
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what belongs to it."""
+
+    model: LRT
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+    folder: Path
+    """The checkpoint's folder."""
+    run: Path
+    """The run's folder."""
+    data: str | None = None
+    """Hash of the tokens that it was trained on; None where that is unknown, as in a converted model."""
