@@ -14,14 +14,15 @@ from lrt.config.model import require
 
 @dataclass(frozen=True)
 class ExportFlags:
-    """Write a run as a folder for transformers, or, while its memory is off, as a checkpoint of another family."""
+    """Write a run for transformers, as small weights to pass on, or, while its memory is off, for another family."""
 
     run: Positional[Path]
     """Run folder, or one of its checkpoints."""
     folder: Positional[Path]
     """Folder to make."""
-    to: Literal["hf", "llama", "mistral", "qwen2", "qwen3"] = "hf"
-    """`hf`: an LRT with its own code; or a family whose backbone this model has."""
+    to: Literal["hf", "run", "llama", "mistral", "qwen2", "qwen3"] = "hf"
+    """`hf`: an LRT with its own code; `run`: weights in bfloat16 for lrt's own commands, without the optimizer's state;
+    or a family whose backbone this model has."""
     prefill: Literal["sweeps", "exact", "zero_memory"] = "sweeps"
     """How the exported model's forward computes a whole sequence; kept in its config.json."""
 
@@ -38,9 +39,13 @@ def main(args: list[str]) -> int:
     from lrt.integrations.families import FAMILIES
     from lrt.integrations.hf.export import save_export
     from lrt.integrations.hf.fast_tokenizer import fast_tokenizer, save_tokenizer
-    from lrt.training.checkpoint import load_model
+    from lrt.training.checkpoint import load_model, write_weights
 
     loaded = load_model(flags.run)
+    if flags.to == "run":
+        write_weights(loaded, flags.folder)
+        print(f"{flags.folder}: step {loaded.step} of {flags.run}, weights in bfloat16")
+        return 0
     tokenizer = fast_tokenizer(loaded)
     if flags.to in FAMILIES:
         save_family(loaded, flags.folder, flags.to)

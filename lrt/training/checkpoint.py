@@ -39,6 +39,7 @@ from lrt.utils.files import one_line, read_json, read_text, require_fields, requ
 
 FORMAT, BEFORE = 2, 1
 """Format 1 had no SHA256SUMS: the hashes of its tensors stand in meta.json, and nothing covers that."""
+BRIEF = "bfloat16"
 MODEL, OPTIMIZER, META, SUMS = "model.safetensors", "optimizer.safetensors", "meta.json", "SHA256SUMS"
 NAME = re.compile(r"step_([0-9]{8,18})")
 """Folders of this name are checkpoints; a copy under any other name is its owner's."""
@@ -58,16 +59,23 @@ class Checkpoint:
     """What the training stored beside it: the BPB at this step, data hash, what was spent so far."""
     tokenizer: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files in the run's tokenizer folder, by name; empty if there were none, or before it was kept."""
+    stored: str = "float32"
+    """Number type of the stored weights: `bfloat16` in a folder that `write_weights` made."""
 
     def model(self, device: str | torch.device = "cpu") -> LRT:
         """The model with its weights, in evaluation mode; a weight that does not fit raises ValueError naming it."""
         model = LRT(self.config.model, device)
-        load_weights(model, _tensors(self.folder / MODEL))
+        load_weights(model, self.weights())
         return model.eval()
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by name, on the CPU."""
-        return _tensors(self.folder / MODEL)
+        """The model's tensors by name, on the CPU, as the model holds them."""
+        weights = _tensors(self.folder / MODEL)
+        if self.stored != BRIEF:
+            return weights
+        for name, value in weights.items():
+            require(value.dtype == torch.bfloat16, f"weight {name} is {value.dtype}, not {BRIEF} as {META} says")
+        return {name: value.float() for name, value in weights.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name."""
@@ -100,6 +108,7 @@ def save(
             (aside / name).chmod(aside.stat().st_mode & 0o666)  # as the umask has it; the library lets nobody read
         checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
         meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
+        meta |= {"stored": BRIEF} if all(x.dtype == torch.bfloat16 for x in weights.values()) else {}
         write_json(aside / META, meta | {"tokenizer": tokenizer_sums(run)})
         write_text(aside / SUMS, _sums_text(checksums | {META: _hash(aside / META)}))
     except (OSError, SafetensorError) as error:
@@ -199,7 +208,10 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         if not (folder / name).is_file() or (verify and _hash(folder / name) != sums[name]):
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
     config = from_dict(RunConfig, meta.get("config"), str(folder / META))
-    return Checkpoint(folder, meta["step"], config, meta["extra"], _tokenizer(meta.get("tokenizer"), folder / META))
+    stored = meta.get("stored", "float32")
+    require(stored in ("float32", BRIEF), f"{folder / META}: stored is {one_line(stored, 40)}, not float32 or {BRIEF}")
+    tokenizer = _tokenizer(meta.get("tokenizer"), folder / META)
+    return Checkpoint(folder, meta["step"], config, meta["extra"], tokenizer, stored)
 
 
 def _instead(folder: Path) -> str:
@@ -290,6 +302,18 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
         checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run,
         data if isinstance(data, str) else None,
     )  # fmt: skip
+
+
+def write_weights(loaded: Loaded, folder: Path) -> None:
+    """Write a run folder of weights in bfloat16 and the tokenizer, without the optimizer's state.
+
+    Every command takes it but `--resume`; `--init-from` trains on from it. OSError: it cannot be written.
+    """
+    stored = open_checkpoint(loaded.folder, verify=False)
+    weights = {name: x.to(torch.bfloat16) for name, x in loaded.model.state_dict().items()}
+    shutil.copytree(loaded.run / "tokenizer", folder / "tokenizer")
+    write_json(folder / "config.json", to_dict(loaded.config))
+    save(folder, loaded.step, loaded.config, weights, {}, stored.extra, keep=1)
 
 
 def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:

@@ -111,6 +111,8 @@ def _started(run: Path, resume: bool | None, world: World, sinks: Sequence[Sink]
         begin = resume is None and not problems
         reason = " ".join(problems) or "train it first"
         require(newest is not None or begin, f"{run} holds no valid checkpoint to resume; {reason}")
+        brief = newest is not None and newest.stored == checkpoint.BRIEF
+        require(not brief, f"{run} holds weights alone, without the optimizer's state; use --init-from {run}")
         return -1 if newest is None else checkpoint.checkpoints(run).index(newest.folder)
 
     place = world.agree(find)

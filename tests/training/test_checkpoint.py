@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import EXTRA, MODEL_NOW, OPTIMIZER_NOW, RUN, edit, names, saved
+from helpers import randomised
 from safetensors.torch import save_file
 
 import lrt
@@ -31,8 +32,10 @@ from lrt.training.checkpoint import (
     newest_valid,
     open_checkpoint,
     save,
+    write_weights,
 )
 from lrt.training.optimizer import Optimizer
+from lrt.training.trainer import train
 
 
 def test_round_trip_is_bit_exact(tmp_path: Path):
@@ -286,4 +289,36 @@ def test_a_checkpoint_of_the_first_format_opens(tmp_path: Path):
     assert open_checkpoint(folder).tokenizer == {"tokenizer.json": "0" * 64}
     edit(folder / META, format=2)
     with pytest.raises(ValueError, match="SHA256SUMS does not exist"):
+        open_checkpoint(folder)
+
+
+def test_weights_alone_are_half_as_large_and_the_nearest_in_bfloat16(tmp_path: Path):
+    run = tmp_path / "run"
+    train_bpe(["a few words to learn from, a few"], 270).save(run / "tokenizer")
+    config = replace(RUN, model=replace(RUN.model, vocab_size=300))
+    model = randomised(config.model).float()
+    save(run, 7, config, model, {"x": torch.ones(1)}, EXTRA, 1)
+    write_weights(load_model(run), tmp_path / "small")
+    small = load_model(tmp_path / "small")
+    for name, value in model.state_dict().items():
+        assert torch.equal(small.model.state_dict()[name], value.bfloat16().float())
+    assert (small.step, small.config, small.tokenizer.hash) == (7, config, load_model(run).tokenizer.hash)
+    sizes = [(load_model(f).folder / MODEL).stat().st_size for f in (tmp_path / "small", run)]
+    assert sizes[0] < 0.75 * sizes[1]
+
+
+def test_weights_alone_are_not_resumed(tmp_path: Path):
+    weights = {name: x.bfloat16() for name, x in MODEL_NOW.state_dict().items()}
+    save(tmp_path, 3, RUN, weights, {}, EXTRA, 1)
+    with pytest.raises(ValueError, match="weights alone.*--init-from"):
+        train(RUN, tmp_path, resume=True)
+
+
+def test_weights_are_of_the_number_type_that_their_description_names(tmp_path: Path):
+    folder = saved(tmp_path)
+    edit(folder / META, stored="bfloat16")
+    with pytest.raises(ValueError, match="is torch.float32, not bfloat16"):
+        open_checkpoint(folder).model()
+    edit(folder / META, stored=["float16"])
+    with pytest.raises(ValueError, match="stored is .*float16"):
         open_checkpoint(folder)
