@@ -78,6 +78,8 @@ CORNERS = [
     config(shift=True, projection="none", source=0.34, softcap=None, backbone=LLAMA, value_embeddings="none"),
     config(blocks=(2, 3), source=3, projection="shared", depth=4),
     config(blocks=(2, 2), shift=True, window_pattern="L"),
+    config(document_attention=True, source=3, projection="shared"),
+    config(document_attention=True, shift=True, window_pattern="L"),
     replace(config(), memory=MEMORY_OFF),
 ]
 """What the variants leave out: every option at another value, and no memory at all."""
@@ -98,7 +100,7 @@ def label(cfg: ModelConfig) -> str:
     m = cfg.memory
     options = [f"kv{cfg.k}", cfg.window_pattern, cfg.value_embeddings, m.projection, "residual" if m.residual else "-"]
     back = {id(LLAMA): "llama", id(QWEN): "qwen", id(OTHER): "other"}.get(id(cfg.backbone), "nanochat")
-    options += ["shift"] * m.shift + [f"blocks{m.blocks}" if m.blocks else ""]
+    options += ["documents"] * cfg.document_attention + ["shift"] * m.shift + [f"blocks{m.blocks}" if m.blocks else ""]
     return "/".join([*options, f"source{cfg.source}", back])
 
 
@@ -193,10 +195,11 @@ def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[T
         for t in p.positions:
             first = t == 0 or row[t] == c.bos
             reads, token_before = (zero, None) if first else (before[t - 1], row[t - 1])
-            seen = [layer[:t] for layer in past]
+            begins = [i for i in range(t + 1) if c.document_attention and row[i] == c.bos] or [0]
+            seen = [layer[begins[-1] : t] for layer in past]
             x, memory[t] = _token(w, c, row[t], token_before, t, reads, seen)
             for layer, extended in zip(past, seen, strict=True):
-                layer[t] = extended[t]
+                layer[t] = extended[-1]
             logits.append(_logits(w, c, x))
         found.append((torch.stack(logits), torch.stack([memory[t] for t in p.positions])))
     return found

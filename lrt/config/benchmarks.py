@@ -43,7 +43,7 @@ class StepBenchmark:
     compile: bool = False
     """Compile the blocks, the plain model's too."""
     attention: Backend = "auto"
-    """Attention of strided passes: `masked`, `merged` or `auto`."""
+    """Attention of strided passes: `masked`, `flex` or `auto`."""
     recompute: bool = False
     """Compute blocks again in the backward pass."""
     memory: bool = True

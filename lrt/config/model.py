@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 Projection = Literal["none", "gates", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
-Backend = Literal["auto", "masked"]
+Backend = Literal["auto", "masked", "flex"]
 MLPKind = Literal["relu2", "swiglu"]
 Biases = Literal["none", "qkv", "attention", "all"]
 QKNorm = Literal["none", "before", "after"]
@@ -172,6 +172,9 @@ class ModelConfig:
     """A letter a layer, repeated: L sees everything, S a sliding window; the last layer is always L."""
     window: int | None = None
     """Positions a sliding-window layer sees, the current one included; none means half the context."""
+    document_attention: bool = False
+    """Confine attention to the document that a position belongs to: in packed rows, from its BOS on. The memory is
+    reset there in any case."""
     value_embeddings: ValueEmbeddings = "none"
     """Token-indexed value embeddings E_l: in no layer, in every second one (the last included), or in all."""
     residual_scalars: bool = True
@@ -316,7 +319,8 @@ class Execution:
     """How a model computes, never what: every choice gives the same values and gradients, up to rounding."""
 
     attention: Backend = "auto"
-    """`masked`: one mask a pass; `auto`: on a CPU long passes attend in blocks of queries (docs/speed.md)."""
+    """`masked`: one mask a pass; `auto`: on a CPU long passes attend in blocks of queries; `flex`: FlexAttention where
+    a pass of several positions needs a mask; it trains on cuda alone (docs/speed.md)."""
     recompute: bool = False
     """Keep only the inputs of blocks for the backward pass and compute the rest again."""
     compile: bool = False
@@ -327,5 +331,5 @@ class Execution:
 
     @property
     def backend(self) -> Backend:
-        """The backend that is left: a compiled block has one shape for all its keys, so there is only the mask."""
-        return "masked" if self.compile else self.attention
+        """The backend that is left: a compiled block has one shape for all its keys, so `auto` means the mask there."""
+        return "masked" if self.compile and self.attention == "auto" else self.attention

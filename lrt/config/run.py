@@ -150,7 +150,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the blocks; does not pay for runs of a few minutes on a CPU."""
     attention: Backend = "auto"
-    """`masked`: one mask a pass; `auto`: on a CPU long passes attend in blocks of queries (docs/speed.md)."""
+    """`masked`: one mask a pass; `auto`: on a CPU long passes attend in blocks of queries; `flex`: FlexAttention where
+    a pass of several positions needs a mask; it trains on cuda alone (docs/speed.md)."""
     recompute: bool = False
     """Keep only the inputs of blocks for the backward pass and compute the rest again: less memory, a third slower."""
     eval_every: int = 250

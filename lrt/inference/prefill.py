@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
-from lrt.model.kv_cache import KVCache
+from lrt.model.kv_cache import KVCache, PerRow
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import (
     Effort,
     OneToken,
-    PerRow,
     advance,
     check_tokens,
     one_token,

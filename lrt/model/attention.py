@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from lrt.config.model import RopeScaling
+from lrt.model.flex import first_visible, flex_attend
 from lrt.model.ops import rotate
 from lrt.model.shapes import HeadsBKNE, PositionsN
 
@@ -28,7 +30,7 @@ class QueryBlock(NamedTuple):
     keys: slice
     """Of the keys in the order of their positions: from the first that one of these queries sees to the last."""
     mask: Tensor
-    """Which of them each query sees, boolean [n, m]."""
+    """Which of them each query sees, boolean [n, m], or [B, 1, n, m] where rows differ."""
 
 
 class QueryBlocks(NamedTuple):
@@ -39,7 +41,7 @@ class QueryBlocks(NamedTuple):
     blocks: tuple[QueryBlock, ...]
 
 
-Mask = Tensor | QueryBlocks | None
+Mask = Tensor | QueryBlocks | BlockMask | None
 """Which keys queries see; None: queries and keys stand at the same rising positions, and attention is causal."""
 
 
@@ -73,26 +75,35 @@ def apply_rope(x: HeadsBKNE, rope: Rope) -> HeadsBKNE:
     return rotate(x, *rope)
 
 
-def attention_mask(queries: PositionsN, keys: PositionsN, window: int | None) -> Tensor:
-    """Which keys each query may see: not later than itself, and among the last `window` positions if one is given.
+def attention_mask(
+    queries: PositionsN, keys: PositionsN, window: int | None, document_start: PositionsN | None = None
+) -> Tensor:
+    """Which keys each query may see: not later than itself, of the last `window` positions, of its own document.
 
-    `queries` [N] or [B, N], `keys` [M] or [B, M]; boolean [N, M], or [B, 1, N, M] where rows differ.
+    `queries` [N] or [B, N], `keys` [M] or [B, M], `document_start` [B, N] of each query; None limits nothing. Boolean
+    [N, M], or [B, 1, N, M] where rows differ.
     """
     distance = queries[..., :, None] - keys[..., None, :]
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    seen = seen if document_start is None else seen & (keys[..., None, :] >= document_start[..., :, None])
     return seen[:, None] if seen.dim() == 3 else seen
 
 
-def query_blocks(queries: PositionsN, keys: PositionsN, window: int | None, size: int) -> QueryBlocks:
+def query_blocks(
+    queries: PositionsN, keys: PositionsN, window: int | None, document_start: PositionsN | None, size: int
+) -> QueryBlocks:
     """`attention_mask` cut into blocks of `size` queries; `queries` [N] rise, `keys` [M] stand in any order."""
+    earliest = first_visible(queries, window, document_start)
+    earliest = earliest if earliest.dim() == 1 else earliest.amin(0)
     order = keys.argsort()
     ordered = keys[order].contiguous()
     blocks = []
     for i in range(0, len(queries), size):
         own = queries[i : i + size]
-        first = 0 if window is None else int(torch.searchsorted(ordered, own[0] - window, right=True))
+        first = int(torch.searchsorted(ordered, earliest[i]))
         end = int(torch.searchsorted(ordered, own[-1], right=True))
-        mask = attention_mask(own, ordered[first:end], window)
+        begin = None if document_start is None else document_start[:, i : i + size]
+        mask = attention_mask(own, ordered[first:end], window, begin)
         blocks.append(QueryBlock(slice(i, i + size), slice(first, end), mask))
     return QueryBlocks(order, tuple(blocks))
 
@@ -102,6 +113,8 @@ def attend(q_BHNE: Tensor, k: HeadsBKNE, v: HeadsBKNE, mask: Mask) -> Tensor:
 
     Keys and values are [B, K, M, E]. Query head h reads key/value head h // (H / K).
     """
+    if isinstance(mask, BlockMask):
+        return flex_attend(q_BHNE, k, v, mask)
     if isinstance(mask, QueryBlocks):
         k, v = k.index_select(2, mask.order), v.index_select(2, mask.order)
         parts = [attend(q_BHNE[:, :, own], k[:, :, seen], v[:, :, seen], part) for own, seen, part in mask.blocks]

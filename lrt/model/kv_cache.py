@@ -45,6 +45,19 @@ class Slots(NamedTuple):
         return self.keys, self.values
 
 
+class PerRow(NamedTuple):
+    """What a row holds beside keys and values: the fields of `KVCache`, which says what they are."""
+
+    memory: Tensor
+    length: Tensor
+    last_token: Tensor
+    document_start: Tensor
+
+
+EMPTY = (0, 0, -1, 0)
+"""The numbers of `PerRow` in an empty row."""
+
+
 class KVCache(NamedTuple):
     """The state of B rows. Position t lies in slot t, or in slot t mod R of the R slots of a sliding-window layer."""
 
@@ -58,6 +71,8 @@ class KVCache(NamedTuple):
     """Tokens each row has seen, int64 [B]; the next token's position."""
     last_token: Tensor
     """The newest of them, int64 [B]: what the token shift reads next; negative before the first."""
+    document_start: Tensor
+    """Position at which each row's document starts, int64 [B]; 0 where attention crosses documents."""
     longest: int = 0
     """Upper bound of `length` that the host knows without asking the device."""
 
@@ -69,11 +84,11 @@ class KVCache(NamedTuple):
         keys, values = (tuple(like.new_zeros((rows, c.k, r, c.e)) for r in sizes) for _ in range(2))
         memory = like.new_zeros((rows, c.d))
         length = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return KVCache(keys, values, memory, length, length - 1)
+        return KVCache(keys, values, memory, length, length - 1, length.clone())
 
-    def per_row(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a row holds beside keys and values: memory, length, last token."""
-        return self.memory, self.length, self.last_token
+    def per_row(self) -> PerRow:
+        """What a row holds beside keys and values."""
+        return PerRow(self.memory, self.length, self.last_token, self.document_start)
 
     @property
     def rows(self) -> int:
@@ -101,7 +116,8 @@ class KVCache(NamedTuple):
         queries = self.length[:, None]
         held = per_size(self.keys, lambda r: (queries % r, positions_held(self.length + 1, r)))
         layers = [Slots(k, v, rows, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
-        return PassInput(queries, layers, self.memory[:, None], self.last_token[:, None]), self
+        start = self.document_start[:, None]
+        return PassInput(queries, layers, self.memory[:, None], self.last_token[:, None], start), self
 
     def write(self, positions: range | None, written: PassOutput) -> KVCache:
         """The state after a pass that `open` began.
@@ -111,19 +127,18 @@ class KVCache(NamedTuple):
         rows, longest = self.rows_after(written), min(self.longest + 1, self.capacity)
         return KVCache(self.keys, self.values, *rows, longest=longest)
 
-    def rows_after(self, written: PassOutput, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def rows_after(self, written: PassOutput, active: Tensor | None = None) -> PerRow:
         """`per_row` of that state; rows where `active` [B] is False stay as they were.
 
         Tensors alone, so that a compiled step depends on no number of the host.
         """
-        new = (written.memory[:, 0].to(self.memory.dtype), self.length + 1, written.tokens[:, 0])
+        start = self.document_start
+        start = start if written.starts is None else torch.where(written.starts[:, 0], self.length, start)
+        new = PerRow(written.memory[:, 0].to(self.memory.dtype), self.length + 1, written.tokens[:, 0], start)
         if active is None:
             return new
-        memory, length, last_token = (
-            torch.where(active.view(-1, *(1,) * (x.dim() - 1)), x, old)
-            for x, old in zip(new, self.per_row(), strict=True)
-        )
-        return memory, length, last_token
+        pairs = zip(new, self.per_row(), strict=True)
+        return PerRow(*(torch.where(active.view(-1, *(1,) * (x.dim() - 1)), x, old) for x, old in pairs))
 
     def buffer(self) -> Buffer:
         """A buffer for passes over the positions that come next, counted from 0 in every row; nothing is copied."""
@@ -132,25 +147,29 @@ class KVCache(NamedTuple):
         seen = self.view()
         held = per_size(seen.keys, lambda r: positions_held(self.length, r))
         layers = list(zip(seen.keys, seen.values, held, strict=True))
-        return Buffer(prefix=CachedPrefix(self.length, self.memory, self.last_token, layers))
+        return Buffer(prefix=CachedPrefix(self.length, self.memory, self.last_token, self.document_start, layers))
 
     def commit(self, buffer: Buffer, rows: Tensor, count: Tensor) -> KVCache:
         """Take in what passes wrote: the first `count[i]` positions of the buffer's row i go to row `rows[i]`.
 
         Both are int64 [b]. Keys and values are filled in place.
         """
-        memory, length, last_token = (x.clone() for x in self.per_row())
+        memory, length, last_token, start = (x.clone() for x in self.per_row())
         for at, w in buffer.segments:
             offset = torch.arange(at.start, at.stop, at.step, device=count.device)
             last = offset == count[:, None] - 1
             row, column = last.nonzero(as_tuple=True)
             memory[rows[row]], last_token[rows[row]] = w.memory[row, column].to(memory.dtype), w.tokens[row, column]
+            if w.starts is not None:
+                begun = torch.where(w.starts & (offset < count[:, None]), self.length[rows][:, None] + offset, 0)
+                start[rows] = torch.maximum(start[rows], begun.amax(1))
             kept = per_size(self.keys, lambda r, offset=offset: self._places(offset, rows, count, r))
             for mine, new, places in zip((*self.keys, *self.values), (*w.keys, *w.values), kept * 2, strict=True):
                 row, column, slot = places
                 mine[rows[row], :, slot] = new[row, :, column].to(mine.dtype)
         length[rows] += count
-        return self._replace(memory=memory, length=length, last_token=last_token, longest=int(length.max()))
+        rows_now = PerRow(memory, length, last_token, start)
+        return self._replace(**rows_now._asdict(), longest=int(length.max()))
 
     def _places(self, offset: Tensor, rows: Tensor, count: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which of the positions `offset` [n] a layer of `slots` slots keeps: row, index into `offset`, slot."""
@@ -163,8 +182,7 @@ class KVCache(NamedTuple):
         if n == self.rows:
             return self
         keys, values = (tuple(x[:n] for x in xs) for xs in (self.keys, self.values))
-        memory, length, last_token = (x[:n] for x in self.per_row())
-        return KVCache(keys, values, memory, length, last_token, self.longest)
+        return KVCache(keys, values, *(x[:n] for x in self.per_row()), longest=self.longest)
 
     def with_first(self, part: KVCache) -> KVCache:
         """This state after a step of `first(n)` has made `part`."""
@@ -172,20 +190,20 @@ class KVCache(NamedTuple):
         if n == self.rows:
             return part
         pairs = zip(part.per_row(), self.per_row(), strict=True)
-        memory, length, last_token = (torch.cat((new, old[n:])) for new, old in pairs)
-        return KVCache(self.keys, self.values, memory, length, last_token, part.longest)
+        joined = (torch.cat((new, old[n:])) for new, old in pairs)
+        return KVCache(self.keys, self.values, *joined, longest=part.longest)
 
     def clear(self, row: int) -> KVCache:
         """This state with one row empty; its slots are not touched: nobody sees what they hold."""
-        memory, length, last_token = (x.clone() for x in self.per_row())
-        memory[row], length[row], last_token[row] = 0, 0, -1
-        return self._replace(memory=memory, length=length, last_token=last_token)
+        now = PerRow(*(x.clone() for x in self.per_row()))
+        for x, nothing in zip(now, EMPTY, strict=True):
+            x[row] = nothing
+        return self._replace(**now._asdict())
 
     def take(self, rows: Tensor) -> KVCache:
         """An independent copy whose row i is this state's row `rows[i]`: n samples from one prompt, or a kept state."""
         keys, values = (tuple(x[rows] for x in xs) for xs in (self.keys, self.values))
-        memory, length, last_token = (x[rows] for x in self.per_row())
-        return KVCache(keys, values, memory, length, last_token, self.longest)
+        return KVCache(keys, values, *(x[rows] for x in self.per_row()), longest=self.longest)
 
     def put(self, rows: Tensor, other: KVCache) -> KVCache:
         """This state with row `rows[i]` replaced, in place, by row i of `other`, a state of the same capacity."""
@@ -196,15 +214,15 @@ class KVCache(NamedTuple):
                 )
             mine[rows] = new
         pairs = zip(self.per_row(), other.per_row(), strict=True)
-        memory, length, last_token = (mine.index_copy(0, rows, new) for mine, new in pairs)
-        return KVCache(self.keys, self.values, memory, length, last_token, max(self.longest, other.longest))
+        now = (mine.index_copy(0, rows, new) for mine, new in pairs)
+        return KVCache(self.keys, self.values, *now, longest=max(self.longest, other.longest))
 
     def save(self, path: Path | str) -> None:
         """Write the state, only the slots in use, as safetensors."""
         from safetensors.torch import save_file
 
         used = self.longest
-        tensors = {"memory": self.memory, "length": self.length, "last_token": self.last_token}
+        tensors: dict[str, Tensor] = self.per_row()._asdict()
         for name, xs in (("keys", self.keys), ("values", self.values)):
             tensors |= {f"{name}.{i}": x[:, :, :used].contiguous() for i, x in enumerate(xs)}
         slots = json.dumps([x.shape[2] for x in self.keys])
@@ -227,8 +245,10 @@ class KVCache(NamedTuple):
         keys, values = (
             tuple(_refill(tensors[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
         )
-        last = tensors.get("last_token", torch.full_like(tensors["length"], -1))  # older files: no model read it
-        return KVCache(keys, values, tensors["memory"], tensors["length"], last, int(about["longest"]))
+        length = tensors["length"]  # older files lack what no model read then
+        last = tensors.get("last_token", torch.full_like(length, -1))
+        start = tensors.get("document_start", torch.zeros_like(length))
+        return KVCache(keys, values, tensors["memory"], length, last, start, int(about["longest"]))
 
 
 def _refill(used: Tensor, slots: int) -> Tensor:

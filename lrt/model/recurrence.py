@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
-from lrt.model.kv_cache import KVCache
+from lrt.model.kv_cache import KVCache, PerRow
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import Buffer
@@ -24,8 +24,6 @@ from lrt.passes import Pass, exact_prefix, no_grad_pass
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Relative change of the memory below which rounding hides it, by the type that the stream is computed in."""
-PerRow = tuple[Tensor, Tensor, Tensor]
-"""Memory [B, D], length [B] and last token [B] of a cache's rows."""
 OneToken = Callable[[Transformer, Tensor, KVCache, Tensor | None], tuple[Tensor, PerRow]]
 """`one_token`, or another function of what it computes."""
 

@@ -62,13 +62,17 @@ def _rotate(x: Tensor, position: int, config: ModelConfig) -> Tensor:
 
 
 def reference(weights: dict[str, Tensor], config: ModelConfig, tokens: list[int]) -> Trace:
-    """Decode `tokens` one at a time from position 0 with memory; the memory is reset at every BOS token."""
+    """Decode `tokens` one at a time from position 0 with memory; the memory is reset at every BOS token.
+
+    With document attention the keys and values of earlier documents are forgotten there too.
+    """
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
     logits, memories, memory = [], [], torch.zeros(config.d, dtype=weights["embedding.weight"].dtype)
     for t, token in enumerate(tokens):
         before = None if t == 0 or token == config.bos else tokens[t - 1]
         if token == config.bos:
             memory = torch.zeros_like(memory)
+            past = [[] for _ in range(config.layers)] if config.document_attention else past
         x, memory = _token(weights, config, token, before, t, memory, past)
         logits.append(_logits(weights, config, x))
         memories.append(memory)
@@ -134,7 +138,7 @@ def _attention(
     keys = torch.cat([_turned(w, config, name + "key_norm", part, t) for part in k.split(e)])
     past.append((keys, v + embedded))
     window, out = config.windows()[layer], []
-    seen = past if window is None else past[max(0, t - window + 1) :]
+    seen = past if window is None else past[-window:]
     for head, part in enumerate(q.split(e)):
         mine = slice((head // (config.h // heads)) * e, (head // (config.h // heads)) * e + e)
         one = _turned(w, config, name + "query_norm", part, t)

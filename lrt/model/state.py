@@ -42,6 +42,8 @@ class PassInput(NamedTuple):
     """m_{t-1} of the source block for each position, [B, N, D]; None is zero memory."""
     previous: TokensBN | None = None
     """Tokens at t-1, [B, N], negative where there is none: what a token shift reads."""
+    document_start: PositionsN | None = None
+    """Where the newest document that the state knows of before t starts, [B, N] or [B, 1]; None: it knows of none."""
 
 
 class PassOutput(NamedTuple):
@@ -57,11 +59,14 @@ class PassOutput(NamedTuple):
     """Keys of every block that ran, rotated and normalised."""
     values: tuple[HeadsBKNE, ...]
     """Values of every block that ran."""
+    starts: Tensor | None = None
+    """Where documents start, boolean [B, N]; None where none does, or where attention crosses documents."""
 
     def map(self, along: Callable[[Tensor, int], Tensor]) -> PassOutput:
         """The same without `hidden`, each tensor changed by `along(tensor, axis of its positions)`."""
         keys, values = (tuple(along(x, 2) for x in xs) for xs in (self.keys, self.values))
-        return PassOutput(along(self.tokens, 1), None, along(self.memory, 1), keys, values)
+        starts = None if self.starts is None else along(self.starts, 1)
+        return PassOutput(along(self.tokens, 1), None, along(self.memory, 1), keys, values, starts)
 
 
 class State(Protocol):
@@ -105,13 +110,17 @@ class CachedPrefix(NamedTuple):
     """m of each row's last position, [B, D]; zero before the first."""
     last_token: Tensor
     """Token at each row's last position, int64 [B]; negative before the first."""
+    document_start: Tensor
+    """Position at which each row's last document starts, int64 [B]."""
     layers: Sequence[tuple[HeadsBKNE, HeadsBKNE, PositionsN]]
     """Per block: keys and values [B, K, M, E] and their positions [B, M]."""
 
     def take(self, rows: Tensor) -> CachedPrefix:
         """The given rows alone, copied."""
         layers = [(k[rows], v[rows], at[rows]) for k, v, at in self.layers]
-        return CachedPrefix(self.length[rows], self.memory[rows], self.last_token[rows], layers)
+        return CachedPrefix(
+            self.length[rows], self.memory[rows], self.last_token[rows], self.document_start[rows], layers
+        )
 
 
 class Segment(NamedTuple):
@@ -128,7 +137,11 @@ class Segment(NamedTuple):
         memories = split(w.memory, 1, cuts)
         keys, values = (list(zip(*(split(x, 2, cuts) for x in xs), strict=True)) for xs in (w.keys, w.values))
         parts = zip(slices, cuts, memories, keys or [()] * len(cuts), values or [()] * len(cuts), strict=True)
-        return [Segment(at, PassOutput(w.tokens[:, cut], None, m, k, v)) for at, cut, m, k, v in parts]
+        begins = [None if w.starts is None else w.starts[:, cut] for cut in cuts]
+        return [
+            Segment(at, PassOutput(w.tokens[:, cut], None, m, k, v, starts))
+            for (at, cut, m, k, v), starts in zip(parts, begins, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,25 @@ class Buffer:
         newest = _newest(_before(at), parts, -1)
         return torch.full_like(tokens, -1) if newest is None else newest
 
+    def document_start(self, at: range) -> PositionsN | None:
+        """Where the newest document before each t of `at` starts, absolute, [B, N] or [B, 1]; None: none is known.
+
+        The buffer holds nothing at `at`: `open` has taken it out.
+        """
+        marked = [(s.at, s.written.starts) for s in self.segments if s.written.starts is not None]
+        before = None if self.prefix is None else self.prefix.document_start[:, None]
+        if not marked:
+            return before
+        known = torch.zeros(len(marked[0][1]), at[-1] + 1, dtype=torch.bool, device=marked[0][1].device)
+        for positions, starts in marked:
+            seen = intersect(positions, range(at[-1] + 1))
+            if len(seen):
+                known[:, seen.start : seen.stop : seen.step] = starts[:, : len(seen)]
+        places = torch.arange(at[-1] + 1, device=known.device)
+        places = places if self.prefix is None else places + self.prefix.length[:, None]
+        newest = torch.where(known, places, 0).cummax(dim=1).values[:, at.start : at.stop : at.step]
+        return newest if before is None else torch.maximum(newest, before)
+
     def _input(self, at: range, tokens: TokensBN, blocks: int, memory: StreamBND | None) -> PassInput:
         """What a pass reads of segments that it does not itself rewrite, up to its last position."""
         rest = [s for s in self.segments if s.at.start <= at[-1]]
@@ -199,13 +231,14 @@ class Buffer:
         previous = self.previous_tokens(at, tokens)
         if not rest and self.prefix is None:
             return PassInput(own, None, memory, previous)
+        start = self.document_start(at)
         keys, others = torch.cat((own, *places)), [s.written for s in rest]
         layers = [
             Segments(tuple(w.keys[i] for w in others), tuple(w.values[i] for w in others), keys) for i in range(blocks)
         ]
         if self.prefix is not None:
             own, layers = own + self.prefix.length[:, None], _after(self.prefix, layers)
-        return PassInput(own, layers, memory, previous)
+        return PassInput(own, layers, memory, previous, start)
 
 
 def _after(prefix: CachedPrefix, layers: Sequence[Segments]) -> list[Segments]:

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from lrt.config.model import Execution, ModelConfig
 from lrt.model.attention import BLOCK, Mask, attention_mask, query_blocks, rope_at
 from lrt.model.blocks import Block, BlockContext, Memories, projected, projections, stream_norm
+from lrt.model.flex import block_mask
 from lrt.model.ops import rms_norm
 from lrt.model.parameters import MEMORY, initialise, role
-from lrt.model.shapes import HeadsBKNE, StreamBND, TokensBN
+from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
 from lrt.model.state import Buffer, LayerKV, PassInput, PassOutput, Segments, State
 
 BlockOutput = tuple[StreamBND, HeadsBKNE, HeadsBKNE]
@@ -78,7 +79,8 @@ class Transformer(nn.Module):
         shared = projected(memories, (self.projection, self.shift_projection))
         rope = rope_at(read.positions, self.config.e, self.config.rope_theta, x0.dtype, self.config.backbone.rope)
         context = BlockContext(x0, tokens, read.positions, memories, shared, rope, None, None)
-        windows, masks = self.config.windows(), self._masks(read)
+        confined = self.config.document_attention
+        windows, masks = self.config.windows(), self._masks(read, document_start(read, starts) if confined else None)
         run, kv = self._runner(read)
         x = x0.clone() if self.execution.compile else x0  # one tensor given twice would be a graph of its own
         of_embedding = self.config.source == 0 and not self.config.backbone.embedding_norm
@@ -91,7 +93,7 @@ class Transformer(nn.Module):
             memory = rms_norm(x, eps) if i + 1 == self.config.source else memory
         last = memory if self.config.source == self.config.layers else x
         hidden = (self.norm.scale(last) if last is memory else self.norm(last)) if top else None
-        return PassOutput(tokens, hidden, memory, tuple(keys), tuple(values))
+        return PassOutput(tokens, hidden, memory, tuple(keys), tuple(values), starts if confined else None)
 
     def blocks_run(self, top: bool) -> int:
         """Blocks that a pass runs, with those above the source block or without."""
@@ -136,21 +138,23 @@ class Transformer(nn.Module):
         """Parameters that take part only where memory is read: W_K, W_V and gamma, a token shift's too."""
         return [p for name, p in self.named_parameters() if role(name) in MEMORY]
 
-    def _masks(self, read: PassInput) -> dict[int | None, Mask]:
-        """What queries see, by window: layers of one window hold the same positions."""
+    def _masks(self, read: PassInput, start: PositionsN | None) -> dict[int | None, Mask]:
+        """What queries see, by window: layers of one window hold the same positions. `start` is of their documents."""
         queries, n, masks = read.positions, read.positions.shape[-1], {}
-        kv = [None] * self.config.layers if read.kv is None else read.kv
-        blockwise = self.execution.backend == "auto" and queries.device.type == "cpu" and queries.dim() == 1
+        kv, backend = [None] * self.config.layers if read.kv is None else read.kv, self.execution.backend
+        blockwise = backend == "auto" and queries.device.type == "cpu" and queries.dim() == 1
         for window, layer in zip(self.config.windows(), kv, strict=False):
             if window not in masks:
                 keys = queries if layer is None else layer.positions
-                inside = layer is None and (window is None or window >= n)
+                inside = layer is None and start is None and (window is None or window >= n)
                 if inside:
                     masks[window] = None
+                elif backend == "flex" and n > 1:
+                    masks[window] = block_mask(queries, keys, window, start)
                 elif blockwise and keys.dim() == 1 and n > BLOCK:
-                    masks[window] = query_blocks(queries, keys, window, BLOCK)
+                    masks[window] = query_blocks(queries, keys, window, start, BLOCK)
                 else:
-                    masks[window] = attention_mask(queries, keys, window)
+                    masks[window] = attention_mask(queries, keys, window, start)
         return masks
 
     def _runner(self, read: PassInput) -> tuple[Callable[..., BlockOutput], Sequence[LayerKV] | None]:
@@ -178,6 +182,14 @@ class Transformer(nn.Module):
         absent = previous < 0 if starts is None else (previous < 0) | starts
         embedded = rms_norm(self.embedding(previous.clamp(min=0)), self.config.backbone.norm_eps)
         return embedded.to(self.stream_dtype).masked_fill(absent[..., None], 0)
+
+
+def document_start(read: PassInput, starts: Tensor | None) -> PositionsN | None:
+    """Where the document of each position starts, [B, N], by the state and by `starts`; None: no document is known."""
+    if starts is None:
+        return None if read.document_start is None else read.document_start.expand(-1, read.positions.shape[-1])
+    newest = torch.where(starts, read.positions, 0).cummax(dim=1).values
+    return newest if read.document_start is None else torch.maximum(newest, read.document_start)
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -244,13 +244,13 @@ class Engine:
             self._lanes.append((answer, self._sweep(answer, row, kept, done)))
             return
         cache = self._batch.cache
-        self._batch.cache = kept.into(cache, row, done) if kept else cache.clear(row)
+        self._batch.cache = kept.into(cache, row, done, self.model.config.bos) if kept else cache.clear(row)
         self._join(answer, row, done)
 
     def _sweep(self, answer: Answer, row: int, kept: StoredState | None, done: int) -> Lane:
         """Take in all of a long prompt but its last token, a chunk at a time, then join the batch."""
         cache, known = KVCache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
-        cache = kept.into(cache, 0, done) if kept else cache
+        cache = kept.into(cache, 0, done, self.model.config.bos) if kept else cache
         first = -done % MARK_EVERY  # so that chunks end where others will look for them
         for part in filter(None, (known[done : done + first], known[done + first :])):
             tokens = torch.tensor([part], device=self.model.device)

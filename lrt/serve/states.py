@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrt.model.kv_cache import KVCache
+from lrt.model.kv_cache import KVCache, PerRow
 
 MARK_EVERY = 64
 OTHER_MARKS = 16
@@ -72,16 +72,18 @@ class StoredState(NamedTuple):
         """The memory at every mark."""
         return dict(zip(self.marks.tolist(), self.parts()[1], strict=True))
 
-    def into(self, cache: KVCache, row: int, mark: int) -> KVCache:
-        """`cache` with its row in this state, as it was after `mark` tokens."""
+    def into(self, cache: KVCache, row: int, mark: int, bos: int | None) -> KVCache:
+        """`cache` with its row in this state, as it was after `mark` tokens; documents start at the token `bos`."""
         pairs, memories = self.parts()
         places = [x for layer in zip(cache.keys, cache.values, strict=True) for x in layer]
         for mine, new in zip(places, pairs, strict=True):
             mine[row, :, : new.shape[1]] = new
-        memory, length, last = (x.clone() for x in cache.per_row())
-        memory[row], length[row] = memories[bisect_left(self.marks.tolist(), mark)], mark
-        last[row] = int(self.tokens[mark - 1])
-        return KVCache(cache.keys, cache.values, memory, length, last, max(cache.longest, mark))
+        now = PerRow(*(x.clone() for x in cache.per_row()))
+        starts = np.flatnonzero(self.tokens[:mark] == bos).tolist() if bos is not None else []
+        now.memory[row], now.length[row] = memories[bisect_left(self.marks.tolist(), mark)], mark
+        now.last_token[row] = int(self.tokens[mark - 1])
+        now.document_start[row] = starts[-1] if starts else 0
+        return KVCache(cache.keys, cache.values, *now, longest=max(cache.longest, mark))
 
 
 @final

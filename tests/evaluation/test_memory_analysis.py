@@ -92,7 +92,7 @@ def test_influence_is_the_gradient_of_the_loss():
             memory = cache.memory.clone()
             memory[0, channel] += sign * 1e-5
             moved = KVCache(tuple(k.clone() for k in cache.keys), tuple(v.clone() for v in cache.values), memory,
-                          cache.length, cache.last_token, cache.longest)  # fmt: skip
+                          cache.length, cache.last_token, cache.document_start, cache.longest)  # fmt: skip
             logits, _ = decode_step(model, ids[:, 11], moved)
             gradient[channel] += sign * -torch.log_softmax(logits[0].double(), 0)[rows.targets[0, 11]].item() / 2e-5
     one = Rows(*(x[:1] for x in rows))

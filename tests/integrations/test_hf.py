@@ -50,6 +50,30 @@ def made(model: LRTForCausalLM, ids: Tensor, count: int = 10, **options) -> Tens
     return out[:, ids.shape[1] :]
 
 
+DOCUMENTS = config(document_attention=True, window_pattern="L")
+
+
+@pytest.mark.parametrize("prefill", ["exact", "sweeps"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_attention_confined_to_documents_goes_on_from_a_cache(prefill: str, cache: str):
+    """A prompt whose last document begins inside it, and an answer that begins another: as the core decodes them."""
+    model, ids = wrapped(DOCUMENTS, prefill=prefill, prefill_tolerance=0.0), ids_of(2, 9)
+    ids[0, 4], ids[1, 7] = 0, 0
+    mask = torch.ones_like(ids)
+    assert torch.equal(
+        made(model, ids, cache_implementation=cache, attention_mask=mask), greedy(model.model.core, ids, 10)
+    )
+    whole = torch.cat((ids, ids.flip(1)), dim=1)
+    expected = model(whole).logits
+    past, first = None, ids.shape[1]
+    out = model(ids, use_cache=True)
+    torch.testing.assert_close(out.logits, expected[:, :first], rtol=1e-9, atol=1e-9)
+    for t in range(first, whole.shape[1]):
+        past = out.past_key_values
+        out = model(whole[:, t : t + 1], past_key_values=past)
+        torch.testing.assert_close(out.logits[:, 0], expected[:, t], rtol=1e-9, atol=1e-9)
+
+
 # Whole sequences.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 import lrt.model.transformer
 from lrt.config.model import Execution, ModelConfig
 from lrt.config.run import TrainConfig, from_dict
-from lrt.model.attention import attend, attention_mask, products, query_blocks
+from lrt.model.attention import Mask, attend, attention_mask, products, query_blocks
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
@@ -29,40 +30,56 @@ class Attended(NamedTuple):
     grads: list[Tensor]
 
 
-def both(slices: list, window: int | None, heads: int, kv_heads: int, size: int) -> tuple[Attended, Attended]:
-    """Attention of queries at `slices[0]` over all slices, in blocks of `size` queries and by one mask."""
-    q = drawn(2, heads, len(slices[0]), 8)
-    positions = torch.cat([torch.tensor(list(r)) for r in slices])
-    own = positions[: len(slices[0])]
+class Case(NamedTuple):
+    """Queries at `slices[0]` over the keys of all slices."""
+
+    slices: list
+    window: int | None
+    document_start: Tensor | None
+    heads: tuple[int, int]
+
+
+def attended(case: Case, mask_of: Callable[..., Mask]) -> Attended:
+    """Output and gradients under the mask that `mask_of(queries, keys, window, document_start)` makes."""
+    heads, kv_heads = case.heads
+    q = drawn(2, heads, len(case.slices[0]), 8)
+    positions = torch.cat([torch.tensor(list(r)) for r in case.slices])
+    own = positions[: len(case.slices[0])]
     k, v = (drawn(2, kv_heads, len(positions), 8, seed=seed) for seed in (1, 2))
-    weight, found = drawn(*q.shape, seed=99), []
-    for mask in (query_blocks(own, positions, window, size), attention_mask(own, positions, window)):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves, mask)
-        found.append(Attended(out.detach(), list(torch.autograd.grad((out * weight).sum(), leaves))))
-    return found[0], found[1]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, mask_of(own, positions, case.window, case.document_start))
+    grads = torch.autograd.grad((out * drawn(*q.shape, seed=99)).sum(), leaves)
+    return Attended(out.detach(), list(grads))
 
 
-@given(st.data())
-def test_blocks_of_queries_equal_one_mask(data):
-    """Any slices whose first begins the row or is preceded by others, in any order; windows; grouped heads."""
-    length = data.draw(st.integers(1, 19))
-    own = data.draw(slices(length))
-    others, stride = [t for t in range(own[-1] + 1) if t not in own], data.draw(st.integers(1, 3))
+@st.composite
+def cases(draw, most: int = 19) -> Case:
+    """Any slices whose first begins the row or is preceded by others, in any order; windows; documents; heads."""
+    length = draw(st.integers(1, most))
+    own = draw(slices(length))
+    others, stride = [t for t in range(own[-1] + 1) if t not in own], draw(st.integers(1, 3))
     parts = [others[i::stride] for i in range(stride)]
-    window = data.draw(st.none() | st.integers(1, length))
-    heads, kv_heads = data.draw(st.sampled_from([(1, 1), (4, 2), (3, 1)]))
-    places = [own, *(part for part in parts if part)]
-    blocks, one = both(places, window, heads, kv_heads, data.draw(st.integers(1, 7)))
-    assert torch.allclose(blocks.out, one.out, rtol=1e-12, atol=1e-12)
-    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(blocks.grads, one.grads, strict=True))
+    window = draw(st.none() | st.integers(1, length))
+    starts = draw(st.none() | st.tuples(*[st.sets(st.integers(1, length))] * 2))
+    begins = starts and torch.tensor([[max([0, *(s for s in row if s <= t)]) for t in own] for row in starts])
+    return Case([own, *(p for p in parts if p)], window, begins, draw(st.sampled_from([(1, 1), (4, 2), (3, 1)])))
+
+
+def require_same(one: Attended, other: Attended) -> None:
+    torch.testing.assert_close(one.out, other.out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.grads, other.grads, rtol=1e-10, atol=1e-12)
+
+
+@given(cases(), st.integers(1, 7))
+def test_blocks_of_queries_equal_one_mask(case: Case, size: int):
+    require_same(attended(case, lambda *how: query_blocks(*how, size)), attended(case, attention_mask))
 
 
 def test_no_block_computes_scores_that_none_of_its_queries_sees():
     queries, keys = torch.arange(0, 64, 2), torch.cat((torch.arange(0, 64, 2), torch.arange(1, 64, 2)))
-    parts = query_blocks(queries, keys, None, 8).blocks
+    parts = query_blocks(queries, keys, None, None, 8).blocks
     assert [(b.keys.start, b.keys.stop) for b in parts] == [(0, 15), (0, 31), (0, 47), (0, 63)]
-    windowed = query_blocks(queries, keys, 5, 8).blocks
+    windowed = query_blocks(queries, keys, 5, None, 8).blocks
     assert [(b.keys.start, b.keys.stop) for b in windowed] == [(0, 15), (12, 31), (28, 47), (44, 63)]
     assert all(b.mask.any(0).all() and b.mask.any(1).all() for b in (*parts, *windowed))
 
@@ -109,7 +126,7 @@ def test_long_passes_attend_in_blocks_of_queries(text: str, cfg: ModelConfig, mo
 
 
 def test_unknown_attention_is_refused_and_older_names_are_read():
-    with pytest.raises(ValueError, match="choose one of auto, masked"):
+    with pytest.raises(ValueError, match="choose one of auto, masked, flex"):
         TrainConfig(attention="flash")  # pyright: ignore[reportArgumentType]
     assert from_dict(TrainConfig, {"attention": "merged"}).attention == "auto"
 

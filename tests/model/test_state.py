@@ -141,7 +141,9 @@ def test_a_cached_prefix_stands_before_position_0_in_every_layer():
     length = torch.tensor([3, 5])
     before = torch.arange(6).expand(2, -1) - 1
     layers = [(torch.full((2, 2, 6, 2), 7.0), torch.full((2, 2, 6, 2), 8.0), before)] * LAYERS
-    buffer = Buffer(prefix=CachedPrefix(length, torch.full((2, WIDTH), -5.0), torch.tensor([4, 6]), layers))
+    buffer = Buffer(
+        prefix=CachedPrefix(length, torch.full((2, WIDTH), -5.0), torch.tensor([4, 6]), torch.tensor([0, 2]), layers)
+    )
     buffer = buffer.write(range(2), written(range(2), 1))
     assert buffer.memory(range(3))[0, :, 0].tolist() == [-5, 100, 101]
     assert buffer.memory(range(1, 3))[0, :, 0].tolist() == [100, 101]

@@ -21,6 +21,7 @@ from lrt.serve.text import Listing, Vocabulary
 MINE = b"mine"
 FULL = config(window_pattern="L")
 WINDOWED = config()
+DOCUMENTS = config(document_attention=True, window_pattern="L")
 SHIFT, BOTH = (config(window_pattern="L", **memory) for memory in ({"source": 0}, {"shift": True}))
 
 
@@ -34,7 +35,9 @@ def taken_in(model, ids: list[int], marks: list[int]) -> tuple[KVCache, dict[int
     return cache, found
 
 
-@pytest.mark.parametrize("cfg", [FULL, WINDOWED, SHIFT, BOTH], ids=["full", "windowed", "shift", "both"])
+@pytest.mark.parametrize(
+    "cfg", [FULL, WINDOWED, SHIFT, BOTH, DOCUMENTS], ids=["full", "windowed", "shift", "both", "documents"]
+)
 def test_a_state_goes_on_from_its_marks_in_a_used_row(cfg):
     """With windows that have wrapped only the end is left; without, the earlier mark too."""
     model, ids = fixed(cfg), tokens(cfg, 1, 20)[0].tolist()
@@ -49,7 +52,7 @@ def test_a_state_goes_on_from_its_marks_in_a_used_row(cfg):
             continue
         assert mark == (12 if len(prompt) == 14 else 5)
         used, _ = taken_in(model, [3] * 17, [])  # a row that others have written into
-        state = kept.into(used, 0, mark)
+        state = kept.into(used, 0, mark, cfg.bos)
         found = prefill(model, torch.tensor([prompt[mark:]]), cache=state.take(torch.tensor([0])), mode="exact")
         expected = prefill(model, torch.tensor([prompt]), mode="exact", capacity=40)
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-10, rtol=1e-10)

@@ -17,30 +17,39 @@ from lrt.model.lrt import LRT
 from lrt.model.shapes import HeadsBKNE, PositionsN
 
 
-class _Memory:
-    """m of each row's last token, [B, D], and that token, [B], beside what the other base keeps; None before it."""
+class Kept(NamedTuple):
+    """What a cache holds of each row beside keys and values."""
 
-    m: Tensor | None = None
-    last_token: Tensor | None = None
+    m: Tensor
+    """Of its last token, [B, D]."""
+    last_token: Tensor
+    """int64 [B]"""
+    document_start: Tensor
+    """Position at which its document starts, int64 [B]."""
+
+
+class _Memory:
+    """What each row holds beside what the other base keeps; None before the first token."""
+
+    kept: Kept | None = None
     is_croppable = False
 
-    def keep(self, m: Tensor, last_token: Tensor) -> None:
-        """Take in the newest memory and token, in place where some are held: a compiled step knows their addresses."""
-        m = m.detach()
-        if self.m is None or self.last_token is None:
-            self.m, self.last_token = m.clone(), last_token.clone()
+    def keep(self, new: Kept) -> None:
+        """Take in the newest of all, in place where some are held: a compiled step knows their addresses."""
+        if self.kept is None:
+            self.kept = Kept(*(x.detach().clone() for x in new))
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.m)
-                torch._dynamo.mark_static_address(self.last_token)
+                for x in self.kept:
+                    torch._dynamo.mark_static_address(x)
         else:
-            self.m.copy_(m)
-            self.last_token.copy_(last_token)
+            for mine, x in zip(self.kept, new, strict=True):
+                mine.copy_(x.detach())
 
     def reset(self) -> None:
         super().reset()  # pyright: ignore[reportAttributeAccessIssue]
-        if self.m is not None and self.last_token is not None:
-            self.m.zero_()
-            self.last_token.fill_(-1)
+        if self.kept is not None:
+            for x, nothing in zip(self.kept, (0, -1, 0), strict=True):
+                x.fill_(nothing)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # pyright: ignore[reportAttributeAccessIssue]
@@ -50,8 +59,8 @@ class _Memory:
         self._map(lambda x: x[rows.to(x.device)])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.m is not None and self.last_token is not None:
-            self.m, self.last_token = change(self.m), change(self.last_token)
+        if self.kept is not None:
+            self.kept = Kept(*(change(x) for x in self.kept))
 
 
 class MemoryDynamicLayer(_Memory, DynamicLayer):
@@ -60,12 +69,12 @@ class MemoryDynamicLayer(_Memory, DynamicLayer):
     _layer_type = MEMORY_LAYER
     is_croppable = False
 
-    def keep(self, m: Tensor, last_token: Tensor) -> None:
-        self.m, self.last_token = m.clone(), last_token.clone()  # with its gradient, as keys and values here
+    def keep(self, new: Kept) -> None:
+        self.kept = Kept(*(x.clone() for x in new))  # with their gradient, as keys and values here
 
     def reset(self) -> None:
         super().reset()
-        self.m = self.last_token = None
+        self.kept = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: an earlier position's memory is not kept."""
@@ -125,17 +134,18 @@ def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache
     (rows, used), length = seen.shape, seen.sum(1)
     shape = (rows, model.k, used + room + 1, model.e)
     keys, values = ([like.new_zeros(shape) for _ in range(model.layers)] for _ in range(2))
-    memory, last_token = like.new_zeros(rows, model.d), torch.full_like(length, -1)
+    per_row = Kept(like.new_zeros(rows, model.d), torch.full_like(length, -1), torch.zeros_like(length))
     if cache is not None and used:
         index = order(seen)
         layers: list[Any] = cache.layers
         for i, layer in enumerate(layers):
             for mine, theirs in ((keys[i], layer.keys), (values[i], layer.values)):
                 mine[:, :, :used] = pick(theirs[:, :, :used], index, 2)
-        kept = memory_layer(cache, model.layers)
-        assert kept.m is not None and kept.last_token is not None
-        memory, last_token = kept.m.clone(), kept.last_token.clone()
-    return KVCache(tuple(keys), tuple(values), memory, length, last_token, int(length.max()))
+        kept = memory_layer(cache, model.layers).kept
+        assert kept is not None
+        per_row = Kept(*(x.clone() for x in kept))
+    memory, last_token, start = per_row
+    return KVCache(tuple(keys), tuple(values), memory, length, last_token, start, int(length.max()))
 
 
 class Gained(NamedTuple):
@@ -145,10 +155,7 @@ class Gained(NamedTuple):
     values: tuple[HeadsBKNE, ...]
     offset: Tensor
     """Where in them each row's new tokens begin, int64 [B]."""
-    memory: Tensor
-    """m of each row's last token, [B, D]."""
-    last_token: Tensor
-    """int64 [B]"""
+    kept: Kept
 
 
 def store(cache: Cache, rows: DocumentRows, gained: Gained) -> None:
@@ -160,4 +167,4 @@ def store(cache: Cache, rows: DocumentRows, gained: Gained) -> None:
     for layer, k, v in zip(layers, gained.keys, gained.values, strict=True):
         new = (pick(k, slot, 2), pick(v, slot, 2))
         layer.update(*(x.detach() if layer.is_compileable else x for x in new))
-    memory_layer(cache, len(cache.layers)).keep(gained.memory, gained.last_token)
+    memory_layer(cache, len(cache.layers)).keep(gained.kept)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lrt.config.decoding import PrefillOptions
 from lrt.config.model import require
-from lrt.integrations.hf.cache import Gained, Layer, memory_layer, state_of, store
+from lrt.integrations.hf.cache import Gained, Kept, Layer, memory_layer, state_of, store
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.documents import DocumentRows, pick, places, rows_of, unpacked
 from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fold, in_order, recording, settled
@@ -93,7 +93,7 @@ def _reaching(core: LRT, passes: Passes, folded: Folded) -> Folded:
 def decoded(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     """The decoded model: one step on a cache that holds memory, or several tokens by the configured prefill."""
     cache = inputs.cache
-    known = cache is not None and memory_layer(cache, core.config.layers).m is not None
+    known = cache is not None and memory_layer(cache, core.config.layers).kept is not None
     if cache is not None and known and inputs.tokens.shape[1] == 1:
         return _step(core, config, inputs, cache)
     return _several(core, config, inputs)  # pyright: ignore[reportCallIssue] - its decorator
@@ -148,14 +148,17 @@ def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome
     else:
         keys = places(inputs.mask)
         queries = inputs.mask.long().sum(1, keepdim=True) - 1
-    assert layer.m is not None and layer.last_token is not None
+    assert layer.kept is not None
+    m, last_token, start = layer.kept
     layers = [Layer(one, keys, queries) for one in cache.layers]
-    read = PassInput(queries, layers, layer.m[:, None], layer.last_token[:, None])
+    read = PassInput(queries, layers, m[:, None], last_token[:, None], start[:, None])
     with recording(core, inputs.wanted) as recorder:
         written = core.forward_pass(tokens, read, core.starts(tokens))
     assert written.hidden is not None
     memory = written.memory[:, 0]
-    layer.keep(torch.zeros_like(memory) if config.prefill == "zero_memory" else memory, tokens[:, 0])
+    memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
+    begins = start if written.starts is None else torch.where(written.starts[:, 0], queries.view(-1), start)
+    layer.keep(Kept(memory, tokens[:, 0], begins))
     rows = DocumentRows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
     scored = [ScoredPass(range(1), 1.0, written.hidden)]
     return Outcome(written.hidden, recorder.take().ending(written.hidden), [(rows, scored)], cache)
@@ -196,7 +199,7 @@ def _solved(
     return (
         torch.cat(hidden, dim=1),
         PassStates(),
-        Gained(state.keys, state.values, before, state.memory, state.last_token),
+        Gained(state.keys, state.values, before, Kept(state.memory, state.last_token, state.document_start)),
     )
 
 
@@ -222,7 +225,18 @@ def _traced(
     memory = torch.where(some[:, None], pick(memory, last, 1)[:, 0], state.memory)
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
     last_token = torch.where(some, tokens.gather(1, last)[:, 0], state.last_token)
-    return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), memory, last_token)
+    kept = Kept(memory, last_token, _document_start(core, tokens, count, state))
+    return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), kept)
+
+
+def _document_start(core: LRT, tokens: TokensBN, count: Tensor, state: KVCache) -> Tensor:
+    """Where each row's document starts once it has taken in `count` of these tokens, int64 [B]."""
+    starts = core.starts(tokens)
+    if starts is None:
+        return state.document_start
+    offset = torch.arange(tokens.shape[1], device=tokens.device)
+    begun = torch.where(starts & (offset < count[:, None]), state.length[:, None] + offset, 0)
+    return torch.maximum(state.document_start, begun.amax(1))
 
 
 def _in_batch(states: PassStates, rows: DocumentRows, n: int, seen: Tensor | None) -> PassStates:
