@@ -26,7 +26,7 @@ from lrt.config.benchmarks import StepBenchmark
 from lrt.config.model import MEMORY_OFF, Execution, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
 from lrt.config.run import OptimConfig
-from lrt.data import Loader
+from lrt.data import Loader, RowSource
 from lrt.model.flops import passes_flops
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
@@ -123,7 +123,7 @@ class SteppedModel:
         return passes_flops(self.config, self.passes) * self.loader.batch(0).tokens.shape[0]
 
 
-class RandomTokens:
+class RandomTokens(RowSource):
     """An endless supply of nothing in particular, for the loader."""
 
     def __init__(self, vocab_size: int, size: int):

@@ -17,12 +17,12 @@ from tyro.conf import Positional
 
 from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
-from lrt.config.decoding import SamplingParams
+from lrt.config.decoding import NEXT, TURN, SamplingParams
 from lrt.config.model import require
 from lrt.utils.files import expand_home, one_line, write_text
 
 if TYPE_CHECKING:
-    from lrt.inference.chat import Conversation
+    from lrt.inference.chat import Conversation, TemplatedConversation
 
 GREETING = "Type a line, or /help. Ctrl-C stops an answer, Ctrl-D leaves."
 HELP = """\
@@ -37,16 +37,18 @@ HELP = """\
 class ChatFlags:
     """Talk to a model. Its state is kept between turns, so that nothing is taken in twice.
 
-    A model that was trained on plain text continues the conversation as text: a turn is USER: ... BOT: ...
+    A model with a chat template is spoken to by it. Another one continues the conversation as text: a turn is
+    USER: ... BOT: ...
     Within the chat, /help lists what else there is.
     """
 
     run: Positional[Path]
     """Run folder, or one of its checkpoints."""
-    template: str = "USER: {}\nBOT:"
-    """What a turn becomes; {} is what you type. Use {} alone to talk in raw text."""
+    template: str | None = None
+    """What a turn becomes; {} is what you type, and {} alone is raw text. None: the model's chat template, or USER:
+    ... BOT: where it has none."""
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: DecodingFlags(SamplingParams(temperature=0.8, stop=("\nUSER:",)))
+        default_factory=lambda: DecodingFlags(SamplingParams(temperature=0.8, stop=(NEXT,)))
     )
 
 
@@ -56,15 +58,23 @@ FLAGS = ChatFlags
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(ChatFlags, args, "chat")
-    require("{}" in flags.template, f"--template {flags.template!r} has no place for your text; put {{}} into it")
+    plain = flags.template or TURN
+    require("{}" in plain, f"--template {flags.template!r} has no place for your text; put {{}} into it")
 
-    from lrt.inference.chat import Conversation
+    from lrt.data.chat_template import chat_template_of
+    from lrt.inference.chat import Conversation, TemplatedConversation
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
-    begin = lambda: Conversation(loaded.model, loaded.tokenizer, flags.decoding.prefill)  # noqa: E731
-    session = ChatSession(begin, flags.template, flags.decoding.sampling)
+    own, mode, sampling = chat_template_of(loaded.tokenizer), flags.decoding.prefill, flags.decoding.sampling
+    if flags.template is None and own is not None:
+        begin = lambda: TemplatedConversation(loaded.model, loaded.tokenizer, own, mode)  # noqa: E731
+        sampling = replace(sampling, stop=tuple(stop for stop in sampling.stop if stop != NEXT))
+        session = ChatSession(begin, None, sampling)
+    else:
+        begin = lambda: Conversation(loaded.model, loaded.tokenizer, mode)  # noqa: E731
+        session = ChatSession(begin, plain, sampling)
     _tell(GREETING)
     for line in _lines():
         try:
@@ -77,9 +87,14 @@ def main(args: list[str]) -> int:
 
 
 class ChatSession:
-    """A conversation, how it is drawn, and the commands that change both."""
+    """A conversation, how it is drawn, and the commands that change both.
 
-    def __init__(self, begin: Callable[[], Conversation], template: str, sampling: SamplingParams):
+    `template` is what a turn becomes; None: the conversation writes turns by a template of its own.
+    """
+
+    def __init__(
+        self, begin: Callable[[], Conversation | TemplatedConversation], template: str | None, sampling: SamplingParams
+    ):
         self.begin, self.template, self.sampling = begin, template, sampling
         self.conversation = begin()
         self.transcript: list[str] = []
@@ -92,7 +107,7 @@ class ChatSession:
             self._say(line.removeprefix(" ") if line.startswith(" /") else line)
 
     def _say(self, line: str) -> None:
-        message = self.template.replace("{}", line)
+        message = line if self.template is None else self.template.replace("{}", line)
         pieces, answer, told = self.conversation.say(message, self.sampling), "", False
         with _stoppable() as stop, contextlib.closing(pieces):
             for text in pieces:
@@ -104,7 +119,8 @@ class ChatSession:
                 if stop:
                     break
         print()
-        self.transcript.append(f"{message}{answer}\n")
+        turn = message if self.template is not None else TURN.replace("{}", line) + " "
+        self.transcript.append(f"{turn}{answer}\n")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")

@@ -35,7 +35,8 @@ class DataConfig:
     source: str = "python"
     """`python` (standard library sources), `python+site-packages`, a file, folder or glob, or `hf:owner/name`."""
     text_column: str = "text"
-    """Column that holds the text in jsonl, parquet and Hugging Face datasets."""
+    """Column that holds the text, or messages, in jsonl, parquet and Hugging Face datasets. Rows without a `text` are
+    dialogues where they hold messages, or a prompt and its answer: answers alone are learned (docs/data.md)."""
     subset: str | None = None
     """Configuration of a Hugging Face dataset."""
     split: str = "train"

@@ -1,12 +1,14 @@
 """The loader: batches as a pure function of (seed, step, rank), so that resuming needs nothing but the step."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, final
 
 import numpy as np
 import torch
+
+from lrt.model.shapes import IGNORE
 
 AHEAD = 4  # batches that `prefetch` keeps ready
 
@@ -18,9 +20,16 @@ class RowSource(Protocol):
 
     def read(self, start: int, stop: int) -> np.ndarray: ...
 
+    def learned(self, start: int, stop: int) -> np.ndarray:
+        """Which of these ids are targets, bool [stop - start]; all, where nothing else is said."""
+        return np.ones(stop - start, np.bool_)
+
 
 class Batch(NamedTuple):
-    """Rows of one rank. tokens, targets: int64 [B/world, T], targets one ahead; starts: bool [B/world, T], at BOS."""
+    """Rows of one rank.
+
+    tokens, targets: int64 [B/world, T], targets one ahead, IGNORE where that id is none. starts: bool, at BOS.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -31,6 +40,17 @@ class Batches(Protocol):
     """Batches by step."""
 
     def batch(self, step: int) -> Batch: ...
+
+
+Row = tuple[np.ndarray, np.ndarray]
+"""T + 1 ids of a stream, and which of them are targets."""
+
+
+def as_batch(rows: Sequence[Row], bos: int) -> Batch:
+    """Rows as a batch."""
+    ids, learned = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    tokens = ids[:, :-1].contiguous()
+    return Batch(tokens, ids[:, 1:].masked_fill(~learned[:, 1:], IGNORE), tokens == bos)
 
 
 @final
@@ -80,14 +100,14 @@ class Loader:
             raise ValueError(f"step {step} is negative: steps count from 0")
         share = self._batch // self._world
         first = step * self._batch + self._rank * share
-        rows = torch.from_numpy(np.stack([self._row(g) for g in range(first, first + share)]))
-        tokens = rows[:, :-1].contiguous()
-        return Batch(tokens, rows[:, 1:].contiguous(), tokens == self._bos)
+        return as_batch([self.row(g) for g in range(first, first + share)], self._bos)
 
-    def _row(self, g: int) -> np.ndarray:
+    def row(self, g: int) -> Row:
+        """Row `g` of the endless sequence of epochs."""
         epoch, place = divmod(g, self.rows)
         start = int(self._order(epoch)[place]) * self._length if self._shuffle else place * self._length
-        return self._stream.read(start, start + self._length + 1)
+        stop = start + self._length + 1
+        return self._stream.read(start, stop), self._stream.learned(start, stop)
 
     def _order(self, epoch: int) -> np.ndarray:
         """The permutation of rows in an epoch, int64 [rows]; two are kept, as a batch may span two epochs."""

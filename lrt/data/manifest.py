@@ -25,6 +25,12 @@ class Shard:
     bytes: int
     documents: int
     sha256: str
+    mask: str = ""
+    """Sha256 of the file that says which ids are learned, a bit each; empty where all are, and there is no file."""
+
+    @property
+    def mask_name(self) -> str:
+        return self.name.replace(".bin", ".mask")
 
     @property
     def split(self) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+from lrt.data.dialogue import Document
 from lrt.data.tokenizer import Tokenizer
 
 AROUND = 20
@@ -38,6 +39,12 @@ class Spelling:
                 self.example = _difference(doc, back.removeprefix(" "))
             self.changed += 1
         return len(back.encode())
+
+    def add_document(self, doc: Document, ids: list[int]) -> None:
+        """Compare a document with its ids; of a dialogue what its messages say, each by itself."""
+        texts = [doc] if isinstance(doc, str) else [message["content"] for message in doc.messages]
+        for text in texts:
+            self.add(text, ids if isinstance(doc, str) else self.tokenizer.encode(text))
 
     def __str__(self) -> str:
         had, back = self.example

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import final
 
 from lrt.config.run import PAUSES, TASK
+from lrt.data.dialogue import Document, text_of
 from lrt.data.manifest import Manifest
 from lrt.data.normalised import lost_text
 from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
@@ -47,7 +48,7 @@ class _Source:
     split: str
     max_bytes: int | None
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Document]:
         return documents(
             self.source,
             text_column=self.text_column,
@@ -99,6 +100,7 @@ def prepare(
     ready, pauses = _given_tokenizer(base), tokenizer[len(base) :]
     kind = (f"bpe{vocab_size}" if ready is None else ready.hash) + pauses
     facts = [CHECKED, text.fingerprint(), max_bytes, validation, kind]
+    facts += [] if given is None or not given.config.chat_templates else [dict(given.config.chat_templates)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     home = expand_home(folder) / f"{_slug(source)}-{_slug(kind if ready is None else tokenizer)}-{key}"
     if not home.exists():
@@ -173,7 +175,7 @@ def _thinned(text: _Source, validation: float) -> Iterator[str]:
         if split == "train":
             if due >= 1:
                 due -= 1
-                yield doc
+                yield text_of(doc)
             due += keep
 
 

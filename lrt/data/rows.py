@@ -8,10 +8,11 @@ import gzip
 import importlib
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lrt.data.dialogue import COLUMNS, MESSAGES, PAIRS, Dialogue, Document, dialogue_in
 from lrt.utils.files import one_line, parse_json, read_bytes
 
 INSTALL_HF = "pip install 'latent-recurrent-transformer[hf]'"
@@ -21,6 +22,8 @@ NOT_READ = (
     ".safetensors", ".xlsx", ".xls", ".docx", ".pdf", ".sqlite", ".db", ".avro", ".orc", ".msgpack", ".lance",
 )  # fmt: skip
 """Endings of files that hold no text to be read as it stands."""
+TEXT = "text"
+"""The column that holds the text where none is named."""
 Row = dict[str, Any]
 Placed = tuple[str, Row]
 """Where a row stands, and the row."""
@@ -52,16 +55,32 @@ def rows_of(file: Path, column: str) -> Iterator[Placed] | None:
     return None if read is None else read(file, column)
 
 
-def text_in(row: Row, column: str, place: str) -> str:
-    """The text of a row; a null counts as empty."""
+def document_in(row: Row, column: str, place: str) -> Document:
+    """The document of a row: the text or the messages in `column`, or else a dialogue; a null counts as empty."""
     if column not in row:
-        raise absent(place, column, row)
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: column {column!r} holds {type(text).__name__}, not text: name another column")
-    return text
+        dialogue = dialogue_in(row, place) if holds_dialogue(row, column) else None
+        if dialogue is None:
+            raise absent(place, column, row)
+        return dialogue
+    value = row[column]
+    document = dialogue_in(row, place, column) if isinstance(value, list) else value
+    if not isinstance(document, (str, Dialogue, type(None))):
+        raise ValueError(f"{place}: column {column!r} holds {type(value).__name__}, not text: name another column")
+    return document or ""
+
+
+def holds_dialogue(names: Iterable[str], column: str) -> bool:
+    """Whether rows of these columns are read as dialogues, since `column` is the usual one and not among them."""
+    known = set(names)
+    return column == TEXT and (bool(known & set(MESSAGES)) or any(known >= set(pair) for pair in PAIRS))
+
+
+def _wanted(names: Sequence[str], column: str, file: Path) -> list[str]:
+    """The columns of a table that a document is read from."""
+    if column not in names and not holds_dialogue(names, column):
+        raise absent(str(file), column, names)
+    texts = [column] if column in names else []
+    return [name for name in names if name in texts or ((column != TEXT or not texts) and name in COLUMNS)]
 
 
 def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:
@@ -107,11 +126,11 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[Placed]]:
         with opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
             try:
-                if column not in (rows.fieldnames or ()):
-                    raise absent(str(file), column, rows.fieldnames or ())
+                _wanted(rows.fieldnames or (), column, file)
                 for row in rows:
-                    if row[column] is None:
-                        raise ValueError(f"{file}:{rows.line_num}: has fewer cells than the header: mend the line")
+                    if None in row or None in row.values():  # what is too much stands under no name
+                        few = "more" if None in row else "fewer"
+                        raise ValueError(f"{file}:{rows.line_num}: has {few} cells than the header: mend the line")
                     yield f"{file}:{rows.line_num}", row
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{file}:{rows.line_num}: not readable as CSV in UTF-8 ({error})") from None
@@ -125,9 +144,8 @@ def _parquet(file: Path, column: str) -> Iterator[Placed]:
 
     def batches() -> Iterator[Any]:
         with parquet.ParquetFile(file) as table:
-            if column not in table.schema_arrow.names:
-                raise absent(str(file), column, table.schema_arrow.names)
-            yield from table.iter_batches(batch_size=256, columns=[column])
+            names = _wanted(table.schema_arrow.names, column, file)
+            yield from table.iter_batches(batch_size=256, columns=names)
 
     return _arrow_rows(file, column, batches, pyarrow.ArrowException)
 
@@ -153,9 +171,8 @@ def _arrow_rows(
 ) -> Iterator[Placed]:
     try:
         for batch in batches():
-            if column not in batch.schema.names:
-                raise absent(str(file), column, batch.schema.names)
-            yield from ((str(file), {column: value}) for value in batch.column(column).to_pylist())
+            names = _wanted(batch.schema.names, column, file)
+            yield from ((str(file), row) for row in batch.select(names).to_pylist())
     except failure as error:
         kind = kind_of(file)
         raise ValueError(f"{file}: not a readable {kind[1:]} file ({one_line(error, 120)}): write it again") from None

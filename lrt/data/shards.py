@@ -1,7 +1,8 @@
 """Token shards: documents to memory-mapped files of ids, with a manifest that says what must be found in them.
 
 A folder holds `train_00000.bin`, ..., `val_00000.bin`, ... (little-endian uint16 or uint32 ids, each document BOS and
-its tokens), the tokenizer, and `manifest.json`. It is written aside and renamed when complete.
+its tokens), the tokenizer, and `manifest.json`. It is written aside and renamed when complete. Where some ids are no
+targets, as in dialogues, `train_00000.mask` beside them has a bit for each id: 1 if it is learned.
 """
 
 import bisect
@@ -16,6 +17,8 @@ from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
+from lrt.data.answers import DocumentEncoder, Encoded
+from lrt.data.dialogue import Document, text_of
 from lrt.data.manifest import AGAIN, DTYPES, SPLITS, Manifest, Shard
 from lrt.data.normalised import Spelling
 from lrt.data.tokenizer import Tokenizer
@@ -29,16 +32,20 @@ FEW = 16  # documents: below this a split by whole documents would miss the want
 class TokenStream:
     """The ids of a split as one long sequence, read from memory-mapped shards; open it with `open_split`.
 
-    Attributes: `split`, `shards`, and `hash`, a sha256 hex of the content, to tell at resume that the data is the same.
+    Attributes: `split`, `shards`, `hash`, a sha256 hex of the content, to tell at resume that the data is the same, and
+    `answers`, whether answers alone are learned somewhere in it.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
         self.split = split
         self.shards = tuple(shard for shard in manifest.shards if shard.split == split)
-        self.hash = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        sums = "".join(shard.sha256 + shard.mask for shard in self.shards)
+        self.hash, self.answers = hashlib.sha256(sums.encode()).hexdigest(), any(shard.mask for shard in self.shards)
         self._folder = folder
         self._vocab_size = manifest.vocab_size
         self._maps = [np.memmap(folder / shard.name, DTYPES[manifest.dtype], mode="r") for shard in self.shards]
+        masks = [folder / shard.mask_name if shard.mask else None for shard in self.shards]
+        self._masks = [file and np.memmap(file, np.uint8, mode="r") for file in masks]
         self._ends = list(itertools.accumulate(shard.tokens for shard in self.shards))
 
     def __len__(self) -> int:
@@ -46,24 +53,37 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop) as int64 [stop - start], across shards. ValueError: out of range, or altered shards."""
+        parts = [self._ids(*part) for part in self._parts(start, stop)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def learned(self, start: int, stop: int) -> np.ndarray:
+        """Which of the ids [start, stop) are targets, bool [stop - start]."""
+        parts = [self._learned(*part) for part in self._parts(start, stop)]
+        return np.concatenate([np.empty(0, np.bool_), *parts])
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The shards that [start, stop) lies in, each with the part of it."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"cannot read ids {start} to {stop} of {len(self)}: stay within the stream")
-        ids = np.empty(stop - start, dtype=np.int64)
-        at = start
-        while at < stop:
-            i = bisect.bisect_right(self._ends, at)
-            first = self._ends[i] - len(self._maps[i])
-            until = min(stop, self._ends[i])
-            ids[at - start : until - start] = self._ids(i, at - first, until - first)
-            at = until
-        return ids
+        while start < stop:
+            i = bisect.bisect_right(self._ends, start)
+            first, until = self._ends[i] - len(self._maps[i]), min(stop, self._ends[i])
+            yield i, start - first, until - first
+            start = until
+
+    def _learned(self, i: int, start: int, stop: int) -> np.ndarray:
+        mask = self._masks[i]
+        if mask is None:
+            return np.ones(stop - start, np.bool_)
+        bits = np.unpackbits(mask[start // 8 : -(-stop // 8)])
+        return bits[start % 8 :][: stop - start].astype(np.bool_)
 
     def _ids(self, i: int, start: int, stop: int) -> np.ndarray:
         ids = self._maps[i][start:stop]
         if ids.max() >= self._vocab_size:
             file = self._folder / self.shards[i].name
             raise ValueError(f"{file}: id {ids.max()} is outside the vocabulary of {self._vocab_size}: {AGAIN}")
-        return ids
+        return ids.astype(np.int64)
 
 
 def open_split(
@@ -93,22 +113,33 @@ def open_split(
 
 
 def _verify(file: Path, shard: Shard, manifest: Manifest, verify: str) -> None:
+    _require_size(file, shard.tokens * DTYPES[manifest.dtype].itemsize)
+    mask = file.with_name(shard.mask_name)
+    if shard.mask:
+        _require_size(mask, -(-shard.tokens // 8))
+    if verify != "checksum":
+        return
+    for block in _blocks(np.memmap(file, DTYPES[manifest.dtype], mode="r")):
+        if block.max() >= manifest.vocab_size:
+            raise ValueError(f"{file}: id {block.max()} is outside the vocabulary of {manifest.vocab_size}: {AGAIN}")
+    for path, known in ((file, shard.sha256), (mask, shard.mask)):
+        if known and _file_hash(path) != known:
+            raise ValueError(f"{path}: its checksum is not the manifest's, so it was altered: {AGAIN}")
+
+
+def _require_size(file: Path, expected: int) -> None:
     if not file.is_file():
         raise ValueError(f"{file}: the shard is missing: {AGAIN}")
-    expected = shard.tokens * DTYPES[manifest.dtype].itemsize
     actual = file.stat().st_size
     if actual != expected:
         raise ValueError(f"{file}: {actual} bytes where the manifest says {expected} (truncated?): {AGAIN}")
-    if verify == "checksum":
-        digest = hashlib.sha256()
-        for block in _blocks(np.memmap(file, DTYPES[manifest.dtype], mode="r")):
-            digest.update(block.data)
-            if block.max() >= manifest.vocab_size:
-                raise ValueError(
-                    f"{file}: id {block.max()} is outside the vocabulary of {manifest.vocab_size}: {AGAIN}"
-                )
-        if digest.hexdigest() != shard.sha256:
-            raise ValueError(f"{file}: its checksum is not the manifest's, so it was altered: {AGAIN}")
+
+
+def _file_hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(np.memmap(file, np.uint8, mode="r")):
+        digest.update(block.data)
+    return digest.hexdigest()
 
 
 def _blocks(ids: np.ndarray, size: int = 2**20) -> Iterator[np.ndarray]:
@@ -119,20 +150,20 @@ def _blocks(ids: np.ndarray, size: int = 2**20) -> Iterator[np.ndarray]:
 
 
 def write_shards(
-    docs: Iterable[str],
+    docs: Iterable[Document],
     tokenizer: Tokenizer,
     folder: Path | str,
     *,
-    validation: float,
+    validation: float | Iterable[Document],
     normalised: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Stream documents into a new `folder` of shards, the tokenizer beside them; it appears complete or not at all.
 
-    validation: share of the documents held out, see `split_documents`. normalised: whether tokens may lose text, see
-        `Spelling`. shard_tokens: a shard is closed after the document that reaches it. progress: called with the bytes
-        of text done so far.
+    validation: share of the documents held out, or others to hold out, see `split_documents`. normalised: whether
+        tokens may lose text, see `Spelling`. shard_tokens: a shard is closed after the document that reaches it.
+        progress: called with the bytes of text done so far.
     ValueError: the folder exists, too little text, a share outside (0, 1), or tokens that lose text.
     """
     folder = Path(folder)
@@ -147,8 +178,8 @@ def write_shards(
         tokenizer.save(aside)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         spelling = Spelling(tokenizer)
-        pairs = _spelled(_encoded(split_documents(docs, validation), tokenizer), spelling, normalised)
-        shards = _write_splits(pairs, tokenizer.bos, aside, dtype, shard_tokens, progress)
+        batches = _spelled(_encoded(split_documents(docs, validation), tokenizer), spelling, normalised)
+        shards = _write_splits(batches, aside, dtype, shard_tokens, progress)
         lost = str(spelling) if spelling.changed else ""
         manifest = Manifest(
             tokenizer=tokenizer.hash, vocab_size=tokenizer.vocab_size, dtype=dtype, shards=shards, lost=lost
@@ -169,26 +200,34 @@ def _publish(aside: Path, folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def split_documents(docs: Iterable[str], validation: float) -> Iterator[tuple[str, str]]:
+def split_documents(docs: Iterable[Document], validation: float | Iterable[Document]) -> Iterator[tuple[str, Document]]:
     """Assign each document to `train` or `val`: pairs (split, document), neither split empty.
 
-    A document's split depends on a hash of its text, not on its place: adding documents moves no other one. The lowest
-    hash always goes to val and the highest to train. With fewer than 16 documents, where whole documents would miss the
-    share by far, each gives its tail to val instead. ValueError: share outside (0, 1), or too little text to split.
+    validation: other documents, all of them for val, or a share. Then a document's split depends on a hash of its text,
+    not on its place: adding documents moves no other one. The lowest hash always goes to val and the highest to train.
+    With fewer than 16 documents, where whole documents would miss the share by far, each text gives its tail to val
+    instead. ValueError: share outside (0, 1), or too little text to split.
     """
+    if not isinstance(validation, (int, float)):
+        yield from (("train", doc) for doc in docs)
+        yield from (("val", doc) for doc in validation)
+        return
     if not 0 < validation < 1:
         raise ValueError(f"validation is {validation}: give the share held out, between 0 and 1, such as 0.05")
     docs = iter(docs)
     first = list(itertools.islice(docs, FEW))
-    if len(first) < FEW:
-        yield from _split_tails(first, validation)
+    texts = [doc for doc in first if isinstance(doc, str)]
+    if len(texts) == len(first) < FEW:
+        yield from _split_tails(texts, validation)
         return
-    held: list[tuple[float, str]] = []  # the lowest and the highest so far
+    held: list[tuple[float, Document]] = []  # the lowest and the highest so far
     for doc in itertools.chain(first, docs):
-        held = sorted([*held, (_hash_share(doc), doc)])
+        held = sorted([*held, (_hash_share(text_of(doc)), doc)], key=lambda pair: pair[0])
         if len(held) == 3:
             share, middle = held.pop(1)
             yield ("val" if share < validation else "train"), middle
+    if len(held) < 2:
+        raise ValueError("one dialogue cannot be split into train and validation: give more of them")
     yield "val", held[0][1]
     yield "train", held[1][1]
 
@@ -212,26 +251,27 @@ def _split_tails(docs: list[str], validation: float) -> Iterator[tuple[str, str]
             yield "val", doc[at:]
 
 
-class _Encoded(NamedTuple):
-    """A document with its ids."""
+class _Assigned(NamedTuple):
+    """A document of a split with its tokens."""
 
     split: str
-    doc: str
-    ids: list[int]
+    doc: Document
+    tokens: Encoded
 
 
-def _encoded(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[list[_Encoded]]:
-    """Documents with their ids, about ENCODE_BYTES of text at a time."""
+def _encoded(pairs: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[list[_Assigned]]:
+    """Documents with their tokens, about ENCODE_BYTES of text at a time."""
+    encoder = DocumentEncoder(tokenizer)
     for batch in _batches(pairs):
-        ids = tokenizer.encode_batch([doc for _, doc in batch])
-        yield [_Encoded(*pair, i) for pair, i in zip(batch, ids, strict=True)]
+        encoded = encoder.encode([doc for _, doc in batch])
+        yield [_Assigned(*pair, tokens) for pair, tokens in zip(batch, encoded, strict=True)]
 
 
-def _spelled(batches: Iterable[list[_Encoded]], spelling: Spelling, normalised: bool) -> Iterator[list[_Encoded]]:
+def _spelled(batches: Iterable[list[_Assigned]], spelling: Spelling, normalised: bool) -> Iterator[list[_Assigned]]:
     """The same, each compared with its ids. ValueError: tokens that lose text, unless `normalised`, or all of it."""
     for batch in batches:
-        for document in batch:
-            spelling.add(document.doc, document.ids)
+        for _, doc, tokens in batch:
+            spelling.add_document(doc, tokens.ids[1:])
         if not normalised:
             spelling.require_same()
         yield batch
@@ -239,8 +279,7 @@ def _spelled(batches: Iterable[list[_Encoded]], spelling: Spelling, normalised: 
 
 
 def _write_splits(
-    batches: Iterable[list[_Encoded]],
-    bos: int,
+    batches: Iterable[list[_Assigned]],
     folder: Path,
     dtype: str,
     shard_tokens: int,
@@ -250,9 +289,9 @@ def _write_splits(
     done = 0
     try:
         for batch in batches:
-            for split, doc, ids in batch:
-                size = len(doc.encode())
-                writers[split].write([bos, *ids], size)
+            for split, doc, tokens in batch:
+                size = len(text_of(doc).encode())
+                writers[split].write(tokens, size)
                 done += size
             if progress is not None:
                 progress(done)
@@ -262,13 +301,13 @@ def _write_splits(
     return tuple(shard for writer in writers.values() for shard in writer.shards)
 
 
-def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batches(pairs: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
     """Group documents to about ENCODE_BYTES characters each."""
-    batch: list[tuple[str, str]] = []
+    batch: list[tuple[str, Document]] = []
     size = 0
     for pair in pairs:
         batch.append(pair)
-        size += len(pair[1])
+        size += len(text_of(pair[1]))
         if size >= ENCODE_BYTES:
             yield batch
             batch, size = [], 0
@@ -284,13 +323,19 @@ class _SplitWriter:
         self.shards: list[Shard] = []
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._file: BinaryIO | None = None
+        self._learned: list[np.ndarray] = []
+        self._open_end = True  # of the document before
 
-    def write(self, ids: list[int], size: int) -> None:
-        raw = np.array(ids, dtype=self._dtype).tobytes()
+    def write(self, document: Encoded, size: int) -> None:
+        raw = np.array(document.ids, dtype=self._dtype).tobytes()
         file = self._file or self._open()
         file.write(raw)
         self._digest.update(raw)
-        self._tokens += len(ids)
+        learned = np.ones(len(document.ids), np.bool_) if document.learned is None else document.learned.copy()
+        learned[0] = self._open_end
+        self._learned.append(learned)
+        self._open_end = document.open_end
+        self._tokens += len(document.ids)
         self._bytes += size
         self._documents += 1
         if self._tokens >= self._shard_tokens:
@@ -298,7 +343,7 @@ class _SplitWriter:
 
     def _open(self) -> BinaryIO:
         self._name = f"{self._split}_{len(self.shards):05d}.bin"
-        self._digest = hashlib.sha256()
+        self._digest, self._learned = hashlib.sha256(), []
         self._tokens = self._bytes = self._documents = 0
         self._file = (self._folder / self._name).open("wb")
         return self._file
@@ -315,5 +360,15 @@ class _SplitWriter:
                 bytes=self._bytes,
                 documents=self._documents,
                 sha256=self._digest.hexdigest(),
+                mask=self._write_mask(),
             )
         )
+
+    def _write_mask(self) -> str:
+        """Write which ids of the shard are learned; the hash of the file, or nothing where all are."""
+        learned = np.concatenate(self._learned)
+        if learned.all():
+            return ""
+        raw = np.packbits(learned).tobytes()
+        (self._folder / self._name).with_suffix(".mask").write_bytes(raw)
+        return hashlib.sha256(raw).hexdigest()

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lrt.data.rows import INSTALL_HF, NOT_READ, PACKED, is_packed, kind_of, opened, rows_of, text_in
+from lrt.data.dialogue import Dialogue, Document
+from lrt.data.rows import INSTALL_HF, NOT_READ, PACKED, document_in, is_packed, kind_of, opened, rows_of
 from lrt.utils.files import expand_home, one_line
 
 WHOLE = 1_000_000  # bytes: a text file up to this size is one document
@@ -39,20 +40,21 @@ def documents(
     subset: str | None = None,
     split: str = "train",
     max_bytes: int | None = None,
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """Stream the documents of a source, none of them empty, cut off after `max_bytes` bytes of UTF-8 text.
 
     source: `python` (the standard library of this interpreter), `python+site-packages`, a file, folder or glob (text,
         and structured files, see `rows`; also .gz and .zst of them), a folder of `Dataset.save_to_disk`, or
         `hf:owner/name` / `hf:folder` for anything `datasets.load_dataset` reads.
-    text_column: where the text is in structured files and datasets. subset, split: of a dataset.
+    text_column: where the text is in structured files and datasets; messages there are a dialogue, and so are rows
+        without that column that hold messages, or a prompt and its answer. subset, split: of a dataset.
 
     A text file is one document; a large one is cut into several at blank lines. ValueError: bad input.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes is {max_bytes}: give at least 1, or leave it out to read everything")
     if source.startswith("hf:"):
-        texts = (text_in(row, text_column, source) for row in _dataset_rows(source, subset, split))
+        texts = (document_in(row, text_column, source) for row in _dataset_rows(source, subset, split))
     else:
         files, named = _files(source)
         texts = _file_texts(source, files, named, text_column)
@@ -108,20 +110,22 @@ def _cut(text: str, piece: int) -> int:
     return piece
 
 
-def _limited(source: str, texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
+def _limited(source: str, texts: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
     """Drop empty documents, make each valid UTF-8, stop at `max_bytes`; a source without any text is an error."""
     used = 0
     for text in texts:
-        if not text:
+        if not (text.messages if isinstance(text, Dialogue) else text):
             continue
-        raw = _utf8(text)
+        raw = _utf8(text.text if isinstance(text, Dialogue) else text)
         if max_bytes is not None and used + len(raw) >= max_bytes:
             last = raw[: max_bytes - used].decode("utf-8", errors="ignore")  # ignores the half character at the cut
-            if last:
+            if last and isinstance(text, str):
                 yield last
+            if not used and isinstance(text, Dialogue):
+                break
             return
         used += len(raw)
-        yield raw.decode("utf-8")
+        yield text if isinstance(text, Dialogue) else raw.decode("utf-8")
     if not used:
         raise ValueError(f"{source}: holds no text (every file or row is empty or binary): name a source of UTF-8 text")
 
@@ -208,7 +212,7 @@ def _is_output(folder: Path) -> bool:
 # --- what is in them -----------------------------------------------------------------------------------------------
 
 
-def _file_texts(source: str, files: list[Path], named: bool, text_column: str) -> Iterator[str]:
+def _file_texts(source: str, files: list[Path], named: bool, text_column: str) -> Iterator[Document]:
     """The documents of files one after the other. A binary file is an error if `named`, else skipped and told."""
     skipped: list[str] = []
     for file in files:
@@ -229,13 +233,13 @@ def _file_texts(source: str, files: list[Path], named: bool, text_column: str) -
         logger.log(level, about, source, len(skipped), len(files), shown)
 
 
-def _texts_of(file: Path, text_column: str) -> Iterator[str]:
+def _texts_of(file: Path, text_column: str) -> Iterator[Document]:
     kind = kind_of(file)
     if file.suffix.lower() in NOT_READ or kind in NOT_READ:
         raise _NotText(f"{file}: {file.suffix} files are not read: unpack or convert it to UTF-8 text")
     rows = rows_of(file, text_column)
     if rows is not None:
-        return (text_in(row, text_column, place) for place, row in rows)
+        return (document_in(row, text_column, place) for place, row in rows)
     if is_packed(file) or file.stat().st_size > WHOLE:
         collections.deque(_decoded(file), maxlen=0)  # text to the end, or none of it is taken
         return cut_pieces(_decoded(file))

@@ -23,6 +23,7 @@ from lrt.model.shapes import IGNORE, TokensBN
 from lrt.passes import no_grad_pass
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.distributed import World
+from lrt.utils.score_names import ANSWERS
 
 COMPARED = 16
 """Rows whose sweeps are compared with exact decoding."""
@@ -114,14 +115,24 @@ def validation_rows(stream: RowSource | TaskRows, token_bytes: np.ndarray, *, ro
         return Rows(batch.tokens, batch.targets, batch.starts, (batch.targets != IGNORE).long())
     count = min(rows, (len(stream) - 1) // length)
     batch = Loader(stream, batch=max(count, 1), length=length, bos=bos, seed=0).batch(0)
-    sizes = torch.from_numpy(token_bytes.astype(np.int64))
-    return Rows(batch.tokens, batch.targets, batch.starts, sizes[batch.targets])
+    sizes = torch.from_numpy(token_bytes.astype(np.int64))[batch.targets.clamp(min=0)]
+    return Rows(batch.tokens, batch.targets, batch.starts, sizes.masked_fill(batch.targets == IGNORE, 0))
 
 
 def of_split(stream: RowSource | TaskRows, rows: Rows, source: str, normalised: bool = False) -> HeldOut:
     """Rows of the validation split of `source`, named."""
-    share = None if isinstance(stream, TaskRows) else min(1.0, rows.tokens.numel() / (len(stream) - 1))
-    return HeldOut(rows, ScoredText(f"the validation split of {source}", share, normalised))
+    name = f"the validation split of {source}"
+    if isinstance(stream, TaskRows):
+        return HeldOut(rows, ScoredText(name, None, normalised))
+    return named(rows, name, min(1.0, rows.tokens.numel() / (len(stream) - 1)), normalised)
+
+
+def named(rows: Rows, name: str, share: float | None, normalised: bool) -> HeldOut:
+    """Rows with the name of their text, which says so where answers alone are scored. ValueError: nothing is."""
+    if not (rows.bytes > 0).any():
+        raise ValueError(f"{len(rows.tokens)} rows of {name} hold no answer to score: give more rows, or more text")
+    alone = bool((rows.targets == IGNORE).any())
+    return HeldOut(rows, ScoredText(ANSWERS + name if alone else name, share, normalised))
 
 
 def bits_per_byte(nats: Tensor, sizes: Tensor) -> float:

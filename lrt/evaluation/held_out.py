@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from lrt.config.model import require
-from lrt.data import documents, prepare, source_bytes
+from lrt.data import RowSource, Tokenizer, documents, prepare, source_bytes
+from lrt.data.answers import DocumentEncoder
+from lrt.data.dialogue import Document, text_of
 from lrt.data.normalised import Spelling
-from lrt.evaluation.bits_per_byte import HeldOut, Rows, ScoredText, of_split, validation_rows
+from lrt.evaluation.bits_per_byte import HeldOut, Rows, named, of_split, validation_rows
 from lrt.inference.loaded import Loaded
 
 BYTES_PER_TOKEN = 16
 """Text read for a row of another source, per token: more than tokens spell on average."""
 
 
-class TextInMemory(NamedTuple):
-    """Tokens in memory, as a loader reads them."""
+@dataclass(frozen=True)
+class TextInMemory(RowSource):
+    """Tokens in memory, as a loader reads them, and which of them are targets."""
 
     ids: np.ndarray
+    targets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.ids[start:stop]
+
+    def learned(self, start: int, stop: int) -> np.ndarray:
+        return self.targets[start:stop]
 
 
 def held_out(loaded: Loaded, source: str | None, *, rows: int, length: int, normalised: bool | None = None) -> HeldOut:
@@ -68,17 +76,27 @@ def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:
 def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool) -> HeldOut:
     """Rows spread over as much of the source's beginning as they need."""
     d, tokenizer, enough = loaded.config.data, loaded.tokenizer, rows * length * BYTES_PER_TOKEN
-    ids, spelling = [], Spelling(tokenizer)
-    for doc in documents(source, text_column=d.text_column, max_bytes=enough):
-        encoded = tokenizer.encode(doc)
-        spelling.add(doc, encoded)
-        ids += [tokenizer.bos, *encoded]
+    stream, spelling, read = _read(tokenizer, documents(source, text_column=d.text_column, max_bytes=enough))
     if not normalised:
         spelling.require_same()
-    stream = TextInMemory(np.asarray(ids, dtype=np.int64))
     sample = validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
-    cut, whole = spelling.bytes >= enough, source_bytes(source)
+    cut, whole = read >= enough, source_bytes(source)
     part = sample.tokens.numel() / (len(stream) - 1)
-    share = min(1.0, part * spelling.bytes / whole) if cut and whole else None if cut else min(1.0, part)
-    name = f"the first {spelling.bytes:,} bytes of {source}" if cut and not whole else source
-    return HeldOut(sample, ScoredText(name, share, spelling.changed > 0))
+    share = min(1.0, part * read / whole) if cut and whole else None if cut else min(1.0, part)
+    name = f"the first {read:,} bytes of {source}" if cut and not whole else source
+    return named(sample, name, share, spelling.changed > 0)
+
+
+def _read(tokenizer: Tokenizer, texts: Iterable[Document]) -> tuple[TextInMemory, Spelling, int]:
+    """Documents as tokens in memory, compared with what these spell, and their bytes."""
+    encoder, spelling, read = DocumentEncoder(tokenizer), Spelling(tokenizer), 0
+    ids, targets, open_end = [], [], True
+    for doc in texts:
+        (encoded,) = encoder.encode([doc])
+        spelling.add_document(doc, encoded.ids[1:])
+        read += len(text_of(doc).encode())
+        learned = np.ones(len(encoded.ids), np.bool_) if encoded.learned is None else encoded.learned
+        ids += encoded.ids
+        targets += [open_end, *learned[1:]]
+        open_end = encoded.open_end
+    return TextInMemory(np.asarray(ids, dtype=np.int64), np.asarray(targets, dtype=np.bool_)), spelling, read

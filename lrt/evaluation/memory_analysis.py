@@ -21,6 +21,7 @@ from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
 from lrt.model.parameters import role
 from lrt.model.run_passes import run_passes
+from lrt.model.shapes import IGNORE
 from lrt.schedule import Schedule
 from lrt.utils.tables import Table
 
@@ -76,7 +77,7 @@ def ablations(model: LRT, rows: Rows) -> dict[str, float]:
     copy = layerwise(model)
 
     def loss() -> float:
-        return float(score(copy, rows.tokens, rows.targets).nats.double().mean())
+        return float(score(copy, rows.tokens, rows.targets).nats.double().sum() / (rows.targets != IGNORE).sum())
 
     whole, increases = loss(), {}
     for name, parts in switches(copy).items():

@@ -9,6 +9,7 @@ import torch
 
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.data import Tokenizer
+from lrt.data.chat_template import ChatTemplate
 from lrt.inference.generate import generate
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
@@ -111,6 +112,54 @@ class Conversation:
     def _kept(self, tokens: list[int]) -> list[int]:
         """Tokens without BOS: what ends an answer must not open a document in the next turn."""
         return [token for token in tokens if token != self.tokenizer.bos]
+
+
+@dataclass
+class TemplatedConversation:
+    """Turns written by the model's own chat template; of the state what still fits the next prompt is kept."""
+
+    model: LRT
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    mode: str = DEFAULT_MODE
+    cache: KVCache | None = None
+    tokens: list[int] = field(default_factory=list)
+    """What the state has taken in."""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    dropped: int = 0
+    """Oldest turns that were forgotten for the last one, since the context was full."""
+
+    def say(self, text: str, sampling: SamplingParams) -> Generator[str, None, None]:
+        """Add a turn of the user and stream the answer; a caller may stop early, and go on with the next turn.
+
+        ValueError: the turn alone leaves no room for an answer, or the template refuses it.
+        """
+        ids, shown = self._prompt({"role": "user", "content": text}, sampling), ""
+        known = self.tokens if self.cache is not None and ids[: len(self.tokens)] == self.tokens else []
+        prompt = ids[len(known) :]
+        cache = self.cache if known else KVCache.empty(self.model, 1, self.model.config.context)
+        self.cache, emitted = None, []
+        decode, laws = self.tokenizer.decode_bytes, ending(sampling, self.tokenizer)
+        try:
+            for step in generate(self.model, [prompt], laws, decode_bytes=decode, cache=cache, mode=self.mode):
+                self.cache, self.tokens = step.cache, [*ids, *emitted]  # what was emitted last is not in it yet
+                emitted.append(step.emissions[0].token)
+                shown += step.emissions[0].text
+                yield step.emissions[0].text
+        finally:
+            self.messages.append({"role": "assistant", "content": shown})
+
+    def _prompt(self, turn: dict[str, str], sampling: SamplingParams) -> list[int]:
+        """The tokens of the conversation with a new turn, before which the oldest are dropped until there is room."""
+        context = self.model.config.context
+        room, kept, dropped = min(sampling.max_new_tokens, context // 4), [*self.messages, turn], 0
+        ids = self.template.encode(kept)
+        while len(kept) > 2 and len(ids) + room > context:
+            kept, dropped = kept[2:], dropped + 1
+            ids = self.template.encode(kept)
+        require_room(self.model, len(ids))
+        self.messages, self.dropped = kept, dropped
+        return ids
 
 
 def _lead(ended: Sequence[str], text: str) -> str:

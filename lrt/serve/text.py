@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from lrt.config.decoding import NEXT
 from lrt.data import Tokenizer
+from lrt.data.chat_template import Message, Tool, chat_template_of
+from lrt.data.dialogue import plain_pieces
 from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.batch import Ranked
-from lrt.inference.chat_template import ChatTemplate, Message, Tool
 
-TURN, TOOL_TURN, NEXT = "USER: {}\nBOT:", "TOOL: {}\nBOT:", "\nUSER:"
-"""How `lrt chat` writes a turn, how the result of a tool is written, and what ends an answer."""
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -27,7 +26,8 @@ class Vocabulary:
         self.tokenizer, self._names = tokenizer, {i: name for name, i in tokenizer.specials.items()}
         self.longest_token = max(1, *map(len, tokenizer.spellings()))
         """Most bytes that one token spells."""
-        self.template = _chat_template(tokenizer, folder)
+        config = None if folder is None else read_tokenizer_config(folder, tokenizer.vocabulary(), tokenizer.specials)
+        self.template = chat_template_of(tokenizer, config)
 
     def opened(self, text: str) -> list[int]:
         """`text` as the beginning of a document."""
@@ -73,42 +73,10 @@ class Vocabulary:
 
     def _plain(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """As `lrt chat` writes it; every message is encoded by itself, so that an answer keeps its tokens."""
-        ids, answered = [self.tokenizer.bos], False
+        ids = [self.tokenizer.bos]
         if messages[-1]["role"] == "assistant":
             raise ValueError("messages end with the assistant's; the last one must be the user's")
-        if tools:
-            functions = [tool["function"] for tool in tools]
-            ids += self.tokenizer.encode(f"TOOLS: {json.dumps(functions, ensure_ascii=False)}\n")
-        for message in messages:
-            ids += self.tokenizer.encode(_turn(message, answered))
-            answered = message["role"] == "assistant"
-        return ids
-
-
-def _turn(message: Message, answered: bool) -> str:
-    """One message as `lrt chat` writes it."""
-    role, text = message["role"], message["content"]
-    if role == "assistant":
-        functions = [call["function"] for call in message.get("tool_calls", ())]
-        calls = [f'{{"name": {json.dumps(f["name"])}, "arguments": {f["arguments"]}}}' for f in functions]
-        text = "\n".join([text, *calls] if text else calls)
-        return text if text[:1].isspace() else f" {text}"
-    if role in ("user", "tool"):
-        return ("\n" if answered else "") + (TURN if role == "user" else TOOL_TURN).replace("{}", text)
-    return f"{text}\n"
-
-
-def _chat_template(tokenizer: Tokenizer, folder: Path | None) -> ChatTemplate | None:
-    """The tokenizer's own, or that of a folder with other settings."""
-    config = tokenizer.config
-    if folder is not None:
-        config = read_tokenizer_config(folder, tokenizer.vocabulary(), tokenizer.specials)
-    named = {"eos_token": config.eos, "pad_token": config.pad, "unk_token": config.unknown}
-    specials = {key: value for key, value in named.items() if value is not None}
-    names = {i: name for name, i in tokenizer.specials.items()}
-    if tokenizer.bos in names:
-        specials["bos_token"] = names[tokenizer.bos]
-    return ChatTemplate(tokenizer, config.chat_templates, specials) if config.chat_templates else None
+        return [*ids, *(i for text in plain_pieces(messages, tools) for i in self.tokenizer.encode(text))]
 
 
 @final

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+ANSWERS = "the answers in "
+"""Beginning of the name of a text of which answers alone are scored."""
+
 
 def unit(bpb: Mapping[str, Any]) -> str:
     """What to call the figures of `BPB.as_dict`, which an older version may have written."""
-    return "BPB of the normalised text" if bpb.get("normalised") else "BPB"
+    of = ["the answers"] * str(bpb.get("text")).startswith(ANSWERS) + ["the normalised text"] * bool(
+        bpb.get("normalised")
+    )
+    return "BPB" + (f" of {', '.join(of)}" if of else "")
 
 
 def share_text(bpb: Mapping[str, Any]) -> str:

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.data import ByteTokenizer, Loader, open_split, prefetch, write_shards
+from lrt.data import ByteTokenizer, Loader, RowSource, open_split, prefetch, write_shards
 
 BOS = 0
 
 
-class Counting:
+class Counting(RowSource):
     """The stream 0, 1, 2, ...: an id tells where it came from."""
 
     def __init__(self, size: int) -> None:

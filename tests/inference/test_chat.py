@@ -10,12 +10,16 @@ import torch
 from helpers import config, randomised
 
 from lrt.config.decoding import SamplingParams
+from lrt.data.chat_template import ChatTemplate
 from lrt.data.tokenizer import ByteTokenizer
-from lrt.inference.chat import Conversation
+from lrt.inference.chat import Conversation, TemplatedConversation
+from lrt.inference.generate import generate
 from lrt.inference.prefill import prefill
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, stop_tokens=())
 TEXT = ByteTokenizer()
+LETTERS = tuple((i, 1e4) for i in range(97, 123))
+"""A bias by which every answer is of letters, and so comes back from its text."""
 MODEL = randomised(config(vocab_size=257, bos=256, context=200, window_pattern="L"))
 
 
@@ -116,3 +120,34 @@ def test_an_answer_that_is_stopped_leaves_a_whole_state():
     assert talk.used == 1 + 2 + 3 and len(talk.turns) == 1
     finish(talk.say("cd", replace(GREEDY, max_new_tokens=2)))
     assert talk.used == 1 + 2 + 3 + 2 + 2 and len(talk.turns) == 2
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def test_a_chat_template_writes_the_turns_and_the_state_is_kept_while_it_fits():
+    template = ChatTemplate(TEXT, {"default": PLAIN}, {})
+    talk, sampling = TemplatedConversation(MODEL, TEXT, template, "exact"), replace(GREEDY, logit_bias=LETTERS)
+    messages: list[dict[str, str]] = []
+    for said in ("hello", "more of it"):
+        messages.append({"role": "user", "content": said})
+        fresh = generate(MODEL, [template.encode(messages)], sampling, decode_bytes=TEXT.decode_bytes, mode="exact")
+        expected = "".join(step.emissions[0].text for step in fresh)
+        before = list(talk.tokens)
+        assert finish(talk.say(said, sampling)) == expected and len(expected) == 12
+        assert talk.tokens[: len(before)] == before  # nothing was taken in twice
+        messages.append({"role": "assistant", "content": expected})
+    assert talk.messages == messages and int(talk.cache.length[0]) == len(talk.tokens)
+
+
+def test_a_full_context_forgets_the_oldest_templated_turns():
+    template = ChatTemplate(TEXT, {"default": PLAIN}, {})
+    talk, sampling = TemplatedConversation(MODEL, TEXT, template, "exact"), replace(GREEDY, logit_bias=LETTERS)
+    finish(talk.say("x" * 90, sampling))
+    finish(talk.say("y" * 90, sampling))
+    assert talk.dropped == 1 and [m["content"][:1] for m in talk.messages if m["role"] == "user"] == ["y"]
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        finish(talk.say("z" * 300, sampling))
+    assert len(talk.messages) == 2

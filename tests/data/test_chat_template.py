@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lrt.data.chat_template import ChatTemplate, TemplateRenderer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer
-from lrt.inference.chat_template import ChatTemplate, TemplateRenderer
 
 NAMES = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}

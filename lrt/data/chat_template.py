@@ -19,7 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
-from lrt.data import Tokenizer
+from lrt.data.tokenizer import Tokenizer
+from lrt.data.tokenizer_config import TokenizerConfig
 
 WORKER = Path(__file__).with_name("template_worker.py")
 SECONDS = 2.0
@@ -32,6 +33,8 @@ Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 Runs = Sequence[Sequence[int]]
 """Runs [start, end) of characters."""
+Placed = tuple[int, int]
+"""A token, and the place of its first character."""
 
 
 @final
@@ -119,6 +122,17 @@ def shared_renderer() -> TemplateRenderer:
     return made
 
 
+def chat_template_of(tokenizer: Tokenizer, config: TokenizerConfig | None = None) -> ChatTemplate | None:
+    """The chat template of a tokenizer, or of other settings for it; None where there is none."""
+    config = config or tokenizer.config
+    named = {"eos_token": config.eos, "pad_token": config.pad, "unk_token": config.unknown}
+    specials = {key: value for key, value in named.items() if value is not None}
+    names = {i: name for name, i in tokenizer.specials.items()}
+    if tokenizer.bos in names:
+        specials["bos_token"] = names[tokenizer.bos]
+    return ChatTemplate(tokenizer, config.chat_templates, specials) if config.chat_templates else None
+
+
 @final
 class ChatTemplate:
     """A tokenizer's chat templates, ready to make prompts."""
@@ -142,8 +156,15 @@ class ChatTemplate:
     ) -> list[int]:
         """The prompt of a conversation; further variables go to the template. ValueError: it does not render."""
         text, own = self.render(messages, tools, **variables)
-        ids = self._as_transformers(text, own)
-        return self._piecewise(text, own) if ids is None else ids
+        return [token for token, _ in self.tokens(text, own)]
+
+    def tokens(self, text: str, own: Runs, cuts: Sequence[int] = ()) -> list[Placed]:
+        """The tokens of a rendered text, each with the place of its first character.
+
+        `cuts` are places that no token spans, where the library's own encoding has to be given up.
+        """
+        placed = self._as_transformers(text, own)
+        return self._piecewise(text, own, cuts) if placed is None else placed
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **more: Any
@@ -154,7 +175,7 @@ class ChatTemplate:
         variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": True}
         return self._renderer.render(template, variables | more, self.specials)
 
-    def _as_transformers(self, text: str, own: Runs) -> list[int] | None:
+    def _as_transformers(self, text: str, own: Runs) -> list[Placed] | None:
         """The tokens of the text with special tokens; None where a message would have spelt one of them."""
         if self._core is None:
             return None
@@ -168,19 +189,23 @@ class ChatTemplate:
                 at = text.find(names[token], start, end)  # its white space may be a message's
                 if at < 0 or not _within(own, at, at + len(names[token])):
                     return None
-        return encoding.ids
+        return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
-    def _piecewise(self, text: str, own: Runs) -> list[int]:
+    def _piecewise(self, text: str, own: Runs, cuts: Sequence[int]) -> list[Placed]:
         """The tokens of the text: special tokens where the template wrote them, all else as text."""
-        ids, at = [], 0
-        for start, end in own:
-            for special in self._special.finditer(text, start, end):
-                ids += [*self._text(text[at : special.start()]), self.tokenizer.specials[special[0]]]
-                at = special.end()
-        return [*ids, *self._text(text[at:])]
+        names = [name for start, end in own for name in self._special.finditer(text, start, end)]
+        placed, at = [], 0
+        for name in names:
+            placed += self._text(text, at, name.start(), cuts)
+            placed.append((self.tokenizer.specials[name[0]], name.start()))
+            at = name.end()
+        return placed + self._text(text, at, len(text), cuts)
 
-    def _text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text) if text else []
+    def _text(self, text: str, start: int, end: int, cuts: Sequence[int]) -> list[Placed]:
+        """The tokens of a run of text; each counts as placed where its piece between cuts begins."""
+        ends = [*sorted(cut for cut in cuts if start < cut < end), end]
+        pieces = [(a, b) for a, b in zip([start, *ends], ends, strict=False) if a < b]
+        return [(token, a) for a, b in pieces for token in self.tokenizer.encode(text[a:b])]
 
 
 def _within(own: Runs, start: int, end: int) -> bool:

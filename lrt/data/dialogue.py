@@ -1,0 +1,146 @@
+"""Dialogues: rows that hold messages, or a prompt and its answer; and how they are written without a chat template."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from lrt.config.decoding import NEXT, TOOL_TURN, TURN
+from lrt.data.chat_template import Message, Tool
+
+MESSAGES = ("messages", "conversations", "conversation")
+"""Columns that hold lists of messages."""
+PAIRS = (
+    ("prompt", "completion"), ("prompt", "answer"), ("prompt", "response"), ("instruction", "output"),
+    ("instruction", "response"), ("question", "answer"),
+)  # fmt: skip
+"""Columns that hold a prompt and its answer."""
+COLUMNS = tuple(dict.fromkeys([*MESSAGES, *(name for pair in PAIRS for name in pair), "input", "tools"]))
+"""Every column that a dialogue may be read from."""
+ROLES = {
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "tool": "tool",
+}  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class Dialogue:
+    """Messages as a chat template sees them, of which answers alone are learned."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    place: str = field(default="", compare=False)
+    """Where it was read."""
+
+    @property
+    def text(self) -> str:
+        """It without a chat template: what a tokenizer is trained on, and what tells two of them apart."""
+        return "".join(plain_pieces(self.messages, self.tools)) + NEXT
+
+    @property
+    def learned(self) -> list[int]:
+        """Which messages are learned: the assistant's, but those of `weight` 0."""
+        return [i for i, m in enumerate(self.messages) if m["role"] == "assistant" and m.get("weight", 1) != 0]
+
+
+Document = str | Dialogue
+"""What is tokenised: a text, every token of which is learned, or a dialogue."""
+
+
+def text_of(document: Document) -> str:
+    """A document as text."""
+    return document if isinstance(document, str) else document.text
+
+
+def plain_pieces(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Iterator[str]:
+    """A dialogue as text without a template; every message is encoded by itself, so that an answer keeps its tokens."""
+    if tools:
+        yield f"TOOLS: {json.dumps([tool['function'] for tool in tools], ensure_ascii=False)}\n"
+    answered = False
+    for message in messages:
+        yield _turn(message, answered)
+        answered = message["role"] == "assistant"
+
+
+def _turn(message: Message, answered: bool) -> str:
+    role, text = message["role"], message["content"]
+    if role == "assistant":
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        calls = [f'{{"name": {json.dumps(f["name"])}, "arguments": {_as_json(f["arguments"])}}}' for f in functions]
+        text = "\n".join([text, *calls] if text else calls)
+        return text if text[:1].isspace() else f" {text}"
+    if role in ("user", "tool"):
+        return ("\n" if answered else "") + (TURN if role == "user" else TOOL_TURN).replace("{}", text)
+    return f"{text}\n"
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def dialogue_in(row: Mapping[str, Any], place: str, column: str | None = None) -> Dialogue | None:
+    """The dialogue of a row, in `column` or where one is looked for; None if there is none.
+
+    ValueError: something that is no message, or nothing to learn.
+    """
+    names = [name for name in (MESSAGES if column is None else (column,)) if isinstance(row.get(name), list)]
+    if names:
+        listed = row[names[0]]
+    elif column is None and (pair := next((p for p in PAIRS if set(p) <= set(row)), None)):
+        listed = [*_side(row, pair[0], "user", place), *_side(row, pair[1], "assistant", place)]
+    else:
+        return None
+    tools = row.get("tools")
+    dialogue = Dialogue(tuple(_message(m, place) for m in listed), tuple(_tools(tools, place)), place)
+    if listed and not dialogue.learned:
+        raise ValueError(f"{place}: no message of the assistant, so there is nothing to learn: leave the row out")
+    return dialogue
+
+
+def _side(row: Mapping[str, Any], name: str, role: str, place: str) -> list[Any]:
+    """A prompt or an answer: a text, or messages."""
+    value = row[name]
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: column {name!r} holds {type(value).__name__}: give a text, or messages")
+    more = row.get("input") if name == "instruction" else None
+    return [{"role": role, "content": f"{value}\n\n{more}" if isinstance(more, str) and more else value}]
+
+
+def _message(message: Any, place: str) -> Message:
+    """A message as templates know it; columns that others of a table have are null here, and left out."""
+    if not isinstance(message, dict):
+        raise ValueError(f'{place}: a message is no object: write it like {{"role": "user", "content": "..."}}')
+    known = {name: value for name, value in message.items() if value is not None}
+    role, content = known.pop("role", known.pop("from", None)), known.pop("content", known.pop("value", None))
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{place}: a message has the role {str(role)[:40]!r}: give one of {', '.join(ROLES)}")
+    calls = known.get("tool_calls")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    content = "" if content is None and calls else content
+    if not isinstance(content, str):
+        raise ValueError(f"{place}: a message of the {role} holds no text: give its content as text")
+    if calls is not None:
+        known["tool_calls"] = [_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
+    return {"role": ROLES[role], "content": content} | known
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    """A call of a tool."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{place}: a tool call names no function: give its name and arguments")
+    function = {"name": function["name"], "arguments": function.get("arguments", {})}
+    return dict(call) | {"type": "function", "function": function}
+
+
+def _tools(tools: Any, place: str) -> list[Tool]:
+    tools = tools or []
+    if not isinstance(tools, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("function"), dict) for t in tools
+    ):
+        raise ValueError(f"{place}: column 'tools' is no list of functions: leave it out, or write it as clients do")
+    return tools
