@@ -100,7 +100,7 @@ def prepare(
     ready, pauses = _given_tokenizer(base), tokenizer[len(base) :]
     kind = (f"bpe{vocab_size}" if ready is None else ready.hash) + pauses
     facts = [CHECKED, text.fingerprint(), max_bytes, validation, kind]
-    facts += [] if given is None or not given.config.chat_templates else [dict(given.config.chat_templates)]
+    facts += [] if ready is None or not ready.config.chat_templates else [dict(ready.config.chat_templates)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     home = expand_home(folder) / f"{_slug(source)}-{_slug(kind if ready is None else tokenizer)}-{key}"
     if not home.exists():
