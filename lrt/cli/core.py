@@ -1,16 +1,14 @@
-"""`lrt core`: CORE of a run, from a local evaluation bundle."""
+"""`lrt core`: CORE of a run, from a local evaluation bundle; `lrt eval --suite core` in fewer words."""
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
+from lrt.cli.suites import SuiteRequest, score_suite
 from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require_at_least
 from lrt.config.run import Device
@@ -28,6 +26,9 @@ class CoreFlags:
     """Items of each task; by default all."""
     mode: str = DEFAULT_MODE
     """How texts are taken in: exact, jacobi, interleaved-G, or zero_memory."""
+    out: Path | None = None
+    """Folder of the record, core-MODE.jsonl, and of what is kept of an evaluation that is stopped; by default
+    RUN/suites."""
     device: Device = "auto"
     """cpu, cuda or auto."""
     json: bool = False
@@ -42,23 +43,12 @@ def main(args: list[str]) -> int:
     flags = parse(CoreFlags, args, "core")
     require_at_least(1, limit=flags.limit)
 
-    from lrt.evaluation.core import TASKS_OF_CORE, core, read_bundle
+    from lrt.evaluation.core import read_bundle
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
-    from lrt.utils.tables import Table
 
-    tasks, loaded = read_bundle(flags.bundle), load_model(flags.run, resolve_device(flags.device))
-
-    def tell(label: str, scores: dict[str, Any]) -> None:
-        print(f"{label}: centred {scores['centred']:+.4f}, {scores['items']} items", file=sys.stderr, flush=True)
-
-    result = core(loaded.model, loaded.tokenizer, tasks, limit=flags.limit, mode=flags.mode, tell=tell)
-    rows = [
-        [k, f"{t['accuracy']:.4f}", f"{t['centred']:+.4f} ± {t['centred_error']:.4f}", str(t["items"])]
-        for k, t in result["tasks"].items()
-    ]
-    whole = "CORE" if len(tasks) == TASKS_OF_CORE else f"mean of {len(tasks)} tasks"
-    last = [whole, "", f"{result['core']:+.4f} ± {result['core_error']:.4f}", ""]
-    table = Table(["task", "accuracy", "centred", "items"], [*rows, last])
-    print(json.dumps({"run": str(flags.run), "step": loaded.step} | result) if flags.json else table.markdown())
+    read_bundle(flags.bundle)  # what is wrong with it is told before a model is loaded
+    loaded = load_model(flags.run, resolve_device(flags.device))
+    request = SuiteRequest("core", flags.bundle, mode=flags.mode, limit=flags.limit, out=flags.out)
+    print(score_suite(loaded, request, as_json=flags.json))
     return 0

@@ -1,4 +1,4 @@
-"""`lrt eval`: bits per byte of a run in every mode, or lm-eval's tasks."""
+"""`lrt eval`: bits per byte of a run in every mode, a suite of tasks, or lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
+from lrt.cli.suites import SuiteRequest, score_suite
 from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require, require_at_least
 from lrt.config.run import Device
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalFlags:
-    """Bits per byte of a run on its validation text (or another text), in every mode."""
+    """Bits per byte of a run on its validation text (or another text), in every mode; or, with --suite, tasks."""
 
     run: Positional[Path]
     """Run folder, or one of its checkpoints."""
@@ -41,10 +42,22 @@ class EvalFlags:
     """Run these lm-eval tasks instead (separated by commas or spaces), scored by the decoding engine."""
     include_path: Path | None = None
     """Folder with task files of your own; the harness's are then left out."""
-    mode: str = DEFAULT_MODE
-    """How tasks are scored: exact, jacobi, interleaved-G or zero_memory."""
+    suite: str | None = None
+    """Score a suite instead: core (CORE's tasks), blimp (minimal pairs), or a synthetic task by length, such as parity,
+    sums, s5, a5, parity_check, mqar-8-8192 or pointers-2."""
+    suite_data: Path | None = None
+    """Folder of the files of core or blimp on this disk; nothing is downloaded."""
+    lengths: tuple[int, ...] = ()
+    """Lengths of a synthetic task's rows; by default 1, 2, 4 and 8 times the trained length."""
+    arm: str | None = None
+    """What tables call the run; by default its name without the seed."""
+    out: Path | None = None
+    """Folder of a suite's record, SUITE-MODE.jsonl, which `lrt report` reads; by default RUN/suites."""
+    mode: str | None = None
+    """How tasks are scored: exact, jacobi, interleaved-G or zero_memory; by default synthetic tasks exactly, others by
+    interleaved-8."""
     limit: int | None = None
-    """Examples per task."""
+    """Examples of each task."""
     device: Device = "auto"
     """cpu, cuda or auto."""
     json: bool = False
@@ -59,6 +72,10 @@ def main(args: list[str]) -> int:
     flags = parse(EvalFlags, args, "eval")
     require_at_least(1, rows=flags.rows, limit=flags.limit)
     require_at_least(2, length=flags.length)
+    require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")
+    of_suites = {"suite-data": flags.suite_data, "lengths": flags.lengths, "arm": flags.arm, "out": flags.out}
+    lonely = [f"--{name}" for name, value in of_suites.items() if value and not flags.suite]
+    require(not lonely, f"{', '.join(lonely)} belongs to a suite; name it with --suite, or leave that out")
 
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
     from lrt.evaluation.held_out import held_out
@@ -67,8 +84,8 @@ def main(args: list[str]) -> int:
 
     with join(flags.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(flags.run, world.device)
-        if flags.tasks:
-            print(_tasks(flags, loaded))
+        if flags.tasks or flags.suite:
+            print(score_suite(loaded, _request(flags), as_json=flags.json) if flags.suite else _tasks(flags, loaded))
             return 0
         length = loaded.config.train.length if flags.length is None else flags.length
         context = loaded.config.model.context
@@ -94,6 +111,11 @@ def sweep_lines(bpb: BPB) -> list[str]:
     return lines
 
 
+def _request(flags: EvalFlags) -> SuiteRequest:
+    f = flags
+    return SuiteRequest(f.suite or "", f.suite_data, f.lengths, f.mode, f.limit, f.out, f.arm)
+
+
 def _tasks(flags: EvalFlags, loaded: Loaded) -> str:
     """lm-eval's results as a table, or as one JSON object."""
     try:
@@ -102,7 +124,12 @@ def _tasks(flags: EvalFlags, loaded: Loaded) -> str:
         raise ValueError("--tasks needs lm-eval: pip install 'latent-recurrent-transformer[eval]'") from None
     names = [name for part in flags.tasks for name in part.split(",") if name]
     done = run_tasks(
-        loaded, names, mode=flags.mode, include=flags.include_path, limit=flags.limit, normalised=flags.normalised
+        loaded,
+        names,
+        mode=flags.mode or DEFAULT_MODE,
+        include=flags.include_path,
+        limit=flags.limit,
+        normalised=flags.normalised,
     )
     if flags.json:
         return json.dumps({"run": str(loaded.run), "step": loaded.step} | done, default=str)

@@ -49,8 +49,8 @@ def opened(file: Path) -> BinaryIO:
     return file.open("rb")
 
 
-def rows_of(file: Path, column: str) -> Iterator[Placed] | None:
-    """The rows of a structured file, with at least `column` of each; None if it is not one."""
+def rows_of(file: Path, column: str | None) -> Iterator[Placed] | None:
+    """The rows of a structured file, with at least `column` of each (None: all columns); None if it is not one."""
     read = READERS.get(kind_of(file))
     return None if read is None else read(file, column)
 
@@ -75,8 +75,10 @@ def holds_dialogue(names: Iterable[str], column: str) -> bool:
     return column == TEXT and (bool(known & set(MESSAGES)) or any(known >= set(pair) for pair in PAIRS))
 
 
-def _wanted(names: Sequence[str], column: str, file: Path) -> list[str]:
-    """The columns of a table that a document is read from."""
+def _wanted(names: Sequence[str], column: str | None, file: Path) -> list[str]:
+    """The columns of a table that a document is read from; all of them where `column` is None."""
+    if column is None:
+        return list(names)
     if column not in names and not holds_dialogue(names, column):
         raise absent(str(file), column, names)
     texts = [column] if column in names else []
@@ -89,7 +91,7 @@ def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:
     return ValueError(f"{place}: no column {column!r}: set text_column to one of {names}")
 
 
-def _json_lines(file: Path, column: str) -> Iterator[Placed]:
+def _json_lines(file: Path, column: str | None) -> Iterator[Placed]:
     with opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -97,7 +99,7 @@ def _json_lines(file: Path, column: str) -> Iterator[Placed]:
                 yield place, _object(parse_json(line, place, loose=True), place)
 
 
-def _json(file: Path, column: str) -> Iterator[Placed]:
+def _json(file: Path, column: str | None) -> Iterator[Placed]:
     """A list of objects, or one object."""
     if is_packed(file):
         with opened(file) as stream:
@@ -120,8 +122,8 @@ def _object(row: Any, place: str) -> Row:
     return row
 
 
-def _table(delimiter: str) -> Callable[[Path, str], Iterator[Placed]]:
-    def read(file: Path, column: str) -> Iterator[Placed]:
+def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Placed]]:
+    def read(file: Path, column: str | None) -> Iterator[Placed]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         with opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
@@ -138,7 +140,7 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[Placed]]:
     return read
 
 
-def _parquet(file: Path, column: str) -> Iterator[Placed]:
+def _parquet(file: Path, column: str | None) -> Iterator[Placed]:
     pyarrow = _arrow(file)
     parquet = importlib.import_module("pyarrow.parquet")
 
@@ -150,7 +152,7 @@ def _parquet(file: Path, column: str) -> Iterator[Placed]:
     return _arrow_rows(file, column, batches, pyarrow.ArrowException)
 
 
-def _arrow_file(file: Path, column: str) -> Iterator[Placed]:
+def _arrow_file(file: Path, column: str | None) -> Iterator[Placed]:
     pyarrow = _arrow(file)
 
     def batches() -> Iterator[Any]:
@@ -167,7 +169,7 @@ def _arrow_file(file: Path, column: str) -> Iterator[Placed]:
 
 
 def _arrow_rows(
-    file: Path, column: str, batches: Callable[[], Iterator[Any]], failure: type[Exception]
+    file: Path, column: str | None, batches: Callable[[], Iterator[Any]], failure: type[Exception]
 ) -> Iterator[Placed]:
     try:
         for batch in batches():
@@ -186,7 +188,7 @@ def _arrow(file: Path) -> Any:
     return pyarrow
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Placed]]] = {
+READERS: dict[str, Callable[[Path, str | None], Iterator[Placed]]] = {
     ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _table(","), ".tsv": _table("\t"),
     ".parquet": _parquet, ".arrow": _arrow_file, ".feather": _arrow_file,
 }  # fmt: skip

@@ -7,22 +7,18 @@ questions to one answer (schema), and a text to be continued exactly.
 
 from __future__ import annotations
 
-import math
+import functools
+import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
-from lrt.data import Tokenizer
-from lrt.model.loss import token_nats
-from lrt.model.lrt import LRT
-from lrt.model.recurrence import states
+from lrt.evaluation.likelihood import Candidate, Likelihood
+from lrt.evaluation.suite import Scorer, Scores, Suite, fingerprint, mean_of, share
 from lrt.utils.files import read_csv, read_jsonl, read_yaml, require_fields, require_kind
 
 KINDS: dict[str, dict[str, type]] = {
@@ -35,6 +31,8 @@ OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 ENTRY = {"label": str, "icl_task_type": str, "dataset_uri": str, "continuation_delimiter": str, "num_fewshot": list}
 MOST_SHOTS = 1000
 TASKS_OF_CORE = 22
+ITEMS_AT_ONCE = 64
+"""Items that are tokenised and scored together."""
 Item = dict[str, Any]
 
 
@@ -51,14 +49,6 @@ class CoreTask(NamedTuple):
     items: list[Item]
     chance: float
     """Accuracy of a random guess, 0..1."""
-
-
-class Candidate(NamedTuple):
-    """A text whose last tokens are scored."""
-
-    ids: list[int]
-    scored: int
-    """How many of the last ids are the answer."""
 
 
 class Known(NamedTuple):
@@ -89,16 +79,25 @@ def read_bundle(folder: Path) -> list[CoreTask]:
 
     ValueError: what is missing from it, of another type, or of a kind unknown here.
     """
+    require(folder.is_dir(), f"{folder} is no folder; give that of the evaluation bundle or of its task files")
     files = sorted(file for file in folder.rglob("*.jsonl") if file.stem in KNOWN)
     if files and not (folder / "core.yaml").exists():
-        return [_known_task(file, KNOWN[file.stem]) for file in files]
+        return _different([_known_task(file, KNOWN[file.stem]) for file in files], str(folder))
     for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
         require((folder / name).exists(), f"{folder / name} does not exist; give the folder of the evaluation bundle")
     chances, where = _chances(folder / "eval_meta_data.csv"), f"{folder / 'core.yaml'}"
     tasks = read_yaml(folder / "core.yaml", "task list")
     require_fields(tasks, {"icl_tasks": list}, where)
     require(bool(tasks["icl_tasks"]), f"{where} lists no task; unpack the bundle again")
-    return [_task(folder, entry, chances, f"{where}, task {n}") for n, entry in enumerate(tasks["icl_tasks"], 1)]
+    entries = enumerate(tasks["icl_tasks"], 1)
+    return _different([_task(folder, entry, chances, f"{where}, task {n}") for n, entry in entries], where)
+
+
+def _different(tasks: list[CoreTask], where: str) -> list[CoreTask]:
+    labels = [task.label for task in tasks]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    require(twice is None, f"{where} has the task {twice!r} twice; leave one of them")
+    return tasks
 
 
 def _known_task(file: Path, known: Known) -> CoreTask:
@@ -148,9 +147,8 @@ def _checked(item: Item, kind: str, where: str) -> Item:
 
 def examples(task: CoreTask, number: int, seed: int = 1234) -> list[Item]:
     """The solved items in front of item `number`: drawn without it, a function of task, item and seed."""
-    others = [item for i, item in enumerate(task.items) if i != number]
-    draw = random.Random(f"{seed}-{zlib.crc32(task.label.encode())}-{number}")
-    return draw.sample(others, min(task.shots, len(others)))
+    draw, others = random.Random(f"{seed}-{zlib.crc32(task.label.encode())}-{number}"), len(task.items) - 1
+    return [task.items[i + (i >= number)] for i in draw.sample(range(others), min(task.shots, others))]
 
 
 def texts(task: CoreTask, item: Item, shots: Sequence[Item]) -> list[tuple[str, str]]:
@@ -170,66 +168,49 @@ def _answer(task: CoreTask, item: Item, option: int) -> str:
     return task.delimiter + (item["choices"][option] if task.kind == "multiple_choice" else item["continuation"])
 
 
-def candidates(
-    task: CoreTask, item: Item, shots: Sequence[Item], tokenizer: Tokenizer, context: int
-) -> list[Candidate]:
-    """The candidates as ids, cut on the left to `context`; the answer is what follows the context's own tokens."""
-    found = []
+def candidates(task: CoreTask, item: Item, shots: Sequence[Item], scorer: Scorer) -> list[Candidate]:
+    """The candidates as ids; what is scored is what follows the context's own tokens."""
+    made = []
     for question, answer in texts(task, item, shots):
-        whole, alone = tokenizer.encode(question + answer), tokenizer.encode(question.rstrip())
+        whole, alone = scorer.encode(question + answer), scorer.tokenizer.encode(question.rstrip())
         same = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
-        ids = [tokenizer.bos, *whole]
-        scored = len(whole) - same
-        require(scored < context, f"an answer of {task.label} has {scored} tokens; the model's context is {context}")
-        found.append(Candidate(ids[-context:], scored))
-    return found
+        require(same < len(whole), f"{answer!r}, an answer of {task.label}, has no token of its own")
+        made.append(Candidate([scorer.tokenizer.bos, *whole], len(whole) - same))
+    return made
 
 
-@torch.no_grad()
-def right(model: LRT, task: CoreTask, item: Item, found: list[Candidate], mode: str) -> bool:
-    """Whether the model, decoding with memory, prefers the right candidate, or would write the continuation itself."""
-    longest = max(len(c.ids) for c in found)
-    ids = torch.tensor([c.ids + [c.ids[0]] * (longest - len(c.ids)) for c in found], device=model.device)
-    hidden = torch.cat([h for _, h, _ in states(model, ids, mode=mode)], dim=1)[:, :-1]
-    spans = [slice(len(c.ids) - c.scored - 1, len(c.ids) - 1) for c in found]
+def is_right(task: CoreTask, item: Item, options: Sequence[Candidate], answers: Sequence[Likelihood]) -> bool:
+    """Whether the right candidate has the highest mean log-probability, or the continuation would be written itself."""
     if task.kind == "language_modeling":
-        said = model.logits(hidden[:, spans[0]]).argmax(-1)
-        return bool((said == ids[:, 1:][:, spans[0]]).all())
-    nats = token_nats(model, hidden, ids[:, 1:])
-    means = [float(row[span].double().mean()) for row, span in zip(nats, spans, strict=True)]
-    return means.index(min(means)) == item["gold"]
+        return answers[0].greedy
+    means = [one.logprob / option.scored for one, option in zip(answers, options, strict=True)]
+    return means.index(max(means)) == item["gold"]
 
 
-def core(
-    model: LRT,
-    tokenizer: Tokenizer,
-    tasks: Sequence[CoreTask],
-    *,
-    limit: int | None = None,
-    mode: str = DEFAULT_MODE,
-    tell: Callable[[str, dict[str, Any]], None] = lambda label, scores: None,
-) -> dict[str, Any]:
-    """Accuracy and centred accuracy, (accuracy - chance) / (1 - chance), of each task, and CORE: the latter's mean.
+def score_task(task: CoreTask, scorer: Scorer) -> Scores:
+    """Accuracy of a task and its centred accuracy, (accuracy - chance) / (1 - chance), with standard errors."""
+    total, hits = len(task.items[: scorer.limit]), 0
+    for first in range(0, total, ITEMS_AT_ONCE):
+        block = range(first, min(first + ITEMS_AT_ONCE, total))
+        each = [candidates(task, task.items[i], examples(task, i), scorer) for i in block]
+        answers = iter(scorer.likelihoods([candidate for options in each for candidate in options]))
+        hits += sum(
+            is_right(task, task.items[i], options, [next(answers) for _ in options])
+            for i, options in zip(block, each, strict=True)
+        )
+        scorer.progress(block.stop, total)
+    scores, room = share(hits, total), 1 - task.chance
+    return scores | {"centred": (scores["accuracy"] - task.chance) / room, "centred_error": scores["error"] / room}
 
-    Both with their standard errors (n - 1, items independent). `tell` takes each task's figures as they come.
-    """
-    found = {}
-    for task in tasks:
-        chosen = range(len(task.items))[:limit]
-        hits = 0
-        for number in chosen:
-            shots = examples(task, number)
-            options = candidates(task, task.items[number], shots, tokenizer, model.config.context)
-            hits += right(model, task, task.items[number], options, mode)
-        accuracy = hits / len(chosen)
-        centred = (accuracy - task.chance) / (1 - task.chance)
-        error = math.sqrt(accuracy * (1 - accuracy) / max(len(chosen) - 1, 1)) / (1 - task.chance)
-        found[task.label] = {"accuracy": accuracy, "centred": centred, "centred_error": error, "items": len(chosen)}
-        tell(task.label, found[task.label])
-    scores = found.values()
-    return {
-        "core": sum(t["centred"] for t in scores) / len(found),
-        "core_error": math.sqrt(sum(t["centred_error"] ** 2 for t in scores)) / len(found),
-        "tasks": found,
-        "mode": mode,
-    }
+
+def core_suite(folder: Path) -> Suite:
+    """CORE, or as many of its tasks as lie in the folder. ValueError: see `read_bundle`."""
+    tasks = read_bundle(folder)
+    parts = {task.label: functools.partial(score_task, task) for task in tasks}
+    facts = [json.dumps([t.label, t.kind, t.shots, t.delimiter, t.chance, t.items]) for t in tasks]
+    return Suite("core", parts, _summary, fingerprint(facts))
+
+
+def _summary(parts: Mapping[str, Scores]) -> Scores:
+    """CORE: the mean centred accuracy."""
+    return mean_of(parts.values(), "centred", "centred_error") | {"whole": len(parts) == TASKS_OF_CORE}

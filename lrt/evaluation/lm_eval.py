@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -15,9 +14,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.config.model import require
 from lrt.data.normalised import Spelling
+from lrt.evaluation.likelihood import Candidate, likelihoods, of_like_length
 from lrt.inference.generate import generate
 from lrt.inference.loaded import Loaded
-from lrt.model.recurrence import prefill_options, states
+from lrt.model.recurrence import prefill_options
 
 Pair = tuple[Any, list[int], list[int]]
 """Something to tell it by, and the tokens of context and continuation."""
@@ -27,7 +27,7 @@ MAX_NEW = 256
 
 @final
 class Harness(TemplateLM):
-    """A model for lm-eval, whose three methods are `states`, `generate`, and windows over the first.
+    """A model for lm-eval, whose three methods are `likelihoods`, `generate`, and windows over the first.
 
     Texts are tokenised as HFLM does with an exported folder: BOS in front of every context. Rolling windows begin with
     one BOS (HFLM needs `add_bos_token=False` for that, else it also scores a BOS after a BOS). A text that the tokens
@@ -39,8 +39,8 @@ class Harness(TemplateLM):
     def __init__(self, loaded: Loaded, mode: str = DEFAULT_MODE, rows: int = 8, normalised: bool = False):
         super().__init__()
         self.spelling, self.normalised = Spelling(loaded.tokenizer), normalised
-        self.loaded, self.mode, self.batch_rows = loaded, mode, rows
-        self.max_length = loaded.model.config.context
+        self.loaded, self.mode, self.max_length = loaded, mode, loaded.model.config.context
+        self.positions = rows * self.max_length
 
     @property
     def eot_token_id(self) -> int:
@@ -54,41 +54,10 @@ class Harness(TemplateLM):
             self.spelling.require_same()
         return [*opening, *ids]
 
-    @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Summed log-probability of each continuation, and whether it is the greedy one.
-
-        A context too long for its continuation loses its beginning, as in the harness's own models. ValueError: a
-        continuation longer than the model's context, which they refuse too.
-        """
-        longest = max((len(rest) for _, _, rest in requests), default=0)
-        require(
-            longest <= self.max_length,
-            f"a continuation has {longest} tokens, the model's context {self.max_length}: it cannot be scored whole; "
-            "leave the task out, or take a model with a longer context",
-        )
-        whole = [([*context, *rest][-self.max_length - 1 :], len(rest)) for _, context, rest in requests]
-        scores: list[tuple[float, bool]] = [(0.0, True)] * len(whole)
-        for rows in self._batches([len(ids) for ids, _ in whole]):
-            width = max(len(whole[i][0]) for i in rows)
-            ids = torch.tensor(
-                [whole[i][0] + [0] * (width - len(whole[i][0])) for i in rows], device=self.loaded.model.device
-            )
-            chosen, best = self._scored(ids)
-            for row, i in enumerate(rows):
-                end, count = len(whole[i][0]) - 1, whole[i][1]
-                part = slice(end - count, end)
-                scores[i] = float(chosen[row, part].sum()), bool(best[row, part].all())
-        return scores
-
-    def _scored(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of every token after the first, float64 [B, T - 1], and whether it is the most probable."""
-        model, parts = self.loaded.model, []
-        for first, hidden, _ in states(model, ids[:, :-1], mode=self.mode):
-            z, target = model.logits(hidden), ids[:, first + 1 : first + 1 + hidden.shape[1]]
-            chosen = z.double().log_softmax(-1).gather(-1, target[..., None])[..., 0]
-            parts.append((chosen, z.argmax(-1) == target))
-        return torch.cat([a for a, _ in parts], dim=1), torch.cat([b for _, b in parts], dim=1)
+        """Summed log-probability of each continuation, and whether it is the greedy one: see `likelihoods`."""
+        candidates = [Candidate([*context, *rest], len(rest)) for _, context, rest in requests]
+        return [(x.logprob, x.greedy) for x in likelihoods(self.loaded.model, candidates, self.mode, self.positions)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Summed log-probability of whole texts, in windows of the model's context that share no target."""
@@ -107,7 +76,7 @@ class Harness(TemplateLM):
         """Greedy continuations, up to the first stop text; a context too long for its answer loses its beginning."""
         answers = [""] * len(requests)
         prompts, laws = zip(*(self._request(*request.args) for request in requests), strict=True)
-        for rows in self._batches([len(p) for p in prompts]):
+        for rows in of_like_length([len(p) for p in prompts], self.positions):
             texts = dict.fromkeys(rows, "")
             spell = self.loaded.tokenizer.decode_bytes
             some = [prompts[i] for i in rows], [laws[i] for i in rows]
@@ -126,12 +95,6 @@ class Harness(TemplateLM):
         stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
         prompt = self.tok_encode(context)[-(self.max_length - count) :]
         return prompt, SamplingParams(max_new_tokens=count, temperature=0, stop=stop)
-
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices, rows of like length together, longest first."""
-        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        for i in range(0, len(longest), self.batch_rows):
-            yield longest[i : i + self.batch_rows]
 
 
 def run_tasks(

@@ -61,9 +61,11 @@ def read_groups(files: Sequence[Path]) -> list[RunGroup]:
 
 
 def _require_record(record: Record, where: str) -> None:
-    if not {"arm", "grid", "seed", "bpb"} <= set(record):
+    kinds = {"whole": dict, "parts": dict, "suite": str} if "suite" in record else {"bpb": dict}
+    kinds = {"accuracy": dict} if "bpb" not in record and "accuracy" in record else kinds
+    if not {"arm", "grid", "seed", *kinds} <= set(record):
         raise ValueError(f"{where} is not the record of a run; remove the line")
-    require_fields(record, {"arm": str, "grid": dict, "seed": int, "bpb": dict}, where)
+    require_fields(record, {"arm": str, "grid": dict, "seed": int} | kinds, where)
 
 
 def _same_run(one: Record, other: Record) -> bool:

@@ -13,6 +13,7 @@ from lrt.experiments import plots
 from lrt.experiments.groups import RunGroup, seeds_and_mean
 from lrt.experiments.pages import COLOURS, png
 from lrt.experiments.plots import decoded
+from lrt.experiments.suite_tables import length_table, suite_tables
 from lrt.utils.files import read_text, write_text
 from lrt.utils.tables import Table
 
@@ -40,7 +41,9 @@ ABOUT = (
 
 def report_blocks(groups: Sequence[RunGroup], baseline: str) -> list[Block]:
     """Tables and pictures of the groups, under headings."""
-    blocks: list[Block] = []
+    suites = [g for g in groups if "suite" in g.records[0]]
+    blocks: list[Block] = [*suite_tables(suites, baseline)]
+    groups = [g for g in groups if g not in suites]
     text = [g for g in groups if "accuracy" not in g.records[0]]
     for sweep in dict.fromkeys(g.sweep for g in text):
         budgets = [g for g in text if g.sweep == sweep and "train.horizon" in g.point]
@@ -117,14 +120,7 @@ def _spread(mean: float, deviation: float, seeds: int, sign: str = "") -> str:
 
 
 def _tasks(heading: str, groups: list[RunGroup]) -> list[Block]:
-    sizes = list(groups[0].records[0]["accuracy"])
-    rows = [
-        [g.arm, str(len(g.records)), f"{g.mean(lambda r: r['cpu_seconds']):.0f}"]
-        + [" / ".join(f"{g.mean(lambda r, n=n, k=k: r['accuracy'][n][k]):.1%}" for k in ("all", "last")) for n in sizes]
-        for g in groups
-    ]
-    table = Table(["training", "seeds", "CPU s", *(f"{n} symbols: all / last" for n in sizes)], rows)
-    return [(heading, table), (f"{heading}: by length", plots.lengths(groups))]
+    return [(heading, length_table(groups)), (f"{heading}: by length", plots.lengths(groups))]
 
 
 def markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:

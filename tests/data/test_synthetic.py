@@ -15,7 +15,7 @@ from lrt.data.recall_tasks import POWER
 from lrt.data.state_tasks import PAD, PERMUTATIONS, QUERY, SWAPS, is_even
 from lrt.data.synthetic import TASKS, TaskLoader, TaskRows, task_rows
 from lrt.evaluation.in_context import in_context_score
-from lrt.evaluation.task_accuracy import accuracy, by_length
+from lrt.evaluation.task_accuracy import _ratio, accuracy, by_length
 from lrt.inference.prefill import decode_step
 from lrt.model.kv_cache import KVCache
 from lrt.model.shapes import IGNORE
@@ -203,6 +203,19 @@ def test_accuracy_is_that_of_the_decoded_model():
     right = (torch.stack(said, dim=1) == targets)[scored]
     assert found["all"] == pytest.approx(float(right.double().mean()))
     assert set(by_length(model, task, 8, (1, 2))) == {"8", "16"}
+
+
+def test_errors_of_accuracy_by_hand():
+    """All answers: as the deviation of the rows' shares over the root of their number, where rows ask equally often."""
+    every, error = _ratio(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([2.0, 2.0, 2.0]))
+    assert every == 0.5 and error == pytest.approx(np.std([0.5, 1.0, 0.0], ddof=1) / 3**0.5)
+    uneven, _ = _ratio(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 7.0]))
+    assert uneven == 0.5
+    cfg = ModelConfig(depth=1, width=16, heads=2, context=16, vocab_size=257, bos=256)
+    for name in ("recall", "induction-1"):
+        found = accuracy(randomised(cfg), TaskRows(name, 1), 16, rows=64)
+        p = found["last"]
+        assert found["items"] == 64 and 0 <= found["last_error"] <= (p * (1 - p) / 10) ** 0.5
 
 
 def test_a_model_learns_to_copy_and_the_command_line_trains_tasks(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,10 @@ from helpers import config, randomised
 from lrt.cli.main import main
 from lrt.config.model import ModelConfig
 from lrt.data.tokenizer import ByteTokenizer
-from lrt.evaluation.core import KNOWN, CoreTask, candidates, core, examples, read_bundle, texts
+from lrt.evaluation import core as module
+from lrt.evaluation.core import KNOWN, CoreTask, candidates, core_suite, examples, read_bundle, score_task, texts
+from lrt.evaluation.likelihood import Likelihood
+from lrt.evaluation.suite import Scorer
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
@@ -58,16 +61,15 @@ def test_prompts_of_the_three_kinds(bundle):
     assert texts(count, count.items[1], [count.items[0]]) == [("after 0: 1\n\nafter 1", ": 2")]
 
 
-def test_candidates_score_the_answer_and_keep_the_end_of_what_is_too_long(bundle):
-    colours = read_bundle(bundle)[0]
-    tokenizer = ByteTokenizer()
-    red, green = candidates(colours, colours.items[0], [], tokenizer, context=64)
+def scorer(model: LRT | None = None, **options) -> Scorer:
+    return Scorer(model=model or randomised(config()), tokenizer=ByteTokenizer(), mode="exact", **options)
+
+
+def test_candidates_score_the_answer(bundle):
+    colours, tokenizer = read_bundle(bundle)[0], ByteTokenizer()
+    red, green = candidates(colours, colours.items[0], [], scorer())
     assert tokenizer.decode(red.ids[-red.scored :]) == " red" and tokenizer.decode(red.ids) == "blood is red"
     assert (red.ids[0], green.scored) == (tokenizer.bos, 6)
-    short = candidates(colours, colours.items[0], [], tokenizer, context=8)[0]
-    assert tokenizer.decode(short.ids) == "d is red" and short.scored == 4
-    with pytest.raises(ValueError, match="context is 4"):
-        candidates(colours, colours.items[0], [], tokenizer, context=4)
 
 
 def test_a_model_that_knows_the_answers_gets_them_and_accuracy_is_centred(bundle):
@@ -80,28 +82,52 @@ def test_a_model_that_knows_the_answers_gets_them_and_accuracy_is_centred(bundle
         loss(rows[:, :-1], rows[:, 1:], step=step).loss.backward()
         optimizer.step(), optimizer.zero_grad()
     model.eval()
-    found = core(model, tokenizer, tasks, mode="exact")
-    assert {label: t["accuracy"] for label, t in found["tasks"].items()} == {"colours": 1, "pronouns": 1, "count": 1}
-    assert found["core"] == pytest.approx(1) and found["tasks"]["colours"]["items"] == 4
+    suite = core_suite(bundle)
+    found = {label: score(scorer(model)) for label, score in suite.parts.items()}
+    assert {label: scores["accuracy"] for label, scores in found.items()} == {"colours": 1, "pronouns": 1, "count": 1}
+    assert suite.summarise(found)["centred"] == pytest.approx(1) and found["colours"]["items"] == 4
+    assert not suite.summarise(found)["whole"]
     tasks[0].items[0]["gold"] = 1  # what it knows is now wrong
-    found = core(model, tokenizer, tasks[:1], mode="exact")
-    assert found["tasks"]["colours"]["centred"] == pytest.approx((0.75 - 0.5) / 0.5)
-    assert core(model, tokenizer, tasks[2:], limit=2)["tasks"]["count"]["items"] == 2
+    assert score_task(tasks[0], scorer(model))["centred"] == pytest.approx((0.75 - 0.5) / 0.5)
+    assert score_task(tasks[2], scorer(model, limit=2))["items"] == 2
 
 
 def test_standard_errors_by_hand(bundle, monkeypatch):
-    from lrt.evaluation import core as module
-
-    answers = iter([True, False, True])
-    monkeypatch.setattr(module, "right", lambda *_: next(answers))
-    monkeypatch.setattr(module, "candidates", lambda *_: [])
+    answers, seen = iter([True, False, True]), []
+    monkeypatch.setattr(module, "candidates", lambda *_: [None])
+    monkeypatch.setattr(module, "ITEMS_AT_ONCE", 2)
+    monkeypatch.setattr(Scorer, "likelihoods", lambda _, some: [Likelihood(0.0, next(answers)) for _ in some])
     task = CoreTask("made", "language_modeling", 0, " ", [{}, {}, {}], 0.25)
-    seen = []
-    found = core(randomised(config()), None, [task], tell=lambda *told: seen.append(told))  # type: ignore[arg-type]
-    scores = found["tasks"]["made"]
+    scores = score_task(task, scorer(progress=lambda *told: seen.append(told)))
     assert scores["accuracy"] == pytest.approx(2 / 3) and scores["centred"] == pytest.approx((2 / 3 - 0.25) / 0.75)
-    assert scores["centred_error"] == pytest.approx((2 / 9 / 2) ** 0.5 / 0.75) == found["core_error"]
-    assert seen == [("made", scores)]
+    assert scores["error"] == pytest.approx((2 / 9 / 2) ** 0.5) == scores["centred_error"] * 0.75
+    assert seen == [(2, 3), (3, 3)]
+    both = module._summary({"a": scores, "b": scores | {"centred": 1.0, "centred_error": 0.0}})
+    assert both["centred"] == pytest.approx((scores["centred"] + 1) / 2)
+    assert both["centred_error"] == pytest.approx(scores["centred_error"] / 2)
+
+
+def test_solved_examples_are_drawn_without_the_item_itself():
+    task = CoreTask("made", "language_modeling", 3, " ", [{"context": str(i)} for i in range(5)], 0.0)
+    for number in range(5):
+        drawn = [item["context"] for item in examples(task, number)]
+        assert len(set(drawn)) == 3 and str(number) not in drawn
+    assert len({str(examples(task, number)) for number in range(5)}) > 1
+    assert examples(task._replace(shots=9), 0) and len(examples(task._replace(shots=9), 0)) == 4
+
+
+def test_a_task_that_is_there_twice_is_refused(bundle, tmp_path):
+    (bundle / "core.yaml").write_text(
+        yaml.safe_dump({"icl_tasks": [ENTRIES[0], dict(ENTRIES[0], num_fewshot=[0])]}), encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match="has the task 'colours' twice"):
+        read_bundle(bundle)
+    for folder in ("a", "b"):
+        (tmp_path / "files" / folder).mkdir(parents=True)
+        item = {"query": "It rained, so", "choices": ["wet.", "dry."], "gold": 0}
+        (tmp_path / "files" / folder / "copa.jsonl").write_text(json.dumps(item) + "\n")
+    with pytest.raises(ValueError, match="has the task 'copa' twice"):
+        read_bundle(tmp_path / "files")
 
 
 def _solved(task, number: int, item) -> list[str]:
@@ -115,6 +141,8 @@ def test_what_is_missing_from_a_bundle_is_named(bundle, capsys):
         read_bundle(bundle)
     assert main(["core", "nowhere", "--bundle", str(bundle / "eval_data")]) == 2
     assert "core.yaml does not exist" in capsys.readouterr().err
+    assert main(["core", "nowhere", "--bundle", str(bundle / "core.yaml")]) == 2
+    assert "core.yaml is no folder" in capsys.readouterr().err
 
 
 def edit(key: str, value: object) -> dict:

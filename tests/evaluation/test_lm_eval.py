@@ -62,8 +62,12 @@ def write_tasks(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    words = train_bpe([" ".join(WORDS)] * 40, 270)
+    return some_run(tmp_path_factory.mktemp("runs") / "run", 270)
+
+
+def some_run(folder: Path, vocabulary: int) -> Path:
+    """A random model with a BPE of the words."""
+    words = train_bpe([" ".join(WORDS)] * 40, vocabulary)
     model = config(vocab_size=words.vocab_size, bos=words.bos, context=48)
     words.save(folder / "tokenizer")
     settings = RunConfig(model=model, train=TrainConfig(length=32))
@@ -139,3 +143,78 @@ def test_the_command_names_its_mode(run: Path, tmp_path: Path, monkeypatch, caps
     assert "scored by exact" in capsys.readouterr().out
     assert main(["eval", str(run), "--tasks", "no_such_task", *flags]) == 2
     assert "no task no_such_task" in capsys.readouterr().err
+
+
+CORE_TASKS = {
+    "copa": """
+output_type: multiple_choice
+doc_to_text: "{{query}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+""",
+    "winogrande": """
+output_type: multiple_choice
+doc_to_text: gold
+doc_to_choice: "{{context_options}}"
+doc_to_target: "{{continuation}}"
+""",
+    "lambada_openai": """
+output_type: loglikelihood
+doc_to_text: "{{context}}"
+doc_to_target: " {{continuation}}"
+""",
+}
+"""CORE's tasks without solved examples, in the harness's words, over the same files."""
+
+
+def write_core(folder: Path) -> Path:
+    """Files of three tasks in the gauntlet's layout, and task files of the harness that read them."""
+    ends, begins = ["dog", "fox", "the"], [" ".join(WORDS[i : i + 3]) for i in range(6)]
+    texts = [f"{a} {b}" for a in begins for b in begins]
+    items = {
+        "copa": [{"query": t, "choices": ends, "gold": i % 3} for i, t in enumerate(texts)],
+        "winogrande": [
+            {"context_options": [t, f"{b} dog"], "continuation": "over the fox", "gold": i % 2}
+            for i, (t, b) in enumerate(zip(texts, reversed(texts), strict=True))
+        ],
+        "lambada_openai": [{"context": t, "continuation": ends[i % 3]} for i, t in enumerate(texts)],
+    }
+    (folder / "yaml").mkdir(parents=True)
+    for name, rows in items.items():
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = f"dataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+        metric = f"task: own_{name}\nmetric_list: [{{metric: acc}}]\ntarget_delimiter: ' '\n"
+        (folder / "yaml" / f"{name}.yaml").write_text(metric + CORE_TASKS[name] + data)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "interleaved-8"])
+def test_core_is_right_on_the_same_items_as_the_harness(mode: str, tmp_path: Path, monkeypatch):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from lrt.evaluation.core import candidates, is_right, read_bundle
+    from lrt.evaluation.lm_eval import Harness
+    from lrt.evaluation.suite import Scorer
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    loaded, folder = load_model(some_run(tmp_path / "run", 400)), write_core(tmp_path / "core")
+    words = [loaded.tokenizer.encode(f"a {end}")[1:] for end in ("dog", "fox", "the")]
+    assert all(len(word) == 1 for word in words)
+    others = [i for i in range(loaded.model.config.vocab_size) if [i] not in words]
+    loaded.model.head.weight.data[others] = 0.0  # so that one of the three is mostly the most probable word
+    manager = TaskManager(include_path=str(folder / "yaml"), include_defaults=False)
+    names = [f"own_{name}" for name in CORE_TASKS]
+    done = simple_evaluate(
+        Harness(loaded, mode), tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+    scorer = Scorer(model=loaded.model, tokenizer=loaded.tokenizer, mode=mode)
+    for task in read_bundle(folder):
+        theirs = [s["acc"] for s in sorted(done["samples"][f"own_{task.label}"], key=lambda s: s["doc_id"])]
+        each = [candidates(task, item, [], scorer) for item in task.items]
+        ours = [is_right(task, i, c, scorer.likelihoods(c)) for i, c in zip(task.items, each, strict=True)]
+        assert ours == [bool(acc) for acc in theirs] and len(ours) == 36
+        assert 0 < sum(ours) < 36
