@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lrt.cli.parse import parse
-from lrt.config.run import DataConfig, RunConfig
+from lrt.config.run import DataConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def main(args: list[str]) -> int:
     from lrt.training.trainer import prepare_data
 
     with Live() as live:
-        prepared = prepare_data(RunConfig(data=flags.data), [live])
+        prepared = prepare_data(flags.data, [live])
     if isinstance(prepared.train, TaskRows) or isinstance(prepared.val, TaskRows):
         raise ValueError(f"{flags.data.source} is drawn as it is needed; give a text")
     train, val = len(prepared.train), len(prepared.val)

@@ -40,8 +40,8 @@ ones to begin with. lrt train --help-all lists all of them.
   --train.device NAME       auto, cpu or cuda; --train.seed N
 
 lrt train --data.source book.txt --out runs/book"""
-ON_RESUME = ("--resume", "--train.device")
-"""Flags that go with --resume: which run, and what machine it is on now."""
+ON_RESUME = ("--resume", "--train.device", "--data.folder")
+"""Flags that go with --resume: which run, what machine it is on now, and where its token shards are."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class TrainFlags:
     out: Path | None = None
     """Run folder, and the run's name; by default runs/NAME."""
     resume: Path | None = None
-    """Continue the run in this folder from its newest valid checkpoint; of the other flags only --train.device may be
-    given, where the run goes on on another machine."""
+    """Continue the run in this folder from its newest valid checkpoint; of the other flags only --train.device and
+    --data.folder may be given: where the run goes on, and where its token shards are now."""
     or_resume: bool = False
     """Continue the run if --out already holds a checkpoint of it, else begin: what restarted and requeued jobs need."""
     init_from: Path | None = None
@@ -102,6 +102,7 @@ def _placed(config: RunConfig, out: Path | None, args: Sequence[str]) -> tuple[R
 def _resumed(run: Path, config: RunConfig, args: Sequence[str]) -> RunConfig:
     """The configuration that a run goes on with: its own, on the device that is asked for."""
     from lrt.training import checkpoint
+    from lrt.utils.hardware import resolve_device
 
     others = [name for name in names_of(args) if name not in ON_RESUME]
     require(not others, f"--resume takes its settings from the run; leave out {', '.join(others)}")
@@ -110,8 +111,16 @@ def _resumed(run: Path, config: RunConfig, args: Sequence[str]) -> RunConfig:
         checkpoint.open_checkpoint(run)  # says what is there instead
     if started is None:
         raise ValueError(f"{run} holds no checkpoint to resume; {' '.join(problems)}")
-    device = config.train.device if "--train.device" in names_of(args) else started.config.train.device
-    return replace(started.config, train=replace(started.config.train, device=device))
+    resumed, names = started.config, names_of(args)
+    if "--train.device" in names:
+        resumed = replace(resumed, train=replace(resumed.train, device=config.train.device))
+    if "--data.folder" in names:
+        resumed = replace(resumed, data=replace(resumed.data, folder=config.data.folder))
+    try:
+        resolve_device(resumed.train.device)
+    except ValueError as error:
+        raise ValueError(f"{run} was trained on {resumed.train.device}; {error}: add --train.device cpu") from None
+    return resumed
 
 
 def _from_run(base: RunConfig, run: Path) -> RunConfig:

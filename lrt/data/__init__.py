@@ -2,7 +2,7 @@
 
 from lrt.data.loader import Batch, Loader, RowSource, prefetch
 from lrt.data.manifest import Manifest, Shard
-from lrt.data.prepare import Prepared, prepare
+from lrt.data.prepare import Prepared, prepare, reopen
 from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
 from lrt.data.synthetic import TaskLoader, TaskRows, batches
@@ -28,6 +28,7 @@ __all__ = [
     "open_split",
     "prefetch",
     "prepare",
+    "reopen",
     "source_bytes",
     "source_fingerprint",
     "split_documents",

@@ -1,5 +1,6 @@
 """The manifest of a folder of token shards: what must be found in it."""
 
+import hashlib
 import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -64,9 +65,17 @@ class Manifest:
     def save(self, folder: Path | str) -> None:
         write_json(Path(folder) / "manifest.json", asdict(self))
 
+    def of(self, split: str) -> tuple[Shard, ...]:
+        """The shards of a split."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
     def tokens(self, split: str) -> int:
         """Number of ids in a split."""
-        return sum(shard.tokens for shard in self.shards if shard.split == split)
+        return sum(shard.tokens for shard in self.of(split))
+
+    def hash(self, split: str) -> str:
+        """Sha256 hex of a split's ids; equal hashes mean equal tokens."""
+        return hashlib.sha256("".join(shard.sha256 + shard.mask for shard in self.of(split)).encode()).hexdigest()
 
 
 def _checked_manifest(data: Any) -> Manifest:

@@ -1,10 +1,12 @@
 """Prepare: from the name of a source to two token streams, made once and found again by what they depend on."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -35,6 +37,8 @@ class Prepared:
     val: TokenStream | TaskRows
     normalised: bool = False
     """Whether the tokens do not spell the text: bits per byte are of the normalised text."""
+    text: str | None = None
+    """Fingerprint of the source as it was read, see `source_fingerprint`; None where it was not looked at."""
 
 
 @final
@@ -99,7 +103,8 @@ def prepare(
     base = tokenizer.removesuffix(PAUSES)
     ready, pauses = _given_tokenizer(base), tokenizer[len(base) :]
     kind = (f"bpe{vocab_size}" if ready is None else ready.hash) + pauses
-    facts = [CHECKED, text.fingerprint(), max_bytes, validation, kind]
+    fingerprint = text.fingerprint()
+    facts = [CHECKED, fingerprint, max_bytes, validation, kind]
     facts += [] if ready is None or not ready.config.chat_templates else [dict(ready.config.chat_templates)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     home = expand_home(folder) / f"{_slug(source)}-{_slug(kind if ready is None else tokenizer)}-{key}"
@@ -111,7 +116,7 @@ def prepare(
     prepared = _open(home, verify, normalised)
     if ready is not None:  # the shards may have been made with the same tokens and other templates
         prepared.tokenizer.config = ready.config
-    return prepared
+    return replace(prepared, text=fingerprint)
 
 
 def _tokenize(
@@ -129,8 +134,32 @@ def _tokenize(
     report(read, read, "tokenizing")
 
 
-def _open(home: Path, verify: str, normalised: bool) -> Prepared:
-    tokenizer, lost = load_tokenizer(home), Manifest.load(home).lost
+def reopen(places: Iterable[Path], tokens: str, tokenizer: Tokenizer, normalised: bool, verify: str) -> Prepared | None:
+    """The token shards of a run, known by the hash of their training tokens; None if they are in none of the places.
+
+    places: folders of shards, or folders that hold some. tokenizer: the run's own. verify, normalised: see `prepare`.
+    ValueError: the shards with these tokens are damaged, or made with another tokenizer.
+    """
+    for home in itertools.chain.from_iterable(map(_shard_folders, places)):
+        with contextlib.suppress(ValueError):
+            if Manifest.load(home).hash("train") == tokens:
+                break
+    else:
+        return None
+    return _open(home, verify, normalised, tokenizer)
+
+
+def _shard_folders(place: Path) -> list[Path]:
+    """The folders of token shards that a place is or holds; what cannot be looked at holds none."""
+    try:
+        inner = sorted(place.iterdir()) if place.is_dir() else []
+        return [folder for folder in (place, *inner) if (folder / "manifest.json").is_file()]
+    except OSError:
+        return []
+
+
+def _open(home: Path, verify: str, normalised: bool, tokenizer: Tokenizer | None = None) -> Prepared:
+    tokenizer, lost = tokenizer or load_tokenizer(home), Manifest.load(home).lost
     if lost and not normalised:
         raise ValueError(f"{home}: {lost_text(lost)}")
     train, val = (open_split(home, split, verify, tokenizer=tokenizer) for split in ("train", "val"))

@@ -1,4 +1,4 @@
-"""Token shards: documents to memory-mapped files of ids, with a manifest that says what must be found in them.
+"""Token shards: documents to files of ids, with a manifest that says what must be found in them.
 
 A folder holds `train_00000.bin`, ..., `val_00000.bin`, ... (little-endian uint16 or uint32 ids, each document BOS and
 its tokens), the tokenizer, and `manifest.json`. It is written aside and renamed when complete. Where some ids are no
@@ -6,10 +6,13 @@ targets, as in dialogues, `train_00000.mask` beside them has a bit for each id: 
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,31 +24,36 @@ from lrt.data.answers import DocumentEncoder, Encoded
 from lrt.data.dialogue import Document, text_of
 from lrt.data.manifest import AGAIN, DTYPES, SPLITS, Manifest, Shard
 from lrt.data.normalised import Spelling
+from lrt.data.shard_file import ShardFile, ShardFiles
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.file_lock import FileLock, Held
 
 SHARD_TOKENS = 2**26
 ENCODE_BYTES = 2**20  # text encoded at a time: enough to keep the tokenizer's threads busy
+LOCK = ".lock"  # in a folder that is being written
+PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")
+DAY = 86_400.0  # seconds after which a folder that is being written, but was never locked, is taken for abandoned
 FEW = 16  # documents: below this a split by whole documents would miss the wanted share by far
 
 
 @final
 class TokenStream:
-    """The ids of a split as one long sequence, read from memory-mapped shards; open it with `open_split`.
+    """The ids of a split as one long sequence, read from its shards; open it with `open_split`.
 
-    Attributes: `split`, `shards`, `hash`, a sha256 hex of the content, to tell at resume that the data is the same, and
-    `answers`, whether answers alone are learned somewhere in it.
+    Attributes: `split`, `folder`, `shards`, `hash`, a sha256 hex of the content, to tell at resume that the data is the
+    same, and `answers`, whether answers alone are learned somewhere in it.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
-        self.split = split
-        self.shards = tuple(shard for shard in manifest.shards if shard.split == split)
-        sums = "".join(shard.sha256 + shard.mask for shard in self.shards)
-        self.hash, self.answers = hashlib.sha256(sums.encode()).hexdigest(), any(shard.mask for shard in self.shards)
-        self._folder = folder
-        self._vocab_size = manifest.vocab_size
-        self._maps = [np.memmap(folder / shard.name, DTYPES[manifest.dtype], mode="r") for shard in self.shards]
-        masks = [folder / shard.mask_name if shard.mask else None for shard in self.shards]
-        self._masks = [file and np.memmap(file, np.uint8, mode="r") for file in masks]
+        self.split, self.folder = split, folder
+        self.shards, self.hash = manifest.of(split), manifest.hash(split)
+        self.answers = any(shard.mask for shard in self.shards)
+        dtype, size, bits = DTYPES[manifest.dtype], manifest.vocab_size, np.dtype(np.uint8)
+        files = [ShardFile(folder / s.name, s.tokens, dtype, size, s.sha256) for s in self.shards]
+        masked = [(i, s) for i, s in enumerate(self.shards) if s.mask]
+        files += [ShardFile(folder / s.mask_name, -(-s.tokens // 8), bits, 256, s.mask) for _, s in masked]
+        self._files = ShardFiles(tuple(files))
+        self._masks = {i: len(self.shards) + k for k, (i, _) in enumerate(masked)}
         self._ends = list(itertools.accumulate(shard.tokens for shard in self.shards))
 
     def __len__(self) -> int:
@@ -67,23 +75,22 @@ class TokenStream:
             raise ValueError(f"cannot read ids {start} to {stop} of {len(self)}: stay within the stream")
         while start < stop:
             i = bisect.bisect_right(self._ends, start)
-            first, until = self._ends[i] - len(self._maps[i]), min(stop, self._ends[i])
+            first, until = self._ends[i] - self.shards[i].tokens, min(stop, self._ends[i])
             yield i, start - first, until - first
             start = until
 
     def _learned(self, i: int, start: int, stop: int) -> np.ndarray:
-        mask = self._masks[i]
-        if mask is None:
+        if i not in self._masks:
             return np.ones(stop - start, np.bool_)
-        bits = np.unpackbits(mask[start // 8 : -(-stop // 8)])
+        bits = np.unpackbits(self._files.read(self._masks[i], start // 8, -(-stop // 8)))
         return bits[start % 8 :][: stop - start].astype(np.bool_)
 
     def _ids(self, i: int, start: int, stop: int) -> np.ndarray:
-        ids = self._maps[i][start:stop]
-        if ids.max() >= self._vocab_size:
-            file = self._folder / self.shards[i].name
-            raise ValueError(f"{file}: id {ids.max()} is outside the vocabulary of {self._vocab_size}: {AGAIN}")
-        return ids.astype(np.int64)
+        return self._files.read(i, start, stop).astype(np.int64)
+
+    def verify(self, checksum: bool) -> None:
+        """Compare every file with the manifest, see `ShardFile`."""
+        self._files.verify(checksum)
 
 
 def open_split(
@@ -106,44 +113,9 @@ def open_split(
         )
     if not manifest.tokens(split):
         raise ValueError(f"{folder / 'manifest.json'}: lists no {split} shards: {AGAIN}")
-    for shard in manifest.shards:
-        if shard.split == split:
-            _verify(folder / shard.name, shard, manifest, verify)
-    return TokenStream(folder, split, manifest)
-
-
-def _verify(file: Path, shard: Shard, manifest: Manifest, verify: str) -> None:
-    _require_size(file, shard.tokens * DTYPES[manifest.dtype].itemsize)
-    mask = file.with_name(shard.mask_name)
-    if shard.mask:
-        _require_size(mask, -(-shard.tokens // 8))
-    if verify != "checksum":
-        return
-    for block in _blocks(np.memmap(file, DTYPES[manifest.dtype], mode="r")):
-        if block.max() >= manifest.vocab_size:
-            raise ValueError(f"{file}: id {block.max()} is outside the vocabulary of {manifest.vocab_size}: {AGAIN}")
-    for path, known in ((file, shard.sha256), (mask, shard.mask)):
-        if known and _file_hash(path) != known:
-            raise ValueError(f"{path}: its checksum is not the manifest's, so it was altered: {AGAIN}")
-
-
-def _require_size(file: Path, expected: int) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file}: the shard is missing: {AGAIN}")
-    actual = file.stat().st_size
-    if actual != expected:
-        raise ValueError(f"{file}: {actual} bytes where the manifest says {expected} (truncated?): {AGAIN}")
-
-
-def _file_hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(np.memmap(file, np.uint8, mode="r")):
-        digest.update(block.data)
-    return digest.hexdigest()
-
-
-def _blocks(ids: np.ndarray, size: int = 2**20) -> Iterator[np.ndarray]:
-    return (ids[at : at + size] for at in range(0, len(ids), size))
+    stream = TokenStream(folder, split, manifest)
+    stream.verify(checksum=verify == "checksum")
+    return stream
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -170,11 +142,14 @@ def write_shards(
     if folder.exists():
         raise ValueError(f"{folder}: is there already: name a new folder, or delete this one")
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    lock = FileLock(aside / LOCK)
     try:
         aside.mkdir(parents=True)
+        lock.take()
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made ({error.strerror}): name a folder that can be written") from None
     try:
+        _remove_abandoned(folder.parent)
         tokenizer.save(aside)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         spelling = Spelling(tokenizer)
@@ -185,9 +160,24 @@ def write_shards(
             tokenizer=tokenizer.hash, vocab_size=tokenizer.vocab_size, dtype=dtype, shards=shards, lost=lost
         )
         manifest.save(aside)
+        (aside / LOCK).unlink()
         return _publish(aside, folder, manifest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Delete what writers that were killed have left; a writer that is alive holds its folder."""
+    for folder in parent.iterdir():
+        if PARTIAL.fullmatch(folder.name) and not folder.is_symlink():
+            lock = FileLock(folder / LOCK)
+            with contextlib.suppress(Held, OSError):
+                if (folder / LOCK).is_file():
+                    lock.take()
+                if lock.held or time.time() - folder.stat().st_mtime > DAY:
+                    shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
 
 
 def _publish(aside: Path, folder: Path, manifest: Manifest) -> Manifest:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lrt.config.model import require
-from lrt.data import RowSource, Tokenizer, documents, prepare, source_bytes
+from lrt.data import RowSource, Tokenizer, TokenStream, documents, source_bytes
 from lrt.data.answers import DocumentEncoder
 from lrt.data.dialogue import Document, text_of
 from lrt.data.normalised import Spelling
+from lrt.data.run_tokens import RunTokens
 from lrt.evaluation.bits_per_byte import HeldOut, Rows, named, of_split, validation_rows
 from lrt.inference.loaded import Loaded
 
@@ -53,24 +52,18 @@ def held_out_rows(loaded: Loaded, source: str | None, *, rows: int, length: int)
 
 
 def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:
-    d, tokenizer = loaded.config.data, loaded.tokenizer
-    require(
-        loaded.data is not None,
-        f"{loaded.run} does not say what text it was trained on (a converted model?); name one with --source",
-    )
-    prepared = prepare(
-        source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
-        vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder),
-        normalised=normalised,
-    )  # fmt: skip
-    same = prepared.train.hash == loaded.data
-    require(
-        same,
-        f"the text of {d.source} has changed since {loaded.run} was trained, so nothing of it is known to be held out; "
-        f"restore it, or score it as another text with --source {d.source}",
-    )
-    sample = validation_rows(prepared.val, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
-    return of_split(prepared.val, sample, d.source, prepared.normalised)
+    d, tokenizer = replace(loaded.config.data, normalised=normalised), loaded.tokenizer
+    tokens = RunTokens.of(loaded.extra)
+    if tokens is None:
+        raise ValueError(
+            f"{loaded.run} does not say what text it was trained on (a converted model?); name one with --source"
+        )
+    prepared = tokens.find(loaded.run, d, tokenizer)
+    if isinstance(prepared.val, TokenStream):
+        prepared.val.verify(checksum=True)
+    chosen = validation_rows(prepared.val, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    source = f"{d.source} as it was tokenised" if tokens.changed(d) else d.source
+    return of_split(prepared.val, chosen, source, prepared.normalised)
 
 
 def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool) -> HeldOut:

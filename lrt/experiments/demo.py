@@ -52,7 +52,7 @@ def run_demo(demo: DemoConfig) -> str:
     started = time.perf_counter()
     configs = {name: _configure(make(), name, demo) for name, make in ARMS.items()}
     with Live(samples=False) as live:
-        prepare_data(next(iter(configs.values())), [live])
+        prepare_data(next(iter(configs.values())).data, [live])
         longest = sorted(configs.items(), key=lambda named: _flops(named[1]), reverse=True)
         failed = run_all(dict(longest), demo.out, _train_arm, at_once(), live)
     require(not failed, "; ".join(f"{name}: {reason}" for name, reason in failed.items()))

@@ -119,7 +119,7 @@ def run_sweep(runs: list[Run], out: Path, jobs: int, cluster: str | None = None,
     print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before", file=sys.stderr)
     with Live(samples=False) as live:
         for config in {to_key(run.config): run.config for run in todo}.values():
-            prepare_data(config, [live])  # once, before processes would do it side by side
+            prepare_data(config.data, [live])  # once, before processes would do it side by side
         configs = {run.name: run.config for run in todo}
         failed = _submit(configs, out, cluster, resources) if cluster else run_all(configs, out, _run_one, jobs, live)
     lines = collect(runs, out)

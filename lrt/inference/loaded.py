@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lrt.config.run import RunConfig
 from lrt.data import Tokenizer
@@ -22,5 +23,5 @@ class Loaded:
     """The checkpoint's folder."""
     run: Path
     """The run's folder."""
-    data: str | None = None
-    """Hash of the tokens that it was trained on; None where that is unknown, as in a converted model."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What its training stored beside it, such as which tokens it was trained on."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lrt.config.model import require
 from lrt.config.run import RunConfig, from_dict, to_dict
-from lrt.data import load_tokenizer
+from lrt.data import Tokenizer, load_tokenizer
 from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.utils.dtensor import fill
@@ -270,7 +270,7 @@ def require_same(config: RunConfig, started: Checkpoint) -> None:
         "train": ("schedule", "consistency", "batch", "length", "horizon", "seed", "dtype"),
     }.items():  # fmt: skip
         asked, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
-        for name in names or asked:
+        for name in names or asked.keys() - {"folder"}:  # where token shards lie decides nothing
             same = asked[name] == had[name]
             require(
                 same,
@@ -282,25 +282,16 @@ def require_same(config: RunConfig, started: Checkpoint) -> None:
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded:
     """The model and tokenizer of a run folder (its newest checkpoint) or of one checkpoint folder."""
     checkpoint = open_checkpoint(Path(folder))
-    run = checkpoint.folder.parent.parent
-    tokenizer = load_tokenizer(run / "tokenizer")
-    sums = tokenizer_sums(run)
-    for name, saved in checkpoint.tokenizer.items():
-        if sums.get(name) != saved:
-            raise ValueError(
-                f"{run / 'tokenizer' / name} is not the one that {checkpoint.folder} was saved with (checksum): "
-                "restore the run's own tokenizer"
-            )
+    tokenizer, run = run_tokenizer(checkpoint), checkpoint.folder.parent.parent
     if tokenizer.vocab_size > checkpoint.config.model.vocab_size:  # a smaller one: other families pad theirs
         raise ValueError(
             f"{run / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}; "
             "they do not belong together: restore the run's own tokenizer"
         )
     tokenizer.widen(checkpoint.config.model.vocab_size)
-    data = checkpoint.extra.get("data")
     return Loaded(
         checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run,
-        data if isinstance(data, str) else None,
+        checkpoint.extra,
     )  # fmt: skip
 
 
@@ -314,6 +305,19 @@ def write_weights(loaded: Loaded, folder: Path) -> None:
     shutil.copytree(loaded.run / "tokenizer", folder / "tokenizer")
     write_json(folder / "config.json", to_dict(loaded.config))
     save(folder, loaded.step, loaded.config, weights, {}, stored.extra, keep=1)
+
+
+def run_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in a checkpoint's run. ValueError: it is not the one that the checkpoint was saved with."""
+    run = checkpoint.folder.parent.parent
+    tokenizer, sums = load_tokenizer(run / "tokenizer"), tokenizer_sums(run)
+    for name, saved in checkpoint.tokenizer.items():
+        if sums.get(name) != saved:
+            raise ValueError(
+                f"{run / 'tokenizer' / name} is not the one that {checkpoint.folder} was saved with (checksum): "
+                "restore the run's own tokenizer"
+            )
+    return tokenizer
 
 
 def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
 from lrt.data import Batch, Prepared, batches, prefetch
+from lrt.data.run_tokens import recorded
 from lrt.evaluation.bits_per_byte import BPB, evaluate, of_split, validation_rows
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group
@@ -27,10 +28,10 @@ from lrt.training.adaptive import Settling, restored
 from lrt.training.budget import Progress, horizon
 from lrt.training.checkpoint import Checkpoint, Writer
 from lrt.training.faults import Skips, Stop, not_finite
-from lrt.training.lock import RunLock
 from lrt.training.logging import Sink, tell
 from lrt.training.optimizer import Optimizer, clip, memory_rate, rate
 from lrt.training.parallel import Parallel
+from lrt.training.run_lock import RunLock
 from lrt.training.step_figures import StepFigures
 from lrt.utils.distributed import World
 from lrt.utils.dtensor import whole
@@ -59,14 +60,15 @@ class Session:
     def __init__(
         self,
         config: RunConfig,
-        run: Path,
+        lock: RunLock,
         prepared: Prepared,
         sinks: Sequence[Sink],
         started: Checkpoint | None,
         world: World | None = None,
     ):
         t = config.train
-        self.config, self.run, self.prepared, self.sinks = config, run, prepared, sinks
+        self.config, self.lock, self.prepared, self.sinks = config, lock, prepared, sinks
+        self.run = lock.run
         self.world = world = world or World(torch.device(t.device))
         self.device, self.steps = world.device, horizon(config)
         if self.device.type == "cpu":
@@ -91,7 +93,7 @@ class Session:
         self.progress, self.settling, self.stop = Progress(), Settling(), Stop()
         self.bpb, self.scored = None, -1
         self.resumed, self.stepped = started is not None, False
-        self.lock, self.saved_at = RunLock(run), time.monotonic()
+        self.saved_at = time.monotonic()
         if started is not None:
             self._restore(started)
         self.skips = Skips(self.progress.skipped, self.device)
@@ -119,7 +121,8 @@ class Session:
         begun = self.resumed or not checkpoint.checkpoints(self.run)
         require(begun, f"{self.run} was trained meanwhile by another process; continue it with --resume {self.run}")
         write_json(self.run / "config.json", to_dict(self.config))
-        self.prepared.tokenizer.save(self.run / "tokenizer")
+        if not self.resumed:
+            self.prepared.tokenizer.save(self.run / "tokenizer")
         return 0
 
     def _begin_from(self, run: Path) -> None:
@@ -307,8 +310,8 @@ class Session:
             return
         self.saved, self.saved_at = p.step, time.monotonic()
         bpb = self.bpb.as_dict() if self.bpb and self.scored == p.step else None
-        extra = {"progress": dict(vars(p)), "data": self.prepared.train.hash, "bpb": bpb}
-        extra["settling"] = dict(vars(self.settling))
+        extra: dict[str, Any] = {"progress": dict(vars(p)), "bpb": bpb, "settling": dict(vars(self.settling))}
+        extra |= recorded(self.prepared, self.run)
         weights, optimizer = self._snapshot(self.model.state_dict()), self._snapshot(self.optimizer.state())
 
         def write() -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 
 from lrt.config.model import require
-from lrt.config.run import RunConfig, require_sense
-from lrt.data import Prepared, prepare
+from lrt.config.run import DataConfig, RunConfig, require_sense
+from lrt.data import Prepared
+from lrt.data.prepare import ReportProgress
+from lrt.data.run_tokens import RunTokens, prepare_source
 from lrt.training import checkpoint
 from lrt.training.checkpoint import Checkpoint
 from lrt.training.faults import plainly
 from lrt.training.logging import Sink, tell
+from lrt.training.run_lock import RunLock
 from lrt.training.session import Result, Session
 from lrt.utils.distributed import World, join
 from lrt.utils.hardware import resolve_device, resolve_dtype
@@ -35,18 +38,16 @@ def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
     return replace(config, model=model, train=train)
 
 
-def prepare_data(config: RunConfig, sinks: Sequence[Sink], verify: str = "size") -> Prepared:
+def prepare_data(data: DataConfig, sinks: Sequence[Sink] = (), verify: str = "size") -> Prepared:
     """Tokenise the source, or reuse what an earlier run has prepared; `verify` as in `data.open_split`."""
+    return prepare_source(data, verify, _reporting(sinks))
 
+
+def _reporting(sinks: Sequence[Sink]) -> ReportProgress:
     def report(done: int, total: int | None, note: str) -> None:
         tell(sinks, kind="prepare", done=done, total=total, note=note)
 
-    d = config.data
-    return prepare(
-        source=d.source, text_column=d.text_column, subset=d.subset, split=d.split, tokenizer=d.tokenizer,
-        vocab_size=d.vocab_size, validation=d.validation, max_bytes=d.max_bytes, folder=Path(d.folder), progress=report,
-        verify=verify, normalised=d.normalised,
-    )  # fmt: skip
+    return report
 
 
 def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: Sequence[Sink] = ()) -> Result:
@@ -59,25 +60,34 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
     Raises ValueError for bad input before anything is written, and when training cannot go on; SystemExit(143) after
     SIGTERM and KeyboardInterrupt after SIGINT, a checkpoint written.
     """
-    with join(config.train.device) as world, plainly(config.train):
+    with join(config.train.device) as world, plainly(config.train), RunLock(run) as lock:
         sinks = sinks if world.first else ()
-        started = _started(run, resume, world, sinks)
+        started = _started(lock, resume, world, sinks)
         if started is None:
             require_sense(config)
-        prepared = world.in_turn(lambda: prepare_data(config, sinks, "checksum" if world.first else "size"))
+        prepared = world.in_turn(lambda: _prepared(config, run, started, sinks, "checksum" if world.first else "size"))
         config = resolve(config, prepared)
         if started is not None and resume is None:
             checkpoint.require_same(config, started)
         config, choice = _with_threads(config, started)
         with threads(choice.threads):
-            session = Session(config, run, prepared, sinks, started, world)
+            session = Session(config, lock, prepared, sinks, started, world)
             if world.device.type == "cpu" and session.progress.step < session.steps:
                 tell(sinks, kind="note", text=_threads_note(choice))
-            try:
-                session.loop()
-                return session.finish()
-            finally:
-                session.lock.release()
+            session.loop()
+            return session.finish()
+
+
+def _prepared(config: RunConfig, run: Path, started: Checkpoint | None, sinks: Sequence[Sink], verify: str) -> Prepared:
+    """The data of a new run, or the very tokens that one was begun with."""
+    tokens = None if started is None else RunTokens.of(started.extra)
+    data = config.data
+    if started is None or tokens is None or replace(started.config.data, folder=data.folder) != data:
+        return prepare_data(data, sinks, verify)  # other tokens than the checkpoint's will be refused
+    if tokens.changed(data):
+        text = f"the text of {data.source} has changed since, or is gone; the run goes on with its own tokens"
+        tell(sinks, kind="warning", text=text)
+    return tokens.find(run, data, checkpoint.run_tokenizer(started), verify, _reporting(sinks))
 
 
 def _with_threads(config: RunConfig, started: Checkpoint | None) -> tuple[RunConfig, ThreadChoice]:
@@ -97,14 +107,17 @@ def _threads_note(choice: ThreadChoice) -> str:
     return f"{count} ({choice.why}); --train.threads overrides"
 
 
-def _started(run: Path, resume: bool | None, world: World, sinks: Sequence[Sink]) -> Checkpoint | None:
+def _started(lock: RunLock, resume: bool | None, world: World, sinks: Sequence[Sink]) -> Checkpoint | None:
     """The newest valid checkpoint, verified by the first process; None to begin."""
+    run = lock.run
 
     def find() -> int:
         if resume is False:
             taken = (run / "config.json").exists() or bool(checkpoint.checkpoints(run))
             require(not taken, f"{run} already holds a run; continue it with --resume {run}, or choose another --out")
             return -1
+        if checkpoint.checkpoints(run):
+            lock.take()  # before its checkpoints are looked at: another training deletes them as it goes
         newest, problems = checkpoint.newest_valid(run)
         for problem in problems if newest is not None else ():
             tell(sinks, kind="warning", text=f"{problem} (using an earlier one)")

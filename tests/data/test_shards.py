@@ -2,13 +2,17 @@
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.data import ByteTokenizer, Manifest, open_split, split_documents, train_bpe, write_shards
+from lrt.data import ByteTokenizer, Manifest, open_split, shard_file, split_documents, train_bpe, write_shards
 
 TOKENIZER = ByteTokenizer()
 DOCS = [f"document number {i} 🙂\n" * (1 + i % 5) for i in range(60)]
@@ -222,6 +226,86 @@ def test_damaged_shards_are_found(folder):
     shard.unlink()
     refused(folder, r"train_00001\.bin: the shard is missing")
     open_split(folder, "val", "checksum")
+
+
+CHANGES = ["one bit", "truncated", "emptied", "grown", "its time set back", "replaced by another"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_shards_that_change_while_they_are_read(change: str, folder: Path):
+    """The reader ends with one line: no other tokens, and no SIGBUS as from a memory map."""
+    stream, shard = open_split(folder, "train", "checksum"), folder / "train_00000.bin"
+    before, good, times = stream.read(0, 20), shard.read_bytes(), shard.stat()
+    with shard.open("r+b") as file:
+        if change in ("one bit", "its time set back"):
+            file.write(bytes([good[0] ^ 1]))
+        elif change == "grown":
+            file.seek(0, os.SEEK_END)
+            file.write(b"ab")
+        elif change != "replaced by another":
+            file.truncate(0 if change == "emptied" else 10)
+    if change == "its time set back":
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if change == "replaced by another":  # the file that is being read is another one
+        (folder / "new").write_bytes(good[::-1])
+        (folder / "new").replace(shard)
+        assert np.array_equal(stream.read(0, 20), before)
+        stream = open_split(folder, "train")
+    with pytest.raises(
+        ValueError, match=r"train_00000\.bin: (its checksum|id \d+ is outside|\d+ bytes where)"
+    ) as caught:
+        stream.read(0, 20)
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_that_are_touched_or_linked_while_they_are_read_are_read_on(folder: Path):
+    stream, shard = open_split(folder, "train", "checksum"), folder / "train_00000.bin"
+    before = stream.read(0, len(stream))
+    os.utime(shard)
+    os.link(shard, folder / "backup")
+    shard.chmod(0o600)
+    assert np.array_equal(stream.read(0, len(stream)), before)
+    shard.write_bytes(shard.read_bytes())
+    assert np.array_equal(stream.read(0, len(stream)), before)
+
+
+def test_more_shards_than_files_that_stay_open(folder: Path, monkeypatch):
+    whole = open_split(folder, "train").read(0, len(open_split(folder, "train")))
+    monkeypatch.setattr(shard_file, "MOST_OPEN", 2)
+    stream = open_split(folder, "train")
+    assert len(stream.shards) > 4
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    assert np.array_equal(stream.read(0, len(stream)), whole)
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before
+    (folder / stream.shards[0].name).unlink()
+    with pytest.raises(ValueError, match="the shard is missing"):
+        stream.read(0, 5)
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path):
+    """Not what a living one is writing, nor what bears another name."""
+    script = "import os, signal, sys\nfrom lrt.data import ByteTokenizer, write_shards\n"
+    script += "def docs():\n    yield from ['text '] * 100\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    script += f"write_shards(docs(), ByteTokenizer(), {str(tmp_path / 'killed')!r}, validation=0.2)"
+    subprocess.run([sys.executable, "-c", script], check=False)
+    (left,) = tmp_path.glob("killed.*.partial")
+    mine = tmp_path / "notes.partial"
+    old, young = (tmp_path / f"{name}.0123abcd.partial" for name in ("old", "young"))
+    for folder in (mine, old, young):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+
+    def slow() -> Iterator[str]:
+        (alive,) = tmp_path.glob("slow.*.partial")
+        write_shards(DOCS, TOKENIZER, tmp_path / "quick", validation=0.2)
+        assert alive.is_dir()
+        yield from DOCS
+
+    write_shards(slow(), TOKENIZER, tmp_path / "slow", validation=0.2)
+    assert not left.exists() and not old.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.partial", "quick", "slow", young.name]
+    assert not list(tmp_path.rglob(".lock"))
 
 
 def test_another_tokenizer_is_refused(folder):

@@ -80,12 +80,39 @@ def test_another_text_says_how_much_of_it_was_scored(folder: Path, tmp_path: Pat
 
 
 def test_text_that_has_changed_is_not_called_validation(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """The run's own token shards are scored, and named; without them nothing is known to be held out."""
+    monkeypatch.chdir(folder)
+    before = scored(capsys)
     shutil.copytree(folder, tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
     Path("text.txt").write_text(LINES.upper())
-    assert main(["eval", "run", "--device", "cpu"]) == 2
-    assert "the text of text.txt has changed since run was trained" in capsys.readouterr().err
+    after = scored(capsys)
+    assert after.pop("text") == "the validation split of text.txt as it was tokenised"
+    assert after == {k: v for k, v in before.items() if k != "text"}
     assert scored(capsys, "--source", "text.txt")["text"] == "text.txt"
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("moved/runs")
+    (folder / "runs").rename(folder / "away")
+    monkeypatch.chdir("moved")
+    try:
+        assert main(["eval", "run", "--device", "cpu"]) == 2
+        assert "the text of text.txt has changed since run was trained" in capsys.readouterr().err
+        Path("text.txt").unlink()
+        assert main(["eval", "run", "--device", "cpu"]) == 2
+        assert "no token shards of run in run/data or where they were, and text.txt: no such" in capsys.readouterr().err
+    finally:
+        (folder / "away").rename(folder / "runs")
+
+
+def test_token_shards_that_were_altered_are_not_scored(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    shard = next(Path("runs").rglob("val_00000.bin"))
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    assert main(["eval", "run", "--device", "cpu"]) == 2
+    assert "val_00000.bin: its checksum is not the manifest's" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_know_its_text_is_scored_on_none_unasked(

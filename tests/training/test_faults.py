@@ -23,8 +23,8 @@ from lrt.data import open_split
 from lrt.training import checkpoint
 from lrt.training import session as training
 from lrt.training.checkpoint import META, MODEL, OPTIMIZER, Writer
-from lrt.training.lock import RunLock
 from lrt.training.logging import Jsonl
+from lrt.training.run_lock import RunLock
 from lrt.training.session import Session
 from lrt.training.trainer import prepare_data, resolve, train
 
@@ -194,7 +194,7 @@ def test_damaged_shards_are_refused_before_training(how: str, home: Path, tmp_pa
     """One changed id in a file of the right size is found, too: the first process compares checksums at the start."""
     config = small(home)
     config = replace(config, data=replace(config.data, folder=str(tmp_path / "data")))
-    folder = prepare_data(config, []).folder
+    folder = prepare_data(config.data).folder
     file = folder / "train_00000.bin"
     raw = bytearray(file.read_bytes())
     raw[1000] ^= 1
@@ -213,8 +213,8 @@ def test_damaged_shards_are_refused_before_training(how: str, home: Path, tmp_pa
 
 def session(home: Path, tmp_path: Path, sinks=(), **changes) -> Session:
     config = small(home, **changes)
-    prepared = prepare_data(config, [])
-    return Session(resolve(config, prepared), tmp_path / "run", prepared, sinks, None)
+    prepared = prepare_data(config.data)
+    return Session(resolve(config, prepared), RunLock(tmp_path / "run"), prepared, sinks, None)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(home: Path, tmp_path: Path):
@@ -348,7 +348,7 @@ def test_two_trainings_in_one_folder(home: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=rf"is being trained by process {os.getpid()}; wait for it"):
         recorded(small(home), run, resume=True)
     held.release()
-    script = "import time; from pathlib import Path; from lrt.training.lock import RunLock; "
+    script = "import time; from pathlib import Path; from lrt.training.run_lock import RunLock; "
     script += f"RunLock(Path({str(run)!r})).take(); print(1, flush=True); time.sleep(600)"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}

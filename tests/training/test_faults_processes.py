@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import events
 from test_distributed import PATIENCE, launch
@@ -107,6 +108,44 @@ def test_torchrun_restarts_resume(home: Path, tmp_path: Path):
     assert starts == [0, 6]
     mine, whole = ([loss for _, loss in losses(r)] for r in (tmp_path / "run", home / "whole"))
     assert mine == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_workers_that_outlive_torchrun_keep_a_second_start_out(home: Path, tmp_path: Path):
+    """torchrun is killed, its workers train on: others are refused with a pid of theirs, until they have ended."""
+    run = tmp_path / "run"
+    agent = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    agent += ["--rdzv-endpoint", "127.0.0.1:0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, *agent, *arguments(home, run, 100_000)], env=environment) as parent:
+        began = time.monotonic()
+        while last_step(run) < 3 and time.monotonic() - began < PATIENCE:
+            time.sleep(0.05)
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    try:
+        first = [w for w in workers if w.is_running()]
+        assert len(first) == 2
+        alone = command(*arguments(home, run, 100_000), timeout=PATIENCE)
+        both = launch(2, *arguments(home, run, 100_000))
+        said = [p.communicate(timeout=PATIENCE)[1] for p in both]
+        before = last_step(run)
+        assert [alone.returncode, *(p.returncode for p in both)] == [2, 2, 2]
+        for text in (alone.stderr, said[0]):
+            (line,) = [x for x in text.splitlines() if "is being trained by process" in x]
+            assert any(f"process {w.pid};" in line for w in first)
+        assert "Traceback" not in alone.stderr + "".join(said)
+        while last_step(run) <= before and time.monotonic() - began < PATIENCE:
+            time.sleep(0.05)
+        assert last_step(run) > before, "the workers have trained on, undisturbed"
+    finally:
+        for worker in workers:
+            worker.kill()
+        psutil.wait_procs(workers, timeout=60)
+    steps = checkpoint.newest_valid(run)[0].step
+    assert command(*arguments(home, run, 100_000), "--train.device", "cpu", timeout=PATIENCE).returncode == 2
+    ended = [e["step"] for e in events(run, "train")]
+    assert ended == sorted(set(ended)) and ended[-1] >= steps, "no step was recorded twice"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from helpers import tiny
 
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.run import OptimConfig, RunConfig
+from lrt.training.run_lock import RunLock
 from lrt.training.session import Session
 from lrt.training.trainer import prepare_data, resolve
 
@@ -50,8 +51,8 @@ def configured(schedule: str, source: Path, clip: float | None = CLIP) -> RunCon
 def losses(config: RunConfig, run: Path) -> list[float]:
     """The loss of every step of a training in float64."""
     said: list[dict] = []
-    prepared = prepare_data(config, [])
-    session = Session(resolve(config, prepared), run, prepared, [said.append], None)
+    prepared = prepare_data(config.data)
+    session = Session(resolve(config, prepared), RunLock(run), prepared, [said.append], None)
     session.model.double()
     session.optimizer.muon.dtype = torch.float64
     session.loop()

@@ -1,0 +1,105 @@
+"""The token shards of a run, known by what they hold: neither its text nor its old place is needed again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from lrt.config.model import require
+from lrt.config.run import TASK, DataConfig
+from lrt.data.prepare import Prepared, ReportProgress, prepare, reopen
+from lrt.data.sources import source_fingerprint
+from lrt.data.synthetic import TaskRows
+from lrt.data.tokenizer import Tokenizer
+
+OWN = "data"
+"""Folder within a run where its token shards may lie too."""
+
+
+def prepare_source(data: DataConfig, verify: str = "size", progress: ReportProgress | None = None) -> Prepared:
+    """`prepare` with a configuration's fields."""
+    return prepare(
+        source=data.source, text_column=data.text_column, subset=data.subset, split=data.split,
+        tokenizer=data.tokenizer, vocab_size=data.vocab_size, validation=data.validation, max_bytes=data.max_bytes,
+        folder=Path(data.folder), progress=progress, verify=verify, normalised=data.normalised,
+    )  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class RunTokens:
+    """What a checkpoint says of the tokens that its run was trained and scored on."""
+
+    train: str
+    """Hash of the training split."""
+    val: str | None
+    """Hash of the validation split; None where an older checkpoint does not say."""
+    places: tuple[str, ...]
+    """Where the shards lay: beside the run, and in full."""
+    text: str | None
+    """Fingerprint of the source that they were made of; None where an older checkpoint does not say."""
+
+    @staticmethod
+    def of(extra: dict[str, Any]) -> RunTokens | None:
+        """From what a checkpoint holds; None where that names no tokens, as in a converted model."""
+        train, shards = extra.get("data"), extra.get("shards")
+        if not isinstance(train, str):
+            return None
+        shards = shards if isinstance(shards, dict) else {}
+        val, text = (x if isinstance(x, str) else None for x in (shards.get("val"), shards.get("text")))
+        places = shards.get("places")
+        places = places if isinstance(places, list) and all(isinstance(p, str) for p in places) else []
+        return RunTokens(train, val, tuple(places), text)
+
+    def find(
+        self,
+        run: Path,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        verify: str = "size",
+        progress: ReportProgress | None = None,
+    ) -> Prepared:
+        """The run's data: its shards, wherever they are found, or else made again from its source.
+
+        ValueError: neither is there, or the source no longer gives these tokens.
+        """
+        if data.source.startswith(TASK):
+            return self._same(prepare_source(data), run, data)
+        places = [*(run / p for p in self.places), run / OWN, run.parent / Path(data.folder).name, Path(data.folder)]
+        kept = reopen(places, self.train, tokenizer, data.normalised, verify)
+        if kept is not None:
+            return self._same(replace(kept, text=self.text), run, data)
+        try:
+            return self._same(prepare_source(data, verify, progress), run, data)
+        except ValueError as error:
+            raise ValueError(f"no token shards of {run} in {run / OWN} or where they were, and {error}") from None
+
+    def changed(self, data: DataConfig) -> bool:
+        """Whether the source is gone, or not what the shards were made of."""
+        if data.source.startswith(TASK) or self.text is None:
+            return False
+        try:
+            options = {"text_column": data.text_column, "subset": data.subset, "split": data.split}
+            return source_fingerprint(data.source, **options) != self.text
+        except (ValueError, OSError):
+            return True
+
+    def _same(self, prepared: Prepared, run: Path, data: DataConfig) -> Prepared:
+        same = prepared.train.hash == self.train and self.val in (None, prepared.val.hash)
+        require(
+            same,
+            f"the text of {data.source} has changed since {run} was trained, so nothing of it is known to be held out; "
+            f"restore it or the token shards, or score it as another text with --source {data.source}",
+        )
+        return prepared
+
+
+def recorded(prepared: Prepared, run: Path) -> dict[str, Any]:
+    """What a checkpoint says of its data, see `RunTokens.of`."""
+    if isinstance(prepared.train, TaskRows):
+        return {"data": prepared.train.hash}
+    home = prepared.folder.absolute()
+    places = [os.path.relpath(home, run.absolute()), str(home)]
+    return {"data": prepared.train.hash, "shards": {"val": prepared.val.hash, "places": places, "text": prepared.text}}

@@ -1,0 +1,40 @@
+"""One training a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+from lrt.utils.file_lock import FileLock, Held
+
+LOCK = ".lock"
+
+
+@final
+class RunLock:
+    """The right to train in a run's folder, which a killed process does not keep."""
+
+    def __init__(self, run: Path):
+        self.run, self._lock = run, FileLock(run / LOCK)
+
+    def __enter__(self) -> RunLock:
+        """Give the folder back at the end of the block, if it was taken."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def take(self) -> None:
+        """Hold the folder, if it is there. ValueError naming the process that holds it already."""
+        if not self.run.is_dir():
+            return
+        try:
+            self._lock.take()
+        except Held as holder:
+            raise ValueError(
+                f"{self.run} is being trained by process {holder}; wait for it or end it, or choose another --out"
+            ) from None
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
