@@ -19,5 +19,6 @@ def main(args: list[str]) -> int:
         rows = "\n".join(f"  {kind:<8} {text}" for kind, text in KINDS.items())
         print(f"usage: lrt bench KIND ...\n\nMeasure on this machine.\n\n{rows}\n\nlrt help bench KIND says more.")
         return 0
-    require(args[:1] != [] and args[0] in KINDS, f"bench {' '.join(args[:1])}: choose one of {', '.join(KINDS)}")
+    require(args[:1] != [], f"say what to measure: {', '.join(KINDS)}, such as lrt bench train")
+    require(args[0] in KINDS, f"there is no {args[0]!r} to measure; choose one of {', '.join(KINDS)}")
     return importlib.import_module(f"lrt.cli.bench_{args[0]}").main(args[1:])

@@ -13,8 +13,10 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 
-UNBOUND = {"bench": ("train", "decode", "serve")}
-"""Commands with commands of their own."""
+
+@dataclass(frozen=True)
+class HelpFlags:
+    """`lrt help COMMAND`: for the completion alone, since it takes no flags."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ def all_commands() -> Any:
     """The flags of every command as one type, a command each."""
     from lrt.cli.main import COMMANDS
 
-    return _one_of({name: _flags(name) for name in COMMANDS})
+    return _one_of({name: _flags(name) for name in COMMANDS} | {"help": _one_of(dict.fromkeys(COMMANDS, HelpFlags))})
 
 
 def _flags(command: str) -> Any:
-    kinds = UNBOUND.get(command, ())
-    if kinds:
-        return _one_of({kind: _flags(f"{command}_{kind}") for kind in kinds})
-    return importlib.import_module(f"lrt.cli.{command}").FLAGS
+    module = importlib.import_module(f"lrt.cli.{command}")
+    if command != "bench":
+        return module.FLAGS
+    return _one_of({kind: _flags(f"bench_{kind}") for kind in module.KINDS})
 
 
 def _one_of(types: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require, require_at_least
 from lrt.config.run import Device
 from lrt.schedule import Curriculum
-from lrt.utils.score_names import share_text, unit
+from lrt.utils.score_names import LEGEND, share_text, unit
 
 if TYPE_CHECKING:
     from lrt.evaluation.bits_per_byte import BPB
@@ -160,4 +160,4 @@ def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
     lines += sweep_lines(bpb)
     lines.append("  decoded by position")
     lines += [f"    {label:<26}{x:.4f}" for label, x in bpb.by_position.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  ({LEGEND})"])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from lrt.cli.parse import early_positional, early_value, names_of, parse
 from lrt.config.model import ModelConfig, require, require_at_least
 from lrt.config.recipes import RecipeName, recipe
-from lrt.config.run import RunConfig
 from lrt.utils.files import expand_home
+from lrt.utils.score_names import unit
+
+if TYPE_CHECKING:
+    from lrt.training.checkpoint import Checkpoint
 
 INFO_SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "refinement-3", "settled-1..3")
 
@@ -39,7 +43,8 @@ FLAGS = InfoFlags
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     run = early_positional(args, ("--json", "--no-json"))
-    base = recipe(early_value(args, "--recipe", "cpu_demo")) if run is None else _config_of(run)
+    stands = None if run is None else _checkpoint_of(run)
+    base = recipe(early_value(args, "--recipe", "cpu_demo")) if stands is None else stands.config
     flags = parse(InfoFlags, args, "info", default=InfoFlags(base.model, length=base.train.length))
 
     from lrt.model.flops import describe
@@ -49,18 +54,29 @@ def main(args: list[str]) -> int:
     require(flags.run is None or run is not None, f"{flags.run} is neither a flag nor a run; see lrt info --help")
     require(run is None or "--recipe" not in names_of(args), "give a run or --recipe, not both")
     facts = describe(flags.model, length, dict.fromkeys((*INFO_SCHEDULES, base.train.schedule)))
-    described = {"recipe": flags.recipe} if flags.run is None else {"run": str(flags.run)}
-    print(
-        json.dumps(described | facts) if flags.json else _info_text(str(flags.run or flags.recipe), flags.model, facts)
-    )
+    if stands is None:
+        described, trained = {"recipe": flags.recipe}, []
+    else:
+        described = {"run": str(flags.run), "step": stands.step, "source": base.data.source}
+        trained = _trained(stands)
+    text = "\n".join([*trained, _info_text(str(flags.run or flags.recipe), flags.model, facts)])
+    print(json.dumps(described | facts) if flags.json else text)
     return 0
 
 
-def _config_of(run: str) -> RunConfig:
-    """The configuration that a run was trained with."""
+def _checkpoint_of(run: str) -> Checkpoint:
     from lrt.training.checkpoint import open_checkpoint
 
-    return open_checkpoint(expand_home(run), verify=False).config
+    return open_checkpoint(expand_home(run), verify=False)
+
+
+def _trained(stands: Checkpoint) -> list[str]:
+    """How far a run has come, on what, and how well it scored there."""
+    train, bpb = stands.config.train, stands.extra.get("bpb")
+    lines = [f"trained {stands.step:,} steps on {stands.config.data.source} by {train.schedule}"]
+    if isinstance(bpb, dict) and isinstance(bpb.get("decoded"), float):
+        lines.append(f"decoded {unit(bpb)} {bpb['decoded']:.4f} there: bits per byte, lower is better")
+    return lines
 
 
 def _info_text(name: str, m: ModelConfig, facts: dict) -> str:
@@ -68,9 +84,10 @@ def _info_text(name: str, m: ModelConfig, facts: dict) -> str:
     total, without = p["total"], p["total"] - p["memory"]
     shape = f"{name}: depth {m.depth}, width {m.d}, {m.h} heads ({m.k} key/value), vocabulary {m.vocab_size}"
     lines = [shape, f"memory: {m.memory_text}", ""]
-    lines += [f"{name:<18}{n:>16,}" for name, n in p.items()]
-    lines.append(f"{'without memory':<18}{without:>16,}  ({without / 1e9:.3f} B)")
-    lines.append(f"{'memory adds':<18}{facts['memory_overhead']:>16.3%}  ({total / 1e9:.3f} B)")
+    lines += [f"{name:<18}{n:>16,}" for name, n in p.items() if name != "total"]
+    lines.append(f"{'total':<18}{total:>16,}  ({_short(total)})")
+    lines.append(f"{'without memory':<18}{without:>16,}  ({_short(without)})")
+    lines.append(f"{'memory adds':<18}{facts['memory_overhead']:>16.3%}")
     lines.append(
         f"{'scaling parameters':<18}{facts['scaling_parameters']:>16,}  (matrices + head; R counts tokens per one)"
     )
@@ -79,10 +96,16 @@ def _info_text(name: str, m: ModelConfig, facts: dict) -> str:
         f"FLOPs per token, training, rows of {facts['length']} (every pass counted, backward twice the forward)",
     ]
     plain = facts["train_flops_per_token"]["parallel"]
+    wide = max(map(len, facts["train_flops_per_token"]))
     for name, flops in facts["train_flops_per_token"].items():
-        lines.append(f"  {name:<16}{flops:>16.4g}  {flops / plain:.2f} x parallel")
+        lines.append(f"  {name:<{wide}}{flops:>12.4g}  {flops / plain:.2f} x parallel")
     for position, flops in facts["decode_flops_per_token"].items():
-        lines.append(f"  {'decode at ' + position:<16}{flops:>16.4g}")
+        lines.append(f"  {'decode at ' + position:<{wide}}{flops:>12.4g}")
     cache, memory = facts["cache_bytes_per_token"], facts["memory_bytes_per_sequence"]
     lines += ["", f"cache {cache:,} bytes per token, memory {memory:,} bytes per sequence (bfloat16)"]
     return "\n".join(lines)
+
+
+def _short(count: int) -> str:
+    """212,998 as 0.213 M, 1,200,000,000 as 1.200 B."""
+    return f"{count / 1e9:.3f} B" if count >= 1e8 else f"{count / 1e6:.3f} M"

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 COMMANDS = {
-    "demo": "train a plain transformer and two LRTs on this machine, write a report",
+    "demo": "train four small models on this machine, compare them in a report",
     "info": "parameters, FLOPs of every schedule, cache bytes of a recipe or a run",
-    "schedule": "draw a schedule as text or SVG",
+    "schedule": "draw a schedule as text or as a picture",
     "tokenize": "turn a text source into token shards",
     "train": "train a recipe on your text, or resume a run",
     "eval": "bits per byte of a run in every mode, or a suite: core, blimp, parity, ..",

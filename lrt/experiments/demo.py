@@ -28,6 +28,7 @@ from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import write_json, write_text
 from lrt.utils.hardware import resolve_device
+from lrt.utils.score_names import LEGEND
 from lrt.utils.tables import Table
 
 ARMS: dict[str, Callable[[], RunConfig]] = {
@@ -36,6 +37,13 @@ ARMS: dict[str, Callable[[], RunConfig]] = {
     "lrt": cpu_demo,
     "paper": cpu_demo_paper,
 }
+LINES = {
+    "plain": "a plain transformer",
+    "shift": "the same; each token also sees the embedding of the token before",
+    "lrt": "a Latent Recurrent Transformer: each token also gets one vector that the token before has computed",
+    "paper": "the same by the paper's recipe",
+}
+"""What each arm is, for someone who sees them for the first time."""
 HEADER = (
     "method", "parameters", "tokens", "token forwards", "train s", "BPB zero memory", "merged", "decoded", "live gap",
     "decode tok/s",
@@ -52,12 +60,21 @@ def run_demo(demo: DemoConfig) -> str:
     started = time.perf_counter()
     configs = {name: _configure(make(), name, demo) for name, make in ARMS.items()}
     with Live(samples=False) as live:
+        for text in opening(at_once()):
+            live({"kind": "note", "text": text})
         prepare_data(next(iter(configs.values())).data, [live])
         longest = sorted(configs.items(), key=lambda named: _flops(named[1]), reverse=True)
         failed = run_all(dict(longest), demo.out, _train_arm, at_once(), live)
-    require(not failed, "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-    rows = [_row(config, demo.out / name) for name, config in configs.items()]
+        require(not failed, "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+        rows = [_row(config, demo.out / name, live) for name, config in configs.items()]
     return _write(demo.out, rows, time.perf_counter() - started)
+
+
+def opening(jobs: int) -> list[str]:
+    """What will happen, before it does."""
+    together = f"{jobs} at a time" if jobs > 1 else "one after the other"
+    begin = f"lrt demo trains {len(ARMS)} small models for the same training FLOPs, {together}, and compares them:"
+    return [begin, *(f"  {name:<6} {line}" for name, line in LINES.items()), "Then it scores them and writes a report."]
 
 
 def _configure(config: RunConfig, name: str, demo: DemoConfig) -> RunConfig:
@@ -76,8 +93,10 @@ def _train_arm(config: RunConfig, folder: Path, tell: Sink) -> None:
     train(config, folder, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
 
 
-def _row(config: RunConfig, folder: Path) -> dict[str, Any]:
+def _row(config: RunConfig, folder: Path, live: Live) -> dict[str, Any]:
     """One arm's figures; decoding speed is measured here, once nothing else runs."""
+    number = list(ARMS).index(config.name) + 1
+    live({"kind": "stage", "what": "scoring", "text": f"{config.name}, {number} of {len(ARMS)}"})
     loaded = load_model(folder, resolve_device(config.train.device))
     prompt = SamplingParams(max_new_tokens=100, temperature=0.7, seed=1)
     sample = PROMPT + "".join(complete(loaded.model, loaded.tokenizer, PROMPT, prompt))
@@ -108,7 +127,8 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about, "verdict": conclusion})
     texts = [f"--- {name}\n{text}" for name, text in samples.items()]
     files = f"{out / 'report.html'}, report.png, report.json"
-    return "\n\n".join([*texts, Table(HEADER, cells).markdown(), about, conclusion, next_commands(out), files])
+    table = f"{Table(HEADER, cells).markdown()}\n({LEGEND})"
+    return "\n\n".join([*texts, table, about, conclusion, next_commands(out), files])
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lrt.config.run import RunConfig
-from lrt.training.logging import Live, Sink
+from lrt.training.logging import Event, Live, Sink
 
 Work = Callable[[RunConfig, Path, Sink], None]
 """What is done with a run: its configuration, its folder, and where its events go."""
@@ -24,31 +24,68 @@ def at_once() -> int:
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
+class Queue:
+    """Runs that wait, go and are over, and how long they will still take."""
+
+    def __init__(self, names: list[str], jobs: int):
+        self.waiting, self.going, self.total, self.jobs = names, set[str](), len(names), jobs
+        self.seconds: dict[str, tuple[float, float]] = {}
+        """By run: seconds of training spent and left, as it last said."""
+
+    def begin(self) -> str:
+        """The next run."""
+        name = self.waiting.pop(0)
+        self.going.add(name)
+        return name
+
+    def end(self, name: str) -> None:
+        """A run is over."""
+        self.going.discard(name)
+
+    def seconds_left(self) -> float | None:
+        """An estimate: what waits takes as long as the mean of what has begun. None: no run has said anything yet."""
+        if not self.going <= set(self.seconds):
+            return None
+        left = [self.seconds[name][1] for name in self.going]
+        whole = [spent + rest for spent, rest in self.seconds.values()]
+        waiting = len(self.waiting) * sum(whole) / max(len(whole), 1)
+        return max([*left, (sum(left) + waiting) / self.jobs])
+
+    def event(self, changed: bool = False) -> Event:
+        """What `Live` shows of it; `changed`: a run has begun."""
+        done = self.total - len(self.waiting) - len(self.going)
+        return {
+            "kind": "queue", "done": done, "total": self.total, "waiting": list(self.waiting), "changed": changed,
+            "seconds_left": self.seconds_left(),
+        }  # fmt: skip
+
+
 def run_all(configs: dict[str, RunConfig], out: Path, work: Work, jobs: int, live: Live) -> dict[str, str]:
     """Do `work` for every configuration, each in a process and on a core of its own; returns what failed, and why.
 
     Operations as small as a CPU run's gain next to nothing from a second thread, and lose much when its core is busy.
     """
     spawn = multiprocessing.get_context("spawn")
-    waiting, running, failed = list(configs), {}, {}
+    running, failed, queue = {}, {}, Queue(list(configs), jobs)
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
+        while queue.waiting or running:
+            while queue.waiting and len(running) < jobs:
+                name = queue.begin()
                 ours, theirs = spawn.Pipe(duplex=False)
                 process = spawn.Process(target=_guarded, args=(work, configs[name], out / name, theirs))
                 process.start()
                 theirs.close()  # so that the process's end is the pipe's
                 running[ours] = name, process
+                live(queue.event(changed=True))
             for pipe in wait(list(running)):
-                _take(pipe, running, failed, live)
+                _take(pipe, running, failed, queue, live)
     finally:
         for _, process in running.values():
             process.terminate()
     return failed
 
 
-def _take(pipe: Any, running: dict[Any, Any], failed: dict[str, str], live: Live) -> None:
+def _take(pipe: Any, running: dict[Any, Any], failed: dict[str, str], queue: Queue, live: Live) -> None:
     """One event of a run, or its end."""
     name, process = running[pipe]
     try:
@@ -56,13 +93,18 @@ def _take(pipe: Any, running: dict[Any, Any], failed: dict[str, str], live: Live
     except EOFError:
         process.join()
         del running[pipe]
+        queue.end(name)
+        live.end(name)
         if process.exitcode:
             failed.setdefault(name, "its process died; out of memory?")
         return
     if event["kind"] == "failed":
         failed[name] = event["text"]
-    else:
-        live.show(event, name)
+        return
+    live.show(event, name)
+    if event["kind"] == "train":
+        queue.seconds[name] = event["seconds"], event["seconds_left"]
+        live(queue.event())
 
 
 def _guarded(work: Work, config: RunConfig, folder: Path, pipe: Connection) -> None:

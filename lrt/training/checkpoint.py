@@ -197,7 +197,8 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint {folder} is not a folder; give the folder of a run or of one of its checkpoints")
+        near = _near(folder)
+        raise ValueError(f"{folder} is not a folder; {near}give the folder of a run or of one of its checkpoints")
     if not (folder / META).exists():
         saved = checkpoints(folder)
         if not saved:
@@ -214,9 +215,16 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     return Checkpoint(folder, meta["step"], config, meta["extra"], tokenizer, stored)
 
 
+def _near(folder: Path) -> str:
+    """Where a folder of that name lies instead, as the middle of a message: in runs/, where training puts it."""
+    beside = "runs" / folder
+    return f"did you mean {beside}? Else " if not folder.is_absolute() and beside.is_dir() else ""
+
+
 def _instead(folder: Path) -> str:
-    """What a folder without checkpoints holds, as the end of a message."""
-    runs = sorted(p.name for p in folder.iterdir() if p.is_dir() and checkpoints(p))
+    """What a folder without checkpoints holds, as the end of a message: runs in it, or a folder below."""
+    below = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.is_dir() and checkpoints(p)]
+    runs = sorted(str(p.relative_to(folder)) for p in below)
     if not runs:
         return "holds no checkpoint; train first, or give the folder of a run"
     return f"holds the run{'s' * (len(runs) > 1)} {', '.join(runs[:8])}{', ...' * (len(runs) > 8)}; choose one"

@@ -11,17 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lrt.utils.files import parse_json, to_json
-from lrt.utils.score_names import unit
+from lrt.utils.score_names import LEGEND, unit
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
-"""Receives events, told apart by `kind`: prepare, start, note, train, stage, eval, sample, warning, checkpoint."""
+"""Receives events by `kind`: prepare, start, note, train, stage, queue, eval, sample, warning, checkpoint."""
 RECORDED = ("start", "note", "train", "eval", "sample", "warning", "checkpoint")
-BARS = ("prepare", "train", "stage")
-LEGEND = (
-    "  (bits per byte, lower is better. decoded: token by token, what you get; merged: as the training computes it; "
-    "live gap: decoded less merged)"
-)
+BARS = ("prepare", "train", "stage", "queue")
+LEGENDS = {
+    "start": "loss: nats per token, lower is better; passes: the same for each pass; MFU: share of the peak speed",
+    "eval": LEGEND,
+}
+"""What an event's figures mean, said under the first of its kind."""
 
 
 class Jsonl:
@@ -74,7 +75,7 @@ class Live:
         self.tasks: dict[str, tuple[str, TaskID]] = {}
         """By run: what is going on, and its bar."""
         self.last: dict[str, float] = {}
-        self.explained = False
+        self.explained: set[str] = set()
 
     def __enter__(self) -> Live:
         return self
@@ -93,16 +94,21 @@ class Live:
     def show(self, event: Event, name: str) -> None:
         """Show an event of the run called `name`."""
         if event["kind"] in BARS:
-            bar = {"prepare": _prepared, "train": _trained, "stage": _stage}[event["kind"]](event)
-            self._advance(name, *bar, always=event["kind"] == "stage")
+            bar = {"prepare": _prepared, "train": _trained, "stage": _stage, "queue": _queue}[event["kind"]](event)
+            self._advance(name, *bar, always=event["kind"] == "stage" or event.get("changed", False))
         lines = {"start": _start, "note": _note, "eval": _eval, "sample": _sample, "warning": _warning}
         if event["kind"] in lines and (self.samples or event["kind"] != "sample"):
             for text in lines[event["kind"]](event):
                 style = {"warning": "yellow", "sample": "dim"}.get(event["kind"], "")
                 self._print(f"{name + ': ' if name else ''}{text}", style)
-        if event["kind"] == "eval" and not self.explained:
-            self.explained = True
-            self._print(LEGEND, "dim")
+        if event["kind"] in LEGENDS and event["kind"] not in self.explained:
+            self.explained.add(event["kind"])
+            self._print(f"  ({LEGENDS[event['kind']]})", "dim")
+
+    def end(self, name: str) -> None:
+        """The run called `name` is over: its bar goes."""
+        if name in self.tasks:
+            self.bar.remove_task(self.tasks.pop(name)[1])
 
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
@@ -136,12 +142,23 @@ def _prepared(e: Event) -> tuple[str, float, float | None, str]:
 
 def _trained(e: Event) -> tuple[str, float, float | None, str]:
     passes = " ".join(f"{x:.3f}" for x in e["per_pass"][:6]) + (" ..." if len(e["per_pass"]) > 6 else "")
-    left = time.strftime("%H:%M:%S" if e["seconds_left"] >= 3600 else "%M:%S", time.gmtime(e["seconds_left"]))
     note = (
         f"step {e['step']:,}/{e['steps']:,}  loss {e['loss']:.3f} (passes {passes})  "
-        f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  {left} left"
+        f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  {_duration(e['seconds_left'])} left"
     )
     return "train", e["step"], e["steps"], note
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return (f"{hours}:" if hours else "") + f"{rest // 60:02}:{rest % 60:02}"
+
+
+def _queue(e: Event) -> tuple[str, float, float | None, str]:
+    parts = [f"{e['done']} of {e['total']} done"]
+    parts += [f"next {', '.join(e['waiting'][:4])}{', ...' * (len(e['waiting']) > 4)}"] if e["waiting"] else []
+    parts += [f"about {_duration(e['seconds_left'])} of training left"] if e["seconds_left"] is not None else []
+    return "all runs", e["done"], e["total"], "; ".join(parts)
 
 
 def _stage(e: Event) -> tuple[str, float, float | None, str]:

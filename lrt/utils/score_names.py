@@ -7,6 +7,11 @@ from typing import Any
 
 ANSWERS = "the answers in "
 """Beginning of the name of a text of which answers alone are scored."""
+LEGEND = (
+    "bits per byte, lower is better. decoded: token by token, what you get; merged: as the training computes it; "
+    "live gap: decoded less merged; zero memory: the memory switched off"
+)
+"""One line under figures of `BPB.as_dict`."""
 
 
 def unit(bpb: Mapping[str, Any]) -> str:

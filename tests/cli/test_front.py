@@ -63,6 +63,23 @@ def test_help_of_training_is_one_screen_and_all_of_it_is_behind(capsys):
     assert all(name in short and name in whole for name in RECIPES)
 
 
+def test_a_run_says_how_far_it_has_come(random_run: Path, capsys):
+    said = printed(capsys, ["info", str(random_run)])
+    assert said.startswith("trained 1 steps on python by settled-1..3\n") and "decode at 0" in said
+    facts = json.loads(printed(capsys, ["info", str(random_run), "--json"]))
+    assert (facts["run"], facts["step"], facts["source"]) == (str(random_run), 1, "python")
+
+
+def test_a_folder_that_is_no_run_leads_to_those_it_holds(random_run: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(random_run, "runs/demo/lrt")
+    for command in ("info", "eval", "sample", "chat", "serve", "analyze"):
+        assert "runs/demo holds the run lrt; choose one" in failure(capsys, [command, "runs/demo"])
+    assert "runs holds the run demo/lrt; choose one" in failure(capsys, ["chat", "runs"])
+    assert "did you mean runs/demo/lrt?" in failure(capsys, ["chat", "demo/lrt"])
+    assert "did you mean" not in failure(capsys, ["chat", "nothing"])
+
+
 # The shells' completion.
 
 BASH = """
@@ -86,6 +103,7 @@ def test_bash_completes_commands_flags_and_choices(capsys):
     assert set(COMMANDS) <= completed(script, "lrt ")
     assert completed(script, "lrt tra") == {"train"}
     assert {"train", "decode", "serve"} <= completed(script, "lrt bench ")
+    assert set(COMMANDS) <= completed(script, "lrt help ")
     assert "--max-new-tokens" in completed(script, "lrt sample --")
     assert set(RECIPES) <= completed(script, "lrt train --recipe ")
     assert completed(script, "lrt export --to ") == {"hf", "llama", "mistral", "qwen2", "qwen3", "run"}

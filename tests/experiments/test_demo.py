@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
 
@@ -9,7 +11,8 @@ import pytest
 
 from lrt.cli.main import main
 from lrt.config.recipes import LRT_SCHEDULE
-from lrt.experiments.demo import ARMS, HEADER, next_commands, verdict
+from lrt.experiments.demo import ARMS, HEADER, LINES, next_commands, opening, verdict
+from lrt.experiments.runner import at_once
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,10 @@ def demo(tmp_path_factory):
     (folder / "text.py").write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(shlex.split("demo --compute 0.1 --source text.py --out out")) == 0
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            assert main(shlex.split("demo --compute 0.1 --source text.py --out out")) == 0
+    (folder / "out" / "said.txt").write_text(said.getvalue(), encoding="utf-8")
     return folder / "out"
 
 
@@ -43,6 +49,15 @@ def test_flops_are_equal_and_tokens_are_not(demo):
     assert shift == pytest.approx(plain, rel=0.1) and interleaved == pytest.approx(plain, rel=0.15)
     assert settled == pytest.approx(plain, rel=0.3)  # r is drawn: few steps stray from its mean
     assert runs[0]["tokens"] > 1.5 * runs[3]["tokens"]
+
+
+def test_the_arms_are_named_before_anything_is_done(demo):
+    """And what comes next is said as it goes."""
+    said = (demo / "said.txt").read_text(encoding="utf-8").splitlines()
+    assert list(LINES) == list(ARMS) and len(opening(2)) == len(ARMS) + 2
+    assert [line.strip() for line in said[: len(ARMS) + 2]] == [line.strip() for line in opening(at_once())]
+    assert any(line.startswith("all runs") and "next " in line for line in said)
+    assert any("scoring paper, 4 of 4" in line for line in said)
 
 
 def test_the_verdict_names_the_best_arm_and_the_distances():

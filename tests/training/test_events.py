@@ -156,6 +156,18 @@ def test_the_legend_is_shown_once():
     assert said.count("live gap: decoded less merged") == 1 and said.count("BPB decoded 2.0000") == 2
 
 
+START = {
+    "kind": "start", "parameters": {"matrices": 5, "total": 5}, "schedule": "parallel", "step": 0, "steps": 9,
+    "device": "cpu", "dtype": "float32", "peak_flops": 1e9, "peak_source": "measured",
+}  # fmt: skip
+
+
+def test_the_figures_of_training_are_explained_once_and_from_the_start():
+    said = shown(False, START, TRAINED, START)
+    assert said.count("loss: nats per token, lower is better") == 1
+    assert said.index("loss: nats") < said.index("step 3/9")
+
+
 def test_one_bar_at_a_time_per_run():
     live = Live()
     live.console = Console(file=io.StringIO(), force_terminal=True)

@@ -1,0 +1,53 @@
+"""Several runs together: what waits, what is done, and the time left, as they are shown."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from lrt.experiments.runner import Queue
+from lrt.training.logging import Live
+
+
+def test_the_time_left_counts_what_goes_and_what_waits():
+    queue = Queue(["a", "b", "c", "d"], jobs=2)
+    assert [queue.begin(), queue.begin()] == ["a", "b"]
+    assert queue.seconds_left() is None
+    queue.seconds["a"] = (10.0, 50.0)
+    assert queue.seconds_left() is None  # b has not said anything yet
+    queue.seconds["b"] = (20.0, 80.0)
+    assert queue.seconds_left() == (50 + 80 + 2 * (60 + 100) / 2) / 2
+    queue.end("a")
+    assert queue.begin() == "c" and queue.seconds_left() is None
+    queue.seconds["b"], queue.seconds["c"] = (90.0, 10.0), (1.0, 200.0)
+    queue.end("b")
+    queue.begin()
+    queue.seconds["d"] = (1.0, 5.0)
+    assert queue.seconds_left() == 200  # no shorter than the longest that goes
+    assert (queue.event()["done"], queue.event()["total"], queue.event()["waiting"]) == (2, 4, [])
+
+
+def test_what_comes_next_is_shown_when_a_run_begins():
+    queue = Queue(["a", "b"], jobs=1)
+    live, said = Live(), io.StringIO()
+    live.console = Console(file=said, width=200)
+    queue.begin()
+    live(queue.event(changed=True))
+    queue.seconds["a"] = (60.0, 60.0)
+    live(queue.event(changed=True))
+    first, second = said.getvalue().splitlines()
+    assert "0 of 2 done; next b" in first and "left" not in first
+    assert "about 03:00 of training left" in second
+
+
+def test_the_bar_of_a_run_that_is_over_goes():
+    live = Live()
+    live.console = Console(file=io.StringIO(), force_terminal=True)
+    live.bar.live.console = live.console
+    for name in ("a", "b"):
+        live.show({"kind": "stage", "what": "evaluation", "text": "step 9"}, name)
+    live.end("a")
+    live.end("never begun")
+    assert [task.description for task in live.bar.tasks] == ["b: evaluation"]
+    live.bar.stop()
