@@ -37,10 +37,11 @@ from lrt.serve.schemas import (
 from lrt.serve.served import Served
 
 PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("app", "common", "write", "chat", "inspect")
 PAGES = {
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8") for name in SCRIPTS},
 }
 """The page's files; they and /health need no key."""
 STATUSES: dict[int | str, dict[str, Any]] = {

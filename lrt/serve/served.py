@@ -20,6 +20,7 @@ from lrt.serve.inspect import trained_without_memory
 from lrt.serve.intake import Intake
 from lrt.serve.messages import ResponseFormat, Tool
 from lrt.serve.metrics import Metrics
+from lrt.serve.prompts import prompts_of
 from lrt.serve.schemas import Generation
 from lrt.serve.settings import Settings
 from lrt.serve.text import Vocabulary
@@ -39,6 +40,7 @@ class Served:
         self.name, self.created = name or loaded.run.resolve().name, int(time.time())
         self.fingerprint = f"lrt-{__version__}-step{loaded.step}"
         self.words = Vocabulary(loaded.tokenizer, loaded.run / "tokenizer")
+        self.prompts = prompts_of(loaded.run, self.config.data.source)
         self.metrics = Metrics()
         self.engine = Engine(self.model, settings, loaded.tokenizer.decode_bytes, self.metrics, run)
         self.intake = Intake(settings.max_body, settings.body_seconds, READ_SECONDS)
@@ -56,7 +58,7 @@ class Served:
             "memory": c.memory.projection if c.memory.on else None, "residual": c.memory.residual,
             "shift": c.memory.shifted,
             "schedule": self.config.train.schedule, "trained_without_memory": unaided,
-            "max_output": self.longest, "fingerprint": self.fingerprint,
+            "max_output": self.longest, "fingerprint": self.fingerprint, "prompts": list(self.prompts),
         }  # fmt: skip
 
     @property

@@ -171,12 +171,18 @@ def read_toml(path: Path | str, what: str) -> dict[str, Any]:
 
 def read_yaml(path: Path | str, what: str) -> dict[str, Any]:
     """The mapping of a YAML file that holds plain values alone: no aliases, no tags, one document."""
+    return parse_yaml(read_text(path, what, MOST_SETTINGS), f"{what} {path}")
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds, within the same bounds."""
     import yaml
 
-    text = read_text(path, what, MOST_SETTINGS)
-    with _named(f"{what} {path}", "YAML", yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError):
+    with _named(where, "YAML", yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError):
+        if len(text) > MOST_SETTINGS:
+            raise ValueError(f"more than {MOST_SETTINGS:,} characters")
         data = _plain(yaml.load(text, Loader=_yaml_loader()), loose=False)
-    return require_kind(data, dict, f"{what} {path}")
+    return require_kind(data, dict, where)
 
 
 def _yaml_loader() -> Any:

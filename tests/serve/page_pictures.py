@@ -1,11 +1,15 @@
-"""Pictures of the page for docs/serving.md: python tests/serve/page_pictures.py RUN docs/img"""
+"""Pictures of the page for docs/serving.md: python tests/serve/page_pictures.py RUN docs/img
+
+RUN is a run folder, such as runs/demo/lrt. The page draws with a seed, so the same run gives the same texts.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from serving import Server
 from test_serve_page import CHROMIUM
 
@@ -17,39 +21,61 @@ TEXT = """class Stack:
         self.items.append(item)
         return self.items
 """
-SIZES = {"desktop": (1180, 1000), "phone": (390, 844)}
+PICTURES = {
+    "serve-write": ("light", (1180, 900)),
+    "serve-chat": ("light", (1180, 900)),
+    "serve-inspect-light": ("light", (1180, 1000)),
+    "serve-inspect-dark": ("dark", (1180, 1000)),
+    "serve-write-phone": ("dark", (390, 844)),
+    "serve-inspect-phone": ("light", (390, 844)),
+}
+"""Each picture, its scheme and its window."""
 
 
 def main(run: str, folder: str) -> None:
+    """Write every picture."""
     with Server(Path(run)) as server, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for name, scheme, size in (
-            ("light", "light", "desktop"),
-            ("dark", "dark", "desktop"),
-            ("phone", "light", "phone"),
-        ):
-            width, height = SIZES[size]
-            context = browser.new_context(
-                viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=1.5
-            )  # fmt: skip
-            page = context.new_page()
-            page.set_default_timeout(120_000)
-            page.goto(server.url)
-            page.get_by_text("context").first.wait_for()
-            page.locator("[name=seed]").fill("4")
-            page.get_by_role("button", name="Continue").click()
-            page.get_by_text("a second").wait_for()
-            if name == "light":
-                page.screenshot(path=f"{folder}/serve-write.png", clip={"x": 0, "y": 0, "width": width, "height": 640})
-            page.get_by_role("tab", name="Inspect").click()
-            page.locator("#text-in").fill(TEXT)
-            page.get_by_role("button", name="Inspect", exact=True).click()
-            page.locator("#tokens span").first.wait_for()
-            page.locator("#tokens span").nth(30).click()
-            page.mouse.move(5, 5)
-            page.screenshot(path=f"{folder}/serve-inspect-{name}.png", full_page=True)
-            context.close()
+        for name, (scheme, (width, height)) in PICTURES.items():
+            window: Any = {"width": width, "height": height}
+            page = _opened(browser, server.url, viewport=window, color_scheme=scheme, device_scale_factor=1.5)
+            show = {"write": _write, "chat": _chat, "inspect": _inspect}[name.split("-")[1]]
+            show(page)
+            page.screenshot(path=f"{folder}/{name}.png", full_page=show is _inspect)
+            page.context.close()
         browser.close()
+
+
+def _opened(browser: Browser, url: str, **window: Any) -> Page:
+    page = browser.new_context(**window).new_page()
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.get_by_text("context").first.wait_for()
+    page.evaluate("() => { document.querySelector('[name=seed]').value = 4; }")  # the settings are folded on a phone
+    return page
+
+
+def _write(page: Page) -> None:
+    page.get_by_role("button", name="Continue", exact=True).click()
+    page.get_by_text("a second").wait_for()
+
+
+def _chat(page: Page) -> None:
+    page.get_by_role("tab", name="Chat").click()
+    for turn in ("Write a function 🙂", "And a class"):
+        page.locator("#say").fill(turn)
+        page.locator("#say").press("Enter")
+        page.wait_for_function("() => document.querySelector('#say').value === ''")
+        page.wait_for_function("() => !document.body.classList.contains('running')")
+
+
+def _inspect(page: Page) -> None:
+    page.get_by_role("tab", name="Inspect").click()
+    page.locator("#text-in").fill(TEXT)
+    page.get_by_role("button", name="Inspect", exact=True).click()
+    page.locator("#tokens span").first.wait_for()
+    page.locator("#tokens span").nth(30).click()
+    page.mouse.move(5, 5)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_a_page_of_another_name_that_resolves_here_gets_nothing(server, path):
 
 
 def test_everything_but_health_and_the_page_asks_for_the_key(locked):
-    for path in ("/health", "/", "/app.js", "/style.css"):
+    for path in ("/health", "/", "/app.js", "/common.js", "/style.css"):
         assert httpx.get(locked.url + path).status_code == 200
         assert httpx.head(locked.url + path).status_code == 200
     for path in ("/openapi.json", "/docs", "/redoc", "/metrics", "/v1/models", "/api/about", "/tokenizer_info", "/x"):
