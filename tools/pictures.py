@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch
 from lrt.experiments import draw
 from lrt.schedule import Schedule
 
-SCHEDULES = ("parallel", "sequential", "interleaved-2", "interleaved-4", "refinement-2", "settled-2", "chunked-4")
+SCHEDULES = ("parallel", "sequential", "interleaved-2", "interleaved-4", "refinement-2", "settled-2")
 TOKENS = ("It", "was", "the", "best")
 BLOCKS, SOURCE = 4, 3
 GREY, DARK, MEMORY, SOURCE_FILL = "#d7dae0", "#4b5563", "#d9822b", "#f3d3b0"

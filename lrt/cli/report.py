@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     from lrt.experiments.report import ABOUT, markdown, replace_marked, report_blocks
     from lrt.utils.files import write_text
 
-    blocks = report_blocks(read_groups(flags.files), flags.baseline)
+    blocks = report_blocks(read_groups(flags.files), flags.baseline, flags.files)
     intro = f"From {', '.join(f.name for f in flags.files)}. {ABOUT}"
     flags.out.mkdir(parents=True, exist_ok=True)
     write_text(flags.out / "report.html", page("lrt report", intro, blocks))

@@ -208,10 +208,13 @@ def _share(rows: Rows, world: World) -> Rows:
 
 
 def by_position(nats: Tensor, sizes: Tensor) -> dict[str, float]:
-    """BPB in buckets of doubling position: the loss falls along the row as far as context helps."""
+    """BPB in buckets of doubling position: the loss falls along the row as far as context helps.
+
+    A last position that would stand alone joins the bucket before it: one position is noise.
+    """
     length, by_position, low = nats.shape[1], {}, 1
     while low <= length:
-        high = min(2 * low, length + 1)
+        high = 2 * low if 2 * low < length else length + 1
         label = str(low) if high == low + 1 else f"{low}-{high - 1}"
         by_position[label] = bits_per_byte(nats[:, low - 1 : high - 1], sizes[:, low - 1 : high - 1])
         low = high

@@ -16,7 +16,7 @@ from lrt.config.experiments import DemoConfig
 from lrt.config.model import require
 from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
-from lrt.experiments.pages import curves, page, read_run
+from lrt.experiments.pages import curves, glossary, page, read_run
 from lrt.experiments.record import record
 from lrt.experiments.runner import at_once, run_all
 from lrt.inference.chat import complete
@@ -48,6 +48,7 @@ HEADER = (
     "method", "parameters", "tokens", "token forwards", "train s", "BPB zero memory", "merged", "decoded", "live gap",
     "decode tok/s",
 )  # fmt: skip
+REPORT_WORDS = ("bits per byte", "decoded", "merged", "zero memory", "live gap", "token forwards", "seed")
 PROMPT = "def read_lines(path):\n"
 
 
@@ -118,6 +119,8 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     conclusion = verdict(rows)
     blocks = [
         ("verdict", conclusion),
+        ("what the words mean", glossary(*REPORT_WORDS)),
+        ("next", next_commands(out)),
         (name, Table(HEADER, cells)),
         ("loss and bits per byte", figure),
         *samples.items(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,7 +21,53 @@ AXES = {
     "effective_forwards": "effective compute (token forwards)",
     "seconds": "training seconds",
 }
-COLOURS = ("#6b7280", "#d9822b", "#2f6fde", "#1f9d61", "#a855f7", "#dc2626", "#0891b2", "#854d0e")
+GREY = "#6b7280"
+OTHERS = (
+    "#d9822b", "#2f6fde", "#1f9d61", "#a855f7", "#dc2626", "#0891b2", "#854d0e", "#db2777", "#65a30d", "#312e81",
+)  # fmt: skip
+KNOWN = {"plain": GREY, "shift": OTHERS[0], "lrt": OTHERS[1], "settled + shift": OTHERS[1], "paper": OTHERS[2],
+         "the paper's": OTHERS[2]}  # fmt: skip
+"""Arms that most reports have: the same colour in all of them."""
+MOST_ARMS = len(OTHERS)
+"""Arms that can be told apart by colour."""
+WORDS = {
+    "bits per byte": "what a model needs to write down a byte of text that it has not seen; lower is better",
+    "decoded": "measured token by token, as the model is used",
+    "merged": "measured as the training computes it: all positions at once",
+    "zero memory": "the same model with its memory switched off",
+    "live gap": "decoded less merged; near zero if the model decodes what it was trained to",
+    "token forwards": "how often a token went through the model, over all passes",
+    "seed": "the chance that a run begins with; several seeds show how much is luck",
+    "less baseline": "decoded less the baseline's, seed by seed; below zero is better",
+    "C": "effective compute: token forwards per scaling parameter, those without gradient counted a third, those that "
+         "stop at source block s of L the share s/L of that",
+    "in-context": "loss early in a row less loss late, in nats per token: what a longer context is worth",
+    "sweep": "one pass that computes all memories again from those of the sweep before, instead of token by token",
+    "residual": "the largest relative change of any memory in a sweep",
+    "contraction": "the factor by which a sweep shrinks the residual; below one sweeps settle",
+    "K/V error, KL": "how far keys and values, and the predictions (in nats), are from exact decoding",
+}  # fmt: skip
+"""What the columns of reports mean."""
+
+
+def arm_colours(pictures: Iterable[Iterable[str]]) -> dict[str, str]:
+    """A colour for each arm, the same in all of these pictures; plain is grey.
+
+    Arms that share a picture differ, unless they are more than MOST_ARMS.
+    """
+    together = [list(dict.fromkeys(names)) for names in pictures]
+    colours = {name: KNOWN[name] for names in together for name in names if name in KNOWN}
+    for names in sorted(together, key=lambda names: len(names) > MOST_ARMS):
+        for name in names:
+            beside = {other for seen in together if name in seen and len(seen) <= MOST_ARMS for other in seen}
+            taken = {colours.get(other) for other in beside}
+            colours.setdefault(name, next((c for c in OTHERS if c not in taken), OTHERS[len(colours) % len(OTHERS)]))
+    return colours
+
+
+def glossary(*words: str) -> Table:
+    """The meaning of some WORDS."""
+    return Table(("word", "meaning"), [(word, WORDS[word]) for word in words])
 
 
 @dataclass(frozen=True)
@@ -46,10 +92,10 @@ def read_run(folder: Path, name: str | None = None) -> Recorded:
 def curves(runs: Sequence[Recorded]) -> Figure:
     """Training loss (above) and decoded validation BPB (below) of every run on the three axes."""
     figure = Figure(figsize=(13, 6.4), layout="constrained")
-    grid = figure.subplots(2, 3, sharex="col", sharey="row")
+    grid, colours = figure.subplots(2, 3, sharex="col", sharey="row"), arm_colours([[run.name for run in runs]])
     for column, (key, label) in enumerate(AXES.items()):
-        for run, colour in zip(runs, COLOURS, strict=False):
-            loss, bpb = grid[0][column], grid[1][column]
+        for run in runs:
+            loss, bpb, colour = grid[0][column], grid[1][column], colours[run.name]
             loss.plot(
                 [e[key] for e in run.train], _smooth([e["loss"] for e in run.train]), color=colour, label=run.name
             )
@@ -107,13 +153,18 @@ def _html(heading: str, block: Table | Figure | str) -> str:
         return block.html()
     if isinstance(block, str):
         return f"<pre>{escape(block)}</pre>"
-    return f'<img alt="{escape(heading)}" src="data:image/png;base64,{base64.b64encode(png(block)).decode()}">'
+    source = f"data:image/png;base64,{base64.b64encode(png(block)).decode()}"
+    least = round(LEGIBLE * block.get_figwidth())
+    return f'<div class="wide"><img alt="{escape(heading)}" style="min-width:{least}px" src="{source}"></div>'
 
 
+LEGIBLE = 72
+"""Pixels of the screen an inch of a picture keeps at least, so that its letters can be read; its frame scrolls."""
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #8884;"
-    "white-space:nowrap}.wide{overflow-x:auto}img{max-width:100%;background:#fff;margin:1rem 0}"
+    "white-space:nowrap}td:last-child{white-space:normal}.wide{overflow-x:auto}img{width:100%;max-width:60rem;"
+    "background:#fff;margin:1rem 0}h1,h2,p{overflow-wrap:anywhere}"
     "pre{white-space:pre-wrap;background:#8881;padding:.8rem;border-radius:.4rem}"
     "@media(prefers-color-scheme:dark){body{color:#ddd;background:#16181c}}"
 )

@@ -1,18 +1,20 @@
-"""Pictures of groups of recorded runs. Dots are single seeds, lines and bars their mean, whiskers one deviation."""
+"""Pictures of groups of recorded runs: the median of the seeds, in a band from the least to the most of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lrt.experiments.groups import RunGroup, seeds_and_mean
-from lrt.experiments.pages import COLOURS
 
+Colours = Mapping[str, str]
+"""By arm."""
 COST: dict[str, Callable[[dict[str, Any]], float]] = {
-    "effective compute, token forwards per scaling parameter": lambda r: (
+    "effective compute, token forwards\nper scaling parameter": lambda r: (
         r["effective_compute"] / r["scaling_parameters"]
     ),
     "CPU seconds of training": lambda r: r["cpu_seconds"],
@@ -25,89 +27,103 @@ def decoded(record: dict[str, Any]) -> float:
     return record["bpb"]["decoded"]
 
 
-def budgets(groups: Sequence[RunGroup]) -> Figure:
+def budgets(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Decoded BPB against three measures of cost, a line per arm."""
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    arms = list(dict.fromkeys(g.arm for g in groups))[: len(COLOURS)]
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    arms = list(dict.fromkeys(g.arm for g in groups))
     for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), COST.items(), strict=True):
-        for arm, colour in zip(arms, COLOURS, strict=False):
+        for arm in arms:
             points = sorted((g for g in groups if g.arm == arm), key=lambda g: g.mean(cost))
-            x, y = [g.mean(cost) for g in points], [g.mean(decoded) for g in points]
-            axes.errorbar(x, y, [g.deviation(decoded) for g in points], color=colour, marker="o", ms=4, label=arm)
-            for g in points:
-                axes.plot([cost(r) for r in g.records], [decoded(r) for r in g.records], ".", ms=3, color=colour)
+            x = [statistics.median(map(cost, g.records)) for g in points]
+            _band(axes, x, [[decoded(r) for r in g.records] for g in points], arm, colours)
         axes.set_xlabel(label)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         _plain_axes(axes)
-    figure.axes[0].set_ylabel("decoded bits per byte")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("decoded bits per byte, lower is better")
+    _legend(figure)
     return figure
 
 
-def bars(groups: Sequence[RunGroup], baseline: RunGroup) -> Figure:
-    """Decoded BPB of every arm less that of the baseline, seed by seed where both have it."""
-    figure = Figure(figsize=(9, 0.6 + 0.42 * len(groups)), layout="constrained")
+def bars(groups: Sequence[RunGroup], baseline: RunGroup, colours: Colours) -> Figure:
+    """Decoded BPB of every arm less that of the baseline, by seed: bars for means, dots for seeds."""
+    figure = Figure(figsize=(8, 0.9 + 0.42 * len(groups)), layout="constrained")
     axes = figure.subplots()
     for place, g in enumerate(reversed(groups)):
         each = g.paired(baseline, decoded)
         mean, deviation = seeds_and_mean(each)
-        axes.barh(place, mean, xerr=deviation or None, color=COLOURS[2] if mean < 0 else COLOURS[1], alpha=0.75)
+        axes.barh(place, mean, xerr=deviation or None, color=colours[g.arm], alpha=0.75)
         axes.plot(each, [place] * len(each), "k.", ms=4)
     axes.set_yticks(range(len(groups)), [g.arm for g in reversed(groups)])
     axes.axvline(0, color="#444", lw=1)
-    axes.set_xlabel(f"decoded bits per byte less those of: {baseline.arm}")
+    axes.set_xlabel(f"left is better: decoded bits per byte less those of {baseline.arm}")
     _plain_axes(axes)
     return figure
 
 
-def positions(groups: Sequence[RunGroup]) -> Figure:
+def positions(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Decoded BPB by the target's position in the row."""
-    figure = _lines(groups, lambda r: r["bpb_by_position"])
+    figure = _lines(groups, lambda r: _without_lone_end(r["bpb_by_position"]), colours)
     figure.axes[0].set_xlabel("position in the row")
-    figure.axes[0].set_ylabel("decoded bits per byte")
+    figure.axes[0].set_ylabel("decoded bits per byte, lower is better")
     return figure
 
 
-def convergence(groups: Sequence[RunGroup]) -> Figure:
+def _without_lone_end(by_position: dict[str, float]) -> dict[str, float]:
+    """Without a last bin of one position, which older records have: beside wide ones it is noise."""
+    last = next(reversed(by_position), "")
+    return {k: x for k, x in by_position.items() if k != last or "-" in k or len(by_position) < 3}
+
+
+def convergence(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Largest relative change of any memory vector in each Jacobi sweep from zero memory."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for g, colour in zip(groups, COLOURS, strict=False):
-        for record in g.records if g.records[0]["sweep_residuals"] else ():
-            first = record is g.records[0]
-            sweeps = range(1, len(record["sweep_residuals"]) + 1)
-            axes.plot(sweeps, record["sweep_residuals"], "o-", ms=3, color=colour, label=g.arm if first else None)
-    axes.set_yscale("log")
-    axes.set_xlabel("sweep")
-    axes.set_ylabel("largest relative change of the memory")
-    axes.legend(frameon=False, fontsize=8)
-    _plain_axes(axes)
+    swept = [g for g in groups if g.records[0]["sweep_residuals"]]
+    figure = _lines(swept, lambda r: {str(k): x for k, x in enumerate(r["sweep_residuals"], 1)}, colours)
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].set_xlabel("sweep")
+    figure.axes[0].set_ylabel("largest relative change of the memory")
     return figure
 
 
-def lengths(groups: Sequence[RunGroup]) -> Figure:
+def lengths(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Accuracy of synthetic tasks by length, decoded with memory."""
-    figure = _lines(groups, lambda r: {length: found["all"] for length, found in r["accuracy"].items()})
+    figure = _lines(groups, lambda r: {n: shares["all"] for n, shares in r["accuracy"].items()}, colours)
     figure.axes[0].set_xlabel("length; the first is the one trained with")
-    figure.axes[0].set_ylabel("share of answers right")
+    figure.axes[0].set_ylabel("share of answers right, higher is better")
     figure.axes[0].set_ylim(0, 1.03)
     return figure
 
 
-def _lines(groups: Sequence[RunGroup], values: Callable[[dict[str, Any]], dict[str, float]]) -> Figure:
-    """A line per arm through the seeds' means of labelled values."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+def _lines(
+    groups: Sequence[RunGroup], values: Callable[[dict[str, Any]], dict[str, float]], colours: Colours
+) -> Figure:
+    """A line per arm through labelled values; labels that only some records have are left out."""
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
-    for g, colour in zip(groups, COLOURS, strict=False):
-        labels = list(values(g.records[0]))
-        means = [g.mean(lambda r, label=label: values(r)[label]) for label in labels]
-        axes.plot(labels, means, "o-", ms=4, color=colour, label=g.arm)
-    axes.legend(frameon=False, fontsize=8)
+    records = [values(r) for g in groups for r in g.records]
+    labels = [label for label in records[0] if all(label in r for r in records)]
+    for g in groups:
+        _band(axes, labels, [[values(r)[label] for r in g.records] for label in labels], g.arm, colours)
     _plain_axes(axes)
+    _legend(figure)
     return figure
+
+
+def _band(axes: Any, x: Sequence[Any], seeds: Sequence[Sequence[float]], arm: str, colours: Colours) -> None:
+    """The median at every x, and a band around it where there are several seeds."""
+    axes.plot(x, [statistics.median(ys) for ys in seeds], "o-", ms=4, color=colours[arm], label=arm)
+    if any(len(ys) > 1 for ys in seeds):
+        axes.fill_between(x, [min(ys) for ys in seeds], [max(ys) for ys in seeds], color=colours[arm], alpha=0.15, lw=0)
+
+
+def _legend(figure: Figure) -> None:
+    """Above the picture, so that it covers no line; in as many columns as there is room for."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    letters = max(map(len, names), default=1) + 6
+    columns = max(1, min(len(names), int(figure.get_figwidth() * 12 / letters)))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
 def _plain_axes(axes: Any) -> None:

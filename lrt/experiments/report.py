@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from lrt.config.model import require
 from lrt.experiments import plots
 from lrt.experiments.groups import RunGroup, seeds_and_mean
-from lrt.experiments.pages import COLOURS, png
+from lrt.experiments.pages import MOST_ARMS, arm_colours, glossary, png
 from lrt.experiments.plots import decoded
 from lrt.experiments.suite_tables import length_table, suite_tables
+from lrt.experiments.verdict import baseline_of, next_commands, report_verdict
 from lrt.utils.files import read_text, write_text
 from lrt.utils.tables import Table
 
@@ -25,48 +26,55 @@ SWEEPS = (1, 2, 4, 8)
 SWEEP_HEADER = ("method", "seeds", "contraction", *(
     f"{what}, after {' / '.join(map(str, SWEEPS))} sweeps" for what in ("residual", "K/V error", "argmax agrees", "KL")
 ))  # fmt: skip
-Block = tuple[str, Table | Figure]
+Block = tuple[str, Table | Figure | str]
 MARKS = "<!-- lrt report: begin -->", "<!-- lrt report: end -->"
 
 
 ABOUT = (
-    "Means over seeds, with standard deviations (n - 1) where there are several. Decoded: exact recurrence, token by "
-    "token, float32. C: token forwards per scaling parameter, those without gradient counted a third, those that stop "
-    "at source block s of L the share s/L of that. Less baseline: paired by seed. In-context: loss early less loss "
-    "late, nats per token. CPU: time of one thread. Sweeps: passes after 1, 2, 4 and 8 sweeps from zero memory. "
-    "Contraction: factor by which a sweep shrinks the residual, the largest relative change of any memory vector. K/V "
-    "error, most probable token and KL divergence (nats) compare the pass with exact decoding."
+    "Tables: means over seeds, with standard deviations (n - 1) where there are several. Pictures: medians, in a band "
+    "from the least to the most of the seeds. Decoded: exact recurrence, in float32. CPU: time of one thread."
 )
+TEXT_WORDS = (
+    "bits per byte", "decoded", "less baseline", "C", "zero memory", "live gap", "in-context", "sweep", "residual",
+    "contraction", "K/V error, KL",
+)  # fmt: skip
 
 
-def report_blocks(groups: Sequence[RunGroup], baseline: str) -> list[Block]:
-    """Tables and pictures of the groups, under headings."""
+def report_blocks(groups: Sequence[RunGroup], baseline: str, files: Sequence[Path] = ()) -> list[Block]:
+    """A verdict, a glossary, what to do next, then tables and pictures of the groups, under headings."""
     suites = [g for g in groups if "suite" in g.records[0]]
-    blocks: list[Block] = [*suite_tables(suites, baseline)]
     groups = [g for g in groups if g not in suites]
     text = [g for g in groups if "accuracy" not in g.records[0]]
+    sweeps = dict.fromkeys(g.sweep for g in groups)
+    colours = arm_colours([g.arm for g in groups if g.sweep == sweep] for sweep in sweeps)
+    sentences = report_verdict(groups, baseline)
+    blocks: list[Block] = [("verdict", "\n".join(f"- {line}" for line in sentences))] if sentences else []
+    blocks += [("what the words mean", glossary(*TEXT_WORDS))] if text else []
+    commands = next_commands(files, groups, baseline) if files and groups else []
+    blocks += [("next", "\n".join(f"    {command}" for command in commands))] if commands else []
+    blocks += suite_tables(suites, baseline)
     for sweep in dict.fromkeys(g.sweep for g in text):
         budgets = [g for g in text if g.sweep == sweep and "train.horizon" in g.point]
         if len({g.point for g in budgets}) > 1:
-            blocks.append((f"{sweep}: decoded bits per byte against cost{_of(budgets)}", plots.budgets(budgets)))
+            heading = f"{sweep}: decoded bits per byte against cost{_of(budgets)}"
+            blocks.append((heading, plots.budgets(budgets, colours)))
     for sweep, point in dict.fromkeys((g.sweep, g.point) for g in groups):
         members = [g for g in groups if (g.sweep, g.point) == (sweep, point)]
         heading = (f"{sweep}: {point}" if point else sweep) + _of(members)
-        blocks += _tasks(heading, members) if members[0] not in text else _texts(heading, members, baseline)
+        of_text = members[0] in text
+        blocks += _texts(heading, members, baseline, colours) if of_text else _tasks(heading, members, colours)
     for sweep in dict.fromkeys(g.sweep for g in text):
         last = [g for g in text if g.sweep == sweep][-1].point
-        blocks += _inside(
-            f"{sweep}: {last}" if last else sweep, [g for g in text if (g.sweep, g.point) == (sweep, last)]
-        )
+        members = [g for g in text if (g.sweep, g.point) == (sweep, last)]
+        blocks += _inside(f"{sweep}: {last}" if last else sweep, members, colours)
     return blocks
 
 
-def _texts(heading: str, groups: list[RunGroup], baseline: str) -> list[Block]:
-    base = next((g for g in groups if g.arm == baseline), groups[0])
+def _texts(heading: str, groups: list[RunGroup], baseline: str, colours: plots.Colours) -> list[Block]:
+    base = baseline_of(groups, baseline)
     blocks: list[Block] = [(heading, Table(HEADER, [_row(g, base) for g in groups]))]
-    if len(groups) > 1:
-        others = [g for g in groups if g is not base and g.paired(base, decoded)]
-        blocks.append((f"{heading}: differences", plots.bars(others, base)))
+    if others := [g for g in groups if g is not base and g.paired(base, decoded)]:
+        blocks.append((f"{heading}: differences", plots.bars(others, base, colours)))
     swept = [g for g in groups if all("kl" in r and r["kl"] for r in g.records)]  # the others are old, or do not recur
     if swept:
         blocks.append((f"{heading}: sweeps", Table(SWEEP_HEADER, [_sweeps(g) for g in swept])))
@@ -88,13 +96,13 @@ def _of(groups: Sequence[RunGroup]) -> str:
     return " (bits per byte of the normalised text)" if lossy else ""
 
 
-def _inside(heading: str, groups: list[RunGroup]) -> list[Block]:
+def _inside(heading: str, groups: list[RunGroup], colours: plots.Colours) -> list[Block]:
     """What happens within rows, shown for the last point of a sweep's grid, if its arms can be told apart."""
-    if len(groups) > len(COLOURS):
+    if len(groups) > MOST_ARMS:
         return []
-    blocks: list[Block] = [(f"{heading}: by position", plots.positions(groups))]
+    blocks: list[Block] = [(f"{heading}: by position", plots.positions(groups, colours))]
     if any(g.records[0]["sweep_residuals"] for g in groups):
-        blocks.append((f"{heading}: sweeps of prefill", plots.convergence(groups)))
+        blocks.append((f"{heading}: sweeps of prefill", plots.convergence(groups, colours)))
     return blocks
 
 
@@ -119,8 +127,8 @@ def _spread(mean: float, deviation: float, seeds: int, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + (f" ± {deviation:.4f}" if seeds > 1 else "")
 
 
-def _tasks(heading: str, groups: list[RunGroup]) -> list[Block]:
-    return [(heading, length_table(groups)), (f"{heading}: by length", plots.lengths(groups))]
+def _tasks(heading: str, groups: list[RunGroup], colours: plots.Colours) -> list[Block]:
+    return [(heading, length_table(groups)), (f"{heading}: by length", plots.lengths(groups, colours))]
 
 
 def markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
@@ -130,6 +138,8 @@ def markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
     for heading, block in blocks:
         if isinstance(block, Table):
             parts += [f"### {heading}", block.markdown()]
+        elif isinstance(block, str):
+            parts += [f"### {heading}", block]
         else:
             name = "results_" + re.sub(r"[^a-z0-9]+", "_", heading.lower()).strip("_") + ".png"
             (pictures / name).write_bytes(png(block))

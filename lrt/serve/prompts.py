@@ -30,11 +30,11 @@ def prompts_of(run: Path, source: str) -> tuple[str, ...]:
     A card that cannot be read is told on standard error and left: a server does not fail for its page's sake.
     """
     try:
-        found = card_prompts(run / CARD) if (run / CARD).is_file() else ()
+        prompts = card_prompts(run / CARD) if (run / CARD).is_file() else ()
     except (ValueError, OSError) as error:
         print(one_line(f"the page begins without the card's prompts: {error}"), file=sys.stderr)
-        found = ()
-    return found or (PYTHON if source == "python" else ENGLISH)
+        prompts = ()
+    return prompts or (PYTHON if source == "python" else ENGLISH)
 
 
 def card_prompts(card: Path) -> tuple[str, ...]:

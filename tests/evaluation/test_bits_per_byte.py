@@ -96,7 +96,7 @@ def test_buckets_cover_every_position_once(length: int):
 
 def test_bucket_names():
     assert list(by_position(torch.ones(1, 9), torch.ones(1, 9).long())) == ["1", "2-3", "4-7", "8-9"]
-    assert list(by_position(torch.ones(1, 8), torch.ones(1, 8).long())) == ["1", "2-3", "4-7", "8"]
+    assert list(by_position(torch.ones(1, 8), torch.ones(1, 8).long())) == ["1", "2-3", "4-8"]
 
 
 # One model in every mode.

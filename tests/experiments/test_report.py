@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from lrt.cli.main import main
+from lrt.experiments import draw, plots
 from lrt.experiments.groups import read_groups
-from lrt.experiments.report import MARKS
+from lrt.experiments.pages import GREY, KNOWN, MOST_ARMS, OTHERS, Recorded, arm_colours, curves
+from lrt.experiments.report import MARKS, report_blocks
+from lrt.experiments.verdict import next_commands, report_verdict
+from lrt.schedule import Schedule
 from lrt.utils.tables import Table
 
 
@@ -19,7 +28,7 @@ def record(arm: str, seed: int, decoded: float, compute: str = "compute=5", **mo
         "scaling_parameters": 1000, "tokens": 1000 * cost, "effective_compute": 1000 * cost, "flops": 2e12,
         "cpu_seconds": 10 * cost, "bpb": {"decoded": decoded, "zero_memory": decoded + 0.5}, "live_gap": 0.001,
         "in_context_score": 0.25, "decoded_at_length": {"1": decoded, "2": decoded + 0.1, "4": decoded + 0.2},
-        "bpb_by_position": {"1": 3.0, "2-3": 2.0}, "sweep_residuals": [0.8 / k for k in SWEPT],
+        "bpb_by_position": {"1": 3.0, "2-3": 2.0, "4": 5.0}, "sweep_residuals": [0.8 / k for k in SWEPT],
         "contraction": 0.1 * (seed + 1), "kv_errors": [9.0, *(0.08 / k for k in SWEPT)],
         "argmax_agreement": [0.0, *(1 - 0.08 / k for k in SWEPT)], "kl": [9.0, *(0.008 / k for k in SWEPT)],
         "decode_tokens_per_cpu_second": 200.0, "decoded_bfloat16": decoded + 0.01,
@@ -113,3 +122,130 @@ def test_records_of_other_types_are_named(records, capsys, change):
 def test_a_bar_in_a_name_does_not_end_a_cell():
     lines = Table(["a", "b"], [["x | y", "1\n2"]]).markdown().splitlines()
     assert lines[2] == r"| x \| y | 1 2 |" and len({len(line) for line in lines}) == 1
+
+
+# The verdict.
+
+
+def verdicts(folder, *lines: dict) -> list[str]:
+    file = folder / "v.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return report_verdict(read_groups([file]), "plain")
+
+
+def test_a_report_begins_with_verdict_words_and_what_is_next(records):
+    groups = read_groups([records / "text.jsonl"])
+    (first, text), (second, words), (third, commands), *_ = report_blocks(groups, "plain", [records / "text.jsonl"])
+    assert (first, second, third) == ("verdict", "what the words mean", "next")
+    assert (
+        isinstance(words, Table)
+        and isinstance(text, str)
+        and {"decoded", "live gap", "C"} <= {row[0] for row in words.rows}
+    )
+    assert text.count("\n") == 1 and "plain decodes best, 2.100 bits per byte (2 seeds)" in text
+    assert commands == f"    lrt report {records / 'text.jsonl'} --baseline settled"
+    assert next_commands([records / "a b.jsonl"], groups, "settled")[0].endswith("/a b.jsonl' --baseline plain")
+
+
+def test_seeds_that_agree_and_seeds_that_do_not(tmp_path):
+    def pairs(*differences: float) -> str:
+        runs = [record("plain", s, 2.0 + s) for s in range(len(differences))]
+        (line,) = verdicts(tmp_path, *runs, *(record("a, b", s, 2.0 + s + x) for s, x in enumerate(differences)))
+        return line
+
+    assert "“a, b” decodes best, 2.350 bits per byte (2 seeds)" in pairs(-0.1, -0.2)
+    assert "It is -0.150 ± 0.071 from plain, all 2 seeds of one sign." in pairs(-0.1, -0.2)
+    assert "no difference beyond the seeds' spread" in pairs(-0.3, 0.1)
+    assert "no difference beyond the seeds' spread" in pairs(-0.5, -0.01, -0.01)
+    assert "one seed, and seeds differ by 0.03" in pairs(-0.2)
+    assert "plain decodes best" in pairs(0.2, 0.3) and "The next, “a, b”, is +0.250" in pairs(0.2, 0.3)
+
+
+def test_an_arm_of_other_seeds_is_not_compared(tmp_path):
+    (line,) = verdicts(tmp_path, record("plain", 0, 2.0), record("other", 1, 1.0))
+    assert "other decodes best" in line and "not compared" in line
+
+
+# Pictures.
+
+
+def arms_of(names: list[str]) -> list[dict]:
+    positions = {"1": 3.0, "2-3": 2.0, "4-7": 1.5, "8": 9.0}
+    return [
+        record(name, seed, 2 + k / 10 + seed / 100, bpb_by_position=positions)
+        for k, name in enumerate(names) for seed in range(3)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def many(tmp_path):
+    names = ["plain", "shift", *(f"an arm with quite a long name, number {k}" for k in range(7))]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in arms_of(names)), encoding="utf-8")
+    return read_groups([tmp_path / "many.jsonl"])
+
+
+def test_an_arm_has_one_colour_and_no_two_of_a_picture_share_one():
+    sweeps = [["plain", "a", "b"], ["b", "c", "plain"], ["lrt", "c", *(f"x{k}" for k in range(MOST_ARMS - 2))]]
+    colours = arm_colours([*sweeps, [f"y{k}" for k in range(40)]])
+    assert colours["plain"] == GREY and colours["lrt"] == KNOWN["lrt"] and set(colours.values()) <= {GREY, *OTHERS}
+    assert all(len({colours[name] for name in names}) == len(names) for names in sweeps)
+    assert arm_colours([["a", "plain"]])["plain"] == arm_colours([["plain"]])["plain"] == GREY
+
+
+def test_every_picture_draws_an_arm_in_its_colour(many):
+    colours = arm_colours([[g.arm for g in many]])
+    for figure in (plots.positions(many, colours), plots.convergence(many, colours), plots.budgets(many, colours)):
+        for axes in figure.axes:
+            drawn = {str(line.get_label()): line.get_color() for line in axes.lines}
+            assert drawn and all(colours[arm] == colour for arm, colour in drawn.items())
+    run = {"tokens": 1, "effective_forwards": 1, "seconds": 1, "loss": 2.0, "bpb": {"decoded": 2.0, "zero_memory": 2.0}}
+    figure = curves([Recorded(name, [run], [run]) for name in ("plain", "lrt")])
+    assert [line.get_color() for line in figure.axes[0].lines] == [GREY, KNOWN["lrt"]]
+    bars = plots.bars(many[1:], many[0], colours).axes[0].patches
+    assert [bar.get_facecolor()[:3] for bar in bars] == [to_rgb(colours[g.arm]) for g in reversed(many[1:])]
+
+
+def test_lines_are_medians_in_bands_and_a_lone_last_position_is_left_out(many):
+    axes = plots.positions(many, arm_colours([[g.arm for g in many]])).axes[0]
+    assert len(axes.lines) == len(axes.collections) == len(many)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2-3", "4-7"]
+    assert np.asarray(axes.lines[0].get_ydata()).tolist() == [3.0, 2.0, 1.5]
+    settled = plots.convergence(many[1:2], arm_colours([[many[1].arm]])).axes[0]
+    assert len(settled.lines) == 1 and np.asarray(settled.lines[0].get_ydata()).tolist() == [0.8 / k for k in SWEPT]
+
+
+def test_the_chart_of_differences_says_which_side_is_better(many):
+    axes = plots.bars(many[1:], many[0], arm_colours([[g.arm for g in many]])).axes[0]
+    assert axes.get_xlabel().startswith("left is better") and axes.get_xlabel().endswith("of plain")
+
+
+def test_no_letter_is_cut_off(many):
+    """Every text lies within its picture, and legends cover no line."""
+    colours = arm_colours([[g.arm for g in many]])
+    run = {"tokens": 1, "effective_forwards": 1, "seconds": 1, "loss": 2.0, "bpb": {"decoded": 2.0, "zero_memory": 2.0}}
+    accuracy = [replace(g, records=tuple(r | {"accuracy": {"8": {"all": 1.0}}} for r in g.records)) for g in many]
+    figures = [
+        plots.positions(many, colours), plots.convergence(many, colours), plots.budgets(many, colours),
+        plots.bars(many[1:], many[0], colours), plots.lengths(accuracy, colours),
+        curves([Recorded(g.arm, [run], [run]) for g in many]),
+        draw.picture(Schedule.parse("interleaved-2:weights=0/1"), 5),
+        draw.picture(Schedule.parse("refinement-2:weights=0.25/0.5/1:detach"), 8),
+        draw.picture(Schedule.parse("sequential"), 64),
+    ]  # fmt: skip
+    for figure in figures:
+        assert not cut_off(figure)
+
+
+def cut_off(figure: Figure) -> bool:
+    """Whether anything that is drawn, letters included, reaches over the figure's edge."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
+    slack = 0.01  # inches
+    return not (drawn.x0 >= -slack and drawn.y0 >= -slack and drawn.x1 <= width + slack and drawn.y1 <= height + slack)
+
+
+def test_a_title_that_is_cut_is_found():
+    figure = Figure(figsize=(2, 2), layout="constrained")
+    figure.subplots().set_title("a title that is much longer than two inches are wide")
+    assert cut_off(figure)

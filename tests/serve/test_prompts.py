@@ -8,7 +8,7 @@ import pytest
 
 from lrt.serve.prompts import ENGLISH, LONGEST, MOST, PYTHON, prompts_of
 
-CARD = "---\nlicense: apache-2.0\nwidget:\n- text: It was\n- example_title: no text\n- text: |\n    two\n    lines\n---\n# books\n"
+CARD = "---\nlicense: x\nwidget:\n- text: It was\n- example_title: no text\n- text: |\n    a\n    b\n---\n# books\n"
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def card(tmp_path: Path) -> Path:
 
 def test_they_are_the_cards(card: Path):
     card.write_text(CARD, encoding="utf-8")
-    assert prompts_of(card.parent, "python") == ("It was", "two\nlines\n")
+    assert prompts_of(card.parent, "python") == ("It was", "a\nb\n")
 
 
 def test_without_a_card_they_fit_the_text(card: Path):
