@@ -37,7 +37,7 @@ class TextScore(NamedTuple):
     """Of the text in UTF-8."""
     bits_per_byte: float
     mode: str
-    """How the recurrence was solved: `exact`, `zero_memory`, or such as `sweeps(interleaved-8, 0.0007)`."""
+    """How the recurrence was solved: `exact`, `zero_memory`, or such as `sweeps(interleaved-8, 0.0001)`."""
 
 
 @final
@@ -53,22 +53,24 @@ class TextModel:
     run: Path
     """The run's folder."""
 
-    def generate(self, prompt: str = "", *, mode: str = DEFAULT_MODE, **sampling: Any) -> str:
+    def generate(self, prompt: str = "", *, mode: str = DEFAULT_MODE, drafts: int = 0, **sampling: Any) -> str:
         """What the model writes after `prompt`, which is not repeated.
 
         Args:
             prompt: the beginning of a document.
             mode: how the prompt is taken in: `exact`, `jacobi` or `interleaved-G`.
+            drafts: most tokens guessed ahead where the text repeats itself, and checked together.
             sampling: fields of `SamplingParams`, such as `temperature=0.7, max_new_tokens=100, seed=1`.
 
         Raises:
             ValueError: the prompt does not fit the context, or a value is out of range. TypeError: no such field.
         """
-        return "".join(self.stream(prompt, mode=mode, **sampling))
+        return "".join(self.stream(prompt, mode=mode, drafts=drafts, **sampling))
 
-    def stream(self, prompt: str = "", *, mode: str = DEFAULT_MODE, **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: str = "", *, mode: str = DEFAULT_MODE, drafts: int = 0, **sampling: Any) -> Iterator[str]:
         """The same text piece by piece, as soon as it is certain; arguments and errors are those of `generate`."""
-        return complete(self.model, self.tokenizer, prompt, replace(SAMPLING, **sampling), mode=mode)
+        params = replace(SAMPLING, **sampling)
+        return complete(self.model, self.tokenizer, prompt, params, mode=mode, drafts=drafts)
 
     def score(self, text: str, *, mode: str = DEFAULT_MODE) -> TextScore:
         """How probable the decoded model finds `text`, as a document of its own.

@@ -68,12 +68,13 @@ def main(args: list[str]) -> int:
 
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
     own, mode, sampling = chat_template_of(loaded.tokenizer), flags.decoding.prefill, flags.decoding.sampling
+    drafts = flags.decoding.drafts
     if flags.template is None and own is not None:
-        begin = lambda: TemplatedConversation(loaded.model, loaded.tokenizer, own, mode)  # noqa: E731
+        begin = lambda: TemplatedConversation(loaded.model, loaded.tokenizer, own, mode, drafts)  # noqa: E731
         sampling = replace(sampling, stop=tuple(stop for stop in sampling.stop if stop != NEXT))
         session = ChatSession(begin, None, sampling)
     else:
-        begin = lambda: Conversation(loaded.model, loaded.tokenizer, mode)  # noqa: E731
+        begin = lambda: Conversation(loaded.model, loaded.tokenizer, mode, drafts)  # noqa: E731
         session = ChatSession(begin, plain, sampling)
     _tell(GREETING)
     for line in _lines():

@@ -20,5 +20,7 @@ class DecodingFlags:
     )
     prefill: str = DEFAULT_MODE
     """How the prompt is taken in: exact, jacobi or interleaved-G."""
+    drafts: int = 0
+    """Most tokens guessed ahead where the text repeats itself, and checked together; the text stays the same."""
     device: Device = "auto"
     """cpu, cuda or auto."""

@@ -46,7 +46,7 @@ def main(args: list[str]) -> int:
     for i in range(flags.samples):
         print(f"--- seed {sampling.seed + i}\n" if flags.samples > 1 else "", end="")
         once = replace(sampling, seed=sampling.seed + i)
-        pieces = complete(loaded.model, loaded.tokenizer, prompt, once, mode=mode)
+        pieces = complete(loaded.model, loaded.tokenizer, prompt, once, mode=mode, drafts=flags.decoding.drafts)
         print(prompt + next(pieces, ""), end="", flush=True)  # after the prompt has been taken in: it may be refused
         for text in pieces:
             print(text, end="", flush=True)

@@ -10,9 +10,8 @@ from lrt.passes import Pass, no_grad_pass
 
 DEFAULT_MODE = "interleaved-8"
 """The fastest that agrees with exact decoding on trained models: measured in docs/decoding.md."""
-DEFAULT_TOLERANCES = {1: 5e-5, 2: 3e-4, 8: 7e-4}
-"""By the least number of subsets in a sweep: at these no measured prompt's logits differed from exact decoding's by
-1e-3 (docs/decoding.md). The fewer there are, the more slowly sweeps contract, and the less a small change says."""
+DEFAULT_TOLERANCE = 1e-4
+"""Under every mode no measured prompt's logits differed from exact decoding's by 1e-3 (docs/decoding.md)."""
 DEFAULT_CHUNK = 1024
 DEFAULT_SWEEPS = 32
 PENALTIES = (0.01, 100.0)
@@ -29,7 +28,7 @@ class PrefillOptions(NamedTuple):
     stride: int
     """0: exactly, token by token; 1: Jacobi sweeps; g: interleaved (Gauss-Seidel) sweeps of g subsets."""
     tolerance: float
-    """Largest change of any position's memory in a sweep, relative to its norm, at which a row has settled."""
+    """Largest estimated error of any position's memory, relative to its norm, at which a row has settled."""
     max_sweeps: int
     """Sweeps per chunk before the rest is finished exactly."""
     chunk: int
@@ -38,11 +37,11 @@ class PrefillOptions(NamedTuple):
     @staticmethod
     def parse(
         mode: str,
-        tolerance: float | None = None,
+        tolerance: float | None = DEFAULT_TOLERANCE,
         max_sweeps: int = DEFAULT_SWEEPS,
         chunk: int = DEFAULT_CHUNK,
     ) -> PrefillOptions:
-        """Read `exact`, `jacobi` or `interleaved-G`; the tolerance is by default the mode's own.
+        """Read `exact`, `jacobi` or `interleaved-G`; a tolerance of None is the default one.
 
         ValueError: another mode, or a number out of range.
         """
@@ -52,7 +51,7 @@ class PrefillOptions(NamedTuple):
                 f"prefill mode {mode!r} is unknown: use exact, jacobi or interleaved-G, e.g. interleaved-8"
             )
         stride = int(match[1]) if match[1] else int(mode == "jacobi")
-        tolerance = default_tolerance(stride) if tolerance is None else tolerance
+        tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
         if not tolerance >= 0 or max_sweeps < 1 or chunk < 1:
             raise ValueError(
                 f"tolerance {tolerance}, max_sweeps {max_sweeps}, chunk {chunk}: use a tolerance >= 0, the others >= 1"
@@ -67,11 +66,6 @@ class PrefillOptions(NamedTuple):
         """The passes of sweep `number` (from 1); the first one is a full pass, since it has nothing to read yet."""
         stride = min(self.stride, length) if number > 1 else 1
         return [no_grad_pass(range(i, length, stride)) for i in range(stride)]
-
-
-def default_tolerance(stride: int) -> float:
-    """The tolerance of sweeps with `stride` subsets (see `PrefillOptions`) where none is given."""
-    return max(tolerance for least, tolerance in DEFAULT_TOLERANCES.items() if least <= max(stride, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

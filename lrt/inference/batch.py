@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrt.config.decoding import SamplingParams
 from lrt.inference.history import HistoryState
+from lrt.inference.lookahead import Lookahead
 from lrt.inference.prefill import next_logits
 from lrt.inference.sampling import Drawn, SamplingTensors, TokenHistory, choose, uniforms
 from lrt.inference.streaming import TextStream
@@ -135,15 +136,18 @@ class RunningBatch:
         logits: Tensor | None = None,
         run: OneToken = next_logits,
         shapes: Sequence[int] = (),
+        drafts: int = 0,
     ):
         """`logits` [B, V] come with a state whose prompts have been taken in. A step computes the first n rows, where n
-        is the least of `shapes` that holds every running row; by default all rows."""
+        is the least of `shapes` that holds every running row; by default all rows. `drafts`: most tokens that are
+        guessed ahead (`lrt.inference.lookahead`)."""
         self.model, self.cache, self.run, self.shapes = model, cache, run, shapes
         self.requests: list[Request | None] = [None] * cache.rows
         self._logits, self._tokens = logits, None
         self._history = HistoryState(cache.rows, model.config.vocab_size, cache.length.device)
         self._laws: SamplingTensors | None = None
         self._active: Tensor | None = None
+        self.lookahead = Lookahead(model, drafts) if drafts else None
 
     @property
     def running(self) -> list[Request]:
@@ -160,6 +164,8 @@ class RunningBatch:
         if state is not None:
             self.cache = self.cache.put(row, state)
         self._history.join(request.row, request.sampling, known)
+        if self.lookahead is not None:
+            self.lookahead.join(request.row, known)
         self.requests[request.row] = request
         self._changed()
 
@@ -225,6 +231,8 @@ class RunningBatch:
     def advance(self) -> None:
         """Take in what was drawn, and one token of every prompt that is not in yet."""
         running = self.running
+        if self._looked_ahead(running):
+            return
         last = max(r.row for r in running)
         n = next((n for n in self.shapes if n > last), self.cache.rows)
         tokens, forced = self._next(n, running)
@@ -239,6 +247,19 @@ class RunningBatch:
             r.length += 1
         for r in forced:
             r.prompt.pop()
+
+    def _looked_ahead(self, running: list[Request]) -> bool:
+        """Whether drafts have spared the step; rows whose prompt is still coming in have none."""
+        if self.lookahead is None or self._tokens is None or any(r.prompt for r in running):
+            return False
+        tokens = self._tokens.tolist()
+        drawn, room = {r.row: tokens[r.row] for r in running}, {r.row: r.left - 1 for r in running}
+        taken = self.lookahead.advance(self.cache, drawn, room)
+        if taken is not None:
+            self._logits, self.cache = taken
+            for r in running:
+                r.length += 1
+        return taken is not None
 
     def _next(self, n: int, running: list[Request]) -> tuple[Tensor, list[Request]]:
         """The first n rows' next tokens [n], and the requests among them whose token comes from a prompt."""

@@ -17,7 +17,13 @@ from lrt.model.lrt import LRT
 
 @torch.no_grad()
 def complete(
-    model: LRT, tokenizer: Tokenizer, prompt: str, sampling: SamplingParams, *, mode: str = DEFAULT_MODE
+    model: LRT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: SamplingParams,
+    *,
+    mode: str = DEFAULT_MODE,
+    drafts: int = 0,
 ) -> Iterator[str]:
     """Continue `prompt` as the beginning of a document; yields text as it becomes certain.
 
@@ -26,7 +32,8 @@ def complete(
     """
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     require_room(model, len(ids))
-    for step in generate(model, [ids], ending(sampling, tokenizer), decode_bytes=tokenizer.decode_bytes, mode=mode):
+    decode, params = tokenizer.decode_bytes, ending(sampling, tokenizer)
+    for step in generate(model, [ids], params, decode_bytes=decode, mode=mode, drafts=drafts):
         yield step.emissions[0].text
 
 
@@ -49,6 +56,8 @@ class Conversation:
     model: LRT
     tokenizer: Tokenizer
     mode: str = DEFAULT_MODE
+    drafts: int = 0
+    """Most tokens guessed ahead, see `generate`."""
     cache: KVCache | None = None
     pending: list[int] = field(default_factory=list)
     """Tokens emitted or fixed that the state has not taken in yet."""
@@ -76,9 +85,10 @@ class Conversation:
         prompt = self._prompt(text, sampling)
         cache = self.cache or KVCache.empty(self.model, 1, self.model.config.context)
         self.ended, before, tokens, shown = (), None, [], ""
-        decode, laws = self.tokenizer.decode_bytes, ending(sampling, self.tokenizer)
+        decode, params = self.tokenizer.decode_bytes, ending(sampling, self.tokenizer)
+        how = {"decode_bytes": decode, "cache": cache, "mode": self.mode, "drafts": self.drafts}
         try:
-            for step in generate(self.model, [prompt], laws, decode_bytes=decode, cache=cache, mode=self.mode):
+            for step in generate(self.model, [prompt], params, **how):
                 if before is None and sampling.stop:
                     before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
                 emission = step.emissions[0]
@@ -122,6 +132,8 @@ class TemplatedConversation:
     tokenizer: Tokenizer
     template: ChatTemplate
     mode: str = DEFAULT_MODE
+    drafts: int = 0
+    """Most tokens guessed ahead, see `generate`."""
     cache: KVCache | None = None
     tokens: list[int] = field(default_factory=list)
     """What the state has taken in."""
@@ -140,8 +152,9 @@ class TemplatedConversation:
         cache = self.cache if known else KVCache.empty(self.model, 1, self.model.config.context)
         self.cache, emitted = None, []
         decode, laws = self.tokenizer.decode_bytes, ending(sampling, self.tokenizer)
+        how = {"decode_bytes": decode, "cache": cache, "mode": self.mode, "drafts": self.drafts}
         try:
-            for step in generate(self.model, [prompt], laws, decode_bytes=decode, cache=cache, mode=self.mode):
+            for step in generate(self.model, [prompt], laws, **how):
                 self.cache, self.tokens = step.cache, [*ids, *emitted]  # what was emitted last is not in it yet
                 emitted.append(step.emissions[0].token)
                 shown += step.emissions[0].text

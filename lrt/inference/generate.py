@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
+from lrt.config.model import require
 from lrt.inference.batch import Emission, Request, RunningBatch
 from lrt.inference.prefill import next_logits, prefill
 from lrt.inference.streaming import DecodeBytes, TextStream
@@ -28,7 +29,7 @@ class Scored(NamedTuple):
     nats: Tensor
     """Negative log-likelihood of each target, [B, T], float32 at least; 0 where the target is IGNORE."""
     mode: str
-    """`exact`, `zero_memory`, or such as `sweeps(interleaved-8, 0.0007)`."""
+    """`exact`, `zero_memory`, or such as `sweeps(interleaved-8, 0.0001)`."""
     effort: Effort
 
 
@@ -69,6 +70,7 @@ def generate(
     capacity: int | None = None,
     mode: str | PrefillOptions = DEFAULT_MODE,
     run: OneToken = next_logits,
+    drafts: int = 0,
 ) -> Iterator[Generated]:
     """Continue prompts together, a token per step, until every row has stopped.
 
@@ -82,6 +84,8 @@ def generate(
             at most the model's context, and answers end where it is full.
         mode: how the prompts are taken in, see `prefill`.
         run: `next_logits`, or what `compiled` returns.
+        drafts: most tokens that are guessed ahead from what the text has repeated, and checked together; none by
+            default, since it pays on repetitive text alone (docs/decoding.md). The tokens are the same.
 
     Raises:
         ValueError: as `prefill`; stop texts without `decode_bytes`; not one sampling per prompt; a row whose logits
@@ -90,6 +94,7 @@ def generate(
     all_params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
     tokens, lengths = _padded(prompts, model.device)
     _check_requests(all_params, len(prompts), samples, decode_bytes)
+    require(drafts >= 0, f"drafts is {drafts}; give the most tokens to guess ahead, or 0 for none")
     if cache is None and capacity is None:
         needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, all_params, strict=True))
         capacity = min(model.config.context, needed)
@@ -97,7 +102,7 @@ def generate(
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
     cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
     shapes = [2**i for i in range(1, len(rows).bit_length())]  # rows that have all stopped leave the step
-    batch = RunningBatch(model, cache, logits=logits, run=run, shapes=shapes)
+    batch = RunningBatch(model, cache, logits=logits, run=run, shapes=shapes, drafts=drafts)
     for request in _requests(model, all_params, samples, cache, decode_bytes):
         batch.join(request, prompts[request.row // samples])
     while True:

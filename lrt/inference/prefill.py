@@ -31,7 +31,7 @@ class Prefill(NamedTuple):
     """Next-token logits after each row's last token, [B, V]."""
     cache: KVCache
     mode: str
-    """`exact`, or such as `sweeps(interleaved-8, 0.0007)`."""
+    """`exact`, or such as `sweeps(interleaved-8, 0.0001)`."""
     effort: Effort
 
 

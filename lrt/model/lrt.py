@@ -29,10 +29,10 @@ class LRT(Transformer):
         Args:
             tokens: int64 [B, T].
             mode: how the recurrence is solved. `exact`: token by token, and the only one that gradients flow through.
-                `interleaved-G` or `jacobi`: parallel sweeps until no memory moves by more than `tolerance`.
+                `interleaved-G` or `jacobi`: parallel sweeps until no memory is off by more than `tolerance`.
                 `zero_memory`: one parallel pass that reads no recurrent memory, and so is not the decoded model.
                 None: `exact` where a gradient is wanted, else `interleaved-8`.
-            tolerance: relative change of a position's memory at which sweeps stop; by default the mode's.
+            tolerance: estimated relative error of a position's memory at which sweeps stop; by default prefill's own.
 
         Raises:
             ValueError: a gradient is wanted of sweeps; a token out of range; an unknown mode.

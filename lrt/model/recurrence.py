@@ -34,7 +34,7 @@ class Effort(NamedTuple):
     sweeps: int
     """Most sweeps over any chunk."""
     residual: float
-    """Largest last change of the memory of a row that settled by tolerance; 0 where all is exact."""
+    """Largest estimated error of the memory of a row that settled by tolerance; 0 where all is exact."""
     forwards: float
     """Plain-forward equivalents per position: a sweep that stops at source block s counts s / L; steps count 1."""
     stepped: Tensor
@@ -50,6 +50,35 @@ class Solved(NamedTuple):
     """m_t of every position, likewise."""
     cache: KVCache
     effort: Effort
+
+
+class SweepRates(NamedTuple):
+    """How the sweeps of rows contract, [b] each."""
+
+    change: Tensor
+    """Change of the memory in the last sweep (`change_of`); infinite before there is one."""
+    rate: Tensor
+    """Factor from the change before to that one; 1 where it is not known yet."""
+    rate_before: Tensor
+
+    @staticmethod
+    def unknown(rows: int, device: torch.device) -> SweepRates:
+        """Before any sweep."""
+        ones = torch.ones(rows, device=device)
+        return SweepRates(ones * torch.inf, ones, ones)
+
+    def after(self, change: Tensor) -> SweepRates:
+        """After one more sweep."""
+        rate = torch.where(self.change.isfinite(), change / self.change, 1.0)
+        return SweepRates(change, rate, self.rate)
+
+    def error(self) -> Tensor:
+        """How far from the solution the memory still is, in the measure of `change`.
+
+        Changes that go on to shrink at the slower of the last two rates add up to that; at most the last change.
+        """
+        rate = torch.maximum(self.rate, self.rate_before)
+        return torch.where(rate < 0.5, self.change * rate / (1 - rate), self.change)
 
 
 class SettledRows(NamedTuple):
@@ -113,7 +142,7 @@ def solve(
 def _chunk(model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, plan: PrefillOptions) -> Solved:
     hidden, memory = (cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1]) for _ in range(2))
     begin, sweeps, residual = torch.zeros_like(count), 0, 0.0
-    for group in _sweeps(model, tokens, count, cache, plan) if plan.stride else ():
+    for group in settle(model, tokens, count, cache, plan) if plan.stride else ():
         hidden[group.rows], memory[group.rows] = group.hidden.to(hidden.dtype), group.memory.to(memory.dtype)
         cache = cache.commit(group.buffer, group.rows, group.taken)
         begin[group.rows] = group.taken
@@ -124,34 +153,40 @@ def _chunk(model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, 
     return Solved(hidden, memory, cache, Effort(sweeps, residual, forwards, count - begin))
 
 
-def _sweeps(
+def settle(
     model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, plan: PrefillOptions
 ) -> Iterator[SettledRows]:
-    """Sweep until every row has settled; rows leave as they do, so that none's result depends on the others."""
-    rows, buffer = count.nonzero()[:, 0], cache.buffer()
+    """Sweep the next `count` tokens of each row until it has settled; `cache` takes in nothing yet.
+
+    Rows leave as they settle, so that none's result depends on the others.
+    """
+    rows, buffer, completed = count.nonzero()[:, 0], cache.buffer(), model.config.source < model.config.layers
     buffer = buffer if len(rows) == len(count) else buffer.take(rows)
-    n, known, old = tokens.shape[1], 0, None
+    n, known, old, progress = tokens.shape[1], 0, None, SweepRates.unknown(len(rows), tokens.device)
     for number in range(1, plan.max_sweeps + 1 if len(rows) else 0):
         unsettled, wanted, passes = tokens[rows], count[rows], plan.sweep(number, n)
         buffer = _sweep(model, unsettled, passes, buffer)
         new = buffer.memory(range(1, n + 1))
         assert new is not None
         known = exact_prefix(passes, n, known) if model.config.memory.recurrent else n
-        change = change_of(old, new, wanted)
-        settled = (change <= plan.tolerance) | (wanted <= known)
+        exact = min(n, known + completed)  # the pass that completes the chunk makes one more position exact
+        progress = progress.after(change_of(old, new, wanted))
+        error = progress.error()
+        settled = (error <= plan.tolerance) | (wanted <= exact)
         leaving = settled if number < plan.max_sweeps else torch.ones_like(settled)
         if leaving.any():
             at, every = leaving.nonzero()[:, 0], bool(leaving.all())
             whole, hidden = finish(model, unsettled[at], buffer if every else buffer.take(at), new[at])
             written = whole.memory(range(1, n + 1))
             assert written is not None
-            taken = torch.where(settled, wanted, wanted.clamp(max=known))
-            residual = change.masked_fill(~settled | (wanted <= known), 0).max()
+            taken = torch.where(settled, wanted, wanted.clamp(max=exact))
+            residual = error.masked_fill(~settled | (wanted <= exact), 0).max()
             yield SettledRows(rows[at], taken[at], whole, hidden, written, number, float(residual))
             if every:
                 return
             stay = (~leaving).nonzero()[:, 0]
             rows, buffer, new = rows[stay], buffer.take(stay), new[stay]
+            progress = SweepRates(*(x[stay] for x in progress))
         old = new
 
 

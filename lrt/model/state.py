@@ -185,6 +185,12 @@ class Buffer:
         segments = (Segment(s.at, s.written.map(lambda x, _: x[rows])) for s in self.segments)
         return Buffer(tuple(segments), self.prefix and self.prefix.take(rows))
 
+    def position(self, t: int) -> Buffer:
+        """What position t alone holds, as if it were the first."""
+        segment = next(s for s in self.segments if t in s.at)
+        alone = segment.written.map(lambda x, axis: x.narrow(axis, segment.at.index(t), 1))
+        return replace(self, segments=(Segment(range(1), alone),))
+
     def memory(self, at: range) -> StreamBND | None:
         """m_{t-1} for every t of `at`, [B, N, D]; zero where none was written; None if none was written anywhere."""
         parts = [(s.at, s.written.memory) for s in self.segments]

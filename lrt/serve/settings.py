@@ -43,7 +43,7 @@ class Settings:
     prefill: str = DEFAULT_MODE
     """How long prompts are taken in: jacobi or interleaved-G sweeps, or exact: all prompts step with the batch."""
     tolerance: float = 1e-5
-    """Relative change of the memory at which sweeps stop; at 1e-5 what is left is rounding (docs/serving.md)."""
+    """Estimated relative error of the memory at which sweeps stop; 1e-5 is near rounding (docs/serving.md)."""
     chunk: int = 128
     """Positions of a long prompt that are taken in between two steps of the batch."""
     sweep_from: int = 64

@@ -137,7 +137,7 @@ def test_the_command_names_its_mode(run: Path, tmp_path: Path, monkeypatch, caps
     flags = ["--include-path", str(tasks), "--limit", "2", "--device", "cpu"]
     assert main(["eval", str(run), "--tasks", "local_mc,local_ppl", *flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["mode"] == "sweeps(interleaved-8, 0.0007)"
+    assert found["mode"] == "sweeps(interleaved-8, 0.0001)"
     assert 0 <= found["results"]["local_mc"]["acc,none"] <= 1
     assert main(["eval", str(run), "--tasks", "local_mc", *flags, "--mode", "exact"]) == 0
     assert "scored by exact" in capsys.readouterr().out

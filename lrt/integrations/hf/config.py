@@ -44,7 +44,7 @@ class LRTConfig(PreTrainedConfig):
     prefill_mode: str = DEFAULT_MODE
     """Which sweeps: jacobi or interleaved-G."""
     prefill_tolerance: float | None = None
-    """Relative change of the memory at which sweeps stop; none means the mode's own."""
+    """Estimated relative error of the memory at which sweeps stop; none means prefill's own."""
     schedule: str = "settled-1..3"
     """Schedule of the loss in train mode; of several stages, the last."""
     seed: int = 0
