@@ -83,14 +83,14 @@ class TextModel:
             raise ValueError(f"the text has {len(ids)} tokens; give 1 to {context}, the model's context")
         row = torch.tensor([[self.tokenizer.bos, *ids]], device=self.model.device)
         scored = score(self.model, row[:, :-1], row[:, 1:], mode=mode)
-        nats, size = float(scored.nats.double().sum()), len(text.encode())
+        nats, size = float(scored.nats.cpu().double().sum()), len(text.encode())
         return TextScore(nats, len(ids), size, nats / size / math.log(2), scored.mode)
 
 
 def load(run: str | Path, device: str = "auto") -> TextModel:
     """The model of a run folder (its newest checkpoint) or of one checkpoint folder, with its tokenizer.
 
-    `device` is auto, cpu or cuda. ValueError: there is no checkpoint, or it is damaged.
+    `device` is auto, cpu, cuda or mps. ValueError: there is no checkpoint, or it is damaged.
     """
     loaded = load_model(expand_home(run), resolve_device(device))
     return TextModel(loaded.model, loaded.tokenizer, loaded.config, loaded.run)

@@ -46,8 +46,10 @@ def make_run(folder: Path, context: int = 256, **memory) -> Path:
 class Server:
     """A server in a thread of this process."""
 
-    def __init__(self, run: Path, *api_keys: str, hosts: tuple[str, ...] = (), drain: float = 30, **settings):
-        self.loaded = checkpoint.load_model(run)
+    def __init__(
+        self, run: Path, *api_keys: str, hosts: tuple[str, ...] = (), drain: float = 30, device: str = "cpu", **settings
+    ):
+        self.loaded = checkpoint.load_model(run, device)
         self.served = Served(self.loaded, replace(Settings(), **settings))
         names = HostNames("127.0.0.1", hosts)
         self.server = DrainingServer(self.served, ApiKeys(api_keys), names, drain)

@@ -60,7 +60,7 @@ def run(settings: DecodingBenchmark, tell: Callable[[str], None] = lambda line: 
     else:
         config = _trained(settings, settings.checkpoint, device, result, tell)
     result["setting"] = {
-        "device": device.type, "threads": torch.get_num_threads(), "compiled": settings.compile,
+        "device": str(device), "threads": torch.get_num_threads(), "compiled": settings.compile,
         "recipe": str(settings.checkpoint or settings.recipe), "depth": config.depth, "width": config.d,
         "projection": config.memory.projection,
     }  # fmt: skip

@@ -26,7 +26,7 @@ class AnalyzeFlags:
     out: Path | None = None
     """PNG of the heat map by layer and head; by default RUN/analysis.png."""
     device: Device = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, mps (untested) or auto."""
     json: bool = False
     """Print one JSON object."""
 

@@ -30,7 +30,7 @@ class CoreFlags:
     """Folder of the record, core-MODE.jsonl, and of what is kept of an evaluation that is stopped; by default
     RUN/suites."""
     device: Device = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, mps (untested) or auto."""
     json: bool = False
     """Print one JSON object."""
 

@@ -23,4 +23,4 @@ class DecodingFlags:
     drafts: int = 0
     """Most tokens guessed ahead where the text repeats itself, and checked together; the text stays the same."""
     device: Device = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, mps (untested) or auto."""

@@ -59,7 +59,7 @@ class EvalFlags:
     limit: int | None = None
     """Examples of each task."""
     device: Device = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, mps (untested) or auto."""
     json: bool = False
     """Print one JSON object."""
 

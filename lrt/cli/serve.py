@@ -45,7 +45,7 @@ class ServeFlags:
     compile: bool = False
     """Compile the step; it takes a minute or so, once."""
     device: Device = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, mps (untested) or auto."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 
 

@@ -21,7 +21,7 @@ class StepBenchmark:
     """Time training steps of every schedule against the plain transformer's."""
 
     device: Device = "auto"
-    """`cpu`, `cuda` or `auto`."""
+    """`cpu`, `cuda`, `mps` (untested) or `auto`."""
     recipe: RecipeName | None = None
     """Take model and length from a recipe; by default depth 4, width 256, vocabulary 4096, shared projections."""
     depth: int | None = None
@@ -81,7 +81,7 @@ class DecodingBenchmark:
     peer: bool = False
     """Also time `generate` of transformers' own nanochat model beside the backbone without memory."""
     device: Device = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, mps (untested) or auto."""
 
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps)

@@ -19,7 +19,7 @@ from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
 
 Dtype = Literal["auto", "bfloat16", "float32"]
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 TASK = "task:"
 """Beginning of a source that is a synthetic task."""
 PAUSES = "+pauses"
@@ -143,7 +143,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialisation, data order and drawn schedules."""
     device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: cuda where there is one."""
+    """`cpu`, `cuda`, `mps` (Apple's, untested), or `auto`: cuda where there is one."""
     threads: int | None = None
     """CPU threads; none takes one where more are slower, as small models on busy machines have it (measured)."""
     dtype: Dtype = "auto"

@@ -238,11 +238,11 @@ def _scores(model: LRT, schedule: Schedule, rows: Rows) -> _Scores:
     for p, written, _ in run_passes(model, tokens, schedule.passes(length), starts):
         if written.hidden is not None:
             cut = slice(p.positions.start, p.positions.stop, p.positions.step)
-            passes.append(token_nats(model, written.hidden, targets[:, cut]).double().cpu())
+            passes.append(token_nats(model, written.hidden, targets[:, cut]).cpu().double())
             slices.append(p.positions)
             merged[:, cut] = passes[-1]
-    zero = score(model, tokens, targets, mode="zero_memory").nats.double().cpu()
-    decoded = score(model, tokens, targets, mode="exact").nats.double().cpu()
+    zero = score(model, tokens, targets, mode="zero_memory").nats.cpu().double()
+    decoded = score(model, tokens, targets, mode="exact").nats.cpu().double()
     return _Scores(zero, passes, slices, merged, decoded, sweep_residuals(model, tokens, starts))
 
 

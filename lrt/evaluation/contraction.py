@@ -16,6 +16,7 @@ from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import Buffer, PassOutput
 from lrt.passes import no_grad_pass
+from lrt.utils.hardware import widest
 
 SWEEPS = 8
 """Jacobi sweeps that are followed."""
@@ -88,15 +89,15 @@ def _keys_values(written: PassOutput) -> list[Tensor]:
 
 
 def _squares(x: Tensor) -> Tensor:
-    return x.double().square().flatten(1).sum(1)
+    return x.to(widest(x.device)).square().flatten(1).sum(1)
 
 
 def _compare(model: LRT, hidden: StreamBND, exact: StreamBND) -> tuple[Tensor, Tensor]:
     """Agreement of the most probable tokens, and KL(exact || pass), means over each row's positions, [B]."""
     at_once = max(1, LOGITS_AT_ONCE // (len(hidden) * model.config.vocab_size))
-    same, divergence = torch.zeros(2, len(hidden), dtype=torch.float64, device=hidden.device)
+    same, divergence = torch.zeros(2, len(hidden), dtype=widest(hidden.device), device=hidden.device)
     for h, e in zip(hidden.split(at_once, dim=1), exact.split(at_once, dim=1), strict=True):
-        q, p = (model.logits(x).double().log_softmax(-1) for x in (h, e))
+        q, p = (model.logits(x).to(widest(x.device)).log_softmax(-1) for x in (h, e))
         same += (q.argmax(-1) == p.argmax(-1)).sum(1)
         divergence += (p.exp() * (p - q)).sum((1, 2))
     return same / hidden.shape[1], divergence / hidden.shape[1]

@@ -15,4 +15,4 @@ def in_context_score(nats: Tensor) -> float:
     if length < 16:
         raise ValueError(f"rows of {length} positions are too short for early and late; give at least 16")
     early, late = nats[:, length // 16 : length // 8], nats[:, -(length // 4) :]
-    return float(early.double().mean() - late.double().mean())
+    return float(early.cpu().double().mean() - late.cpu().double().mean())

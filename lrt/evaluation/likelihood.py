@@ -12,6 +12,7 @@ from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import states
+from lrt.utils.hardware import widest
 
 POSITIONS = 8192
 """Positions of a batch, padding counted."""
@@ -79,7 +80,7 @@ def _scored(model: LRT, rows: Sequence[Candidate], mode: str) -> list[Likelihood
         part = slice(first, first + hidden.shape[1])
         owner = wanted[:, part].nonzero()[:, 0].cpu()
         chosen, best = _tokens(model, hidden[wanted[:, part]], ids[:, 1:][:, part][wanted[:, part]])
-        logprob.index_add_(0, owner, chosen.cpu())
+        logprob.index_add_(0, owner, chosen.cpu().double())
         greedy[owner[~best.cpu()]] = False
     return [Likelihood(*pair) for pair in zip(logprob.tolist(), greedy.tolist(), strict=True)]
 
@@ -87,4 +88,4 @@ def _scored(model: LRT, rows: Sequence[Candidate], mode: str) -> list[Likelihood
 def _tokens(model: LRT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, float64 [N], and whether it is the most probable token; hidden [N, D]."""
     logits = model.logits(hidden)
-    return logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0], logits.argmax(-1) == targets
+    return logits.to(widest(logits.device)).log_softmax(-1).gather(-1, targets[:, None])[:, 0], logits.argmax(-1) == targets

@@ -34,7 +34,7 @@ def accuracy(model: LRT, task: TaskRows, length: int, rows: int = ROWS, mode: st
     right, scored = model.logits(hidden).argmax(-1) == targets, targets != IGNORE
     last = int(scored.any(0).nonzero()[-1])
     at_end = share(int(right[:, last][scored[:, last]].sum()), int(scored[:, last].sum()))
-    every, error = _ratio((right & scored).sum(1).double(), scored.sum(1).double())
+    every, error = _ratio((right & scored).sum(1).cpu().double(), scored.sum(1).cpu().double())
     return {"all": every, "last": at_end["accuracy"], "all_error": error, "last_error": at_end["error"], "items": rows}
 
 

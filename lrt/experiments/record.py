@@ -27,7 +27,7 @@ from lrt.model.flops import decode_flops_per_token, parameters_by_group, scaling
 from lrt.model.lrt import LRT
 from lrt.training.checkpoint import load_model
 from lrt.utils.files import read_json
-from lrt.utils.hardware import resolve_device
+from lrt.utils.hardware import accelerator, resolve_device
 from lrt.utils.score_names import share_text
 
 LONGER = (2, 4)
@@ -116,11 +116,12 @@ def origin(config: RunConfig) -> dict[str, Any]:
     """Where a record comes from: version, commit, date, machine, configuration without its folders."""
     settings = to_dict(config)
     settings["data"].pop("folder")
+    machine = (platform.machine(), f"{torch.get_num_threads()} thread(s)", f"torch {torch.__version__}", accelerator())
     return {
         "version": __version__,
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
+        "machine": ", ".join(filter(None, machine)),
         "config": settings,
     }
 

@@ -23,6 +23,7 @@ from lrt.inference.streaming import TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import OneToken, advance
+from lrt.utils.hardware import widest
 
 GREEDY = SamplingParams(temperature=0)
 """The sampling of rows where nobody sits: the cheapest."""
@@ -186,7 +187,8 @@ class RunningBatch:
         numbers = [0.0] * n
         for r in drawing:
             numbers[r.row] = r.uniforms[r.made]
-        uniform = torch.tensor(numbers, dtype=torch.float64, device=self._logits.device)
+        where = self._logits.device
+        uniform = torch.tensor(numbers, dtype=widest(where), device=where)
         drawn = choose(self._logits, laws, uniform, self._histories(n, drawing))
         self._tokens = drawn.tokens
         emissions = self._emit(drawing, drawn)
@@ -295,6 +297,6 @@ class RunningBatch:
 def ranked(logits: Tensor, counts: Sequence[int]) -> list[Ranked]:
     """The `counts[i]` most probable tokens of each row of logits [B, V], with their log-probabilities."""
     most = min(max(counts), logits.shape[-1])
-    values, tokens = logits.double().log_softmax(-1).topk(most)
+    values, tokens = logits.to(widest(logits.device)).log_softmax(-1).topk(most)
     pairs = zip(tokens.tolist(), values.tolist(), counts, strict=True)
     return [tuple(zip(row[:count], lps[:count], strict=True)) for row, lps, count in pairs]

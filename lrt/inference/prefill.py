@@ -22,6 +22,7 @@ from lrt.model.recurrence import (
 )
 from lrt.model.shapes import TokensBN
 from lrt.model.transformer import Transformer
+from lrt.utils.compiling import mark_dynamic
 
 
 class Prefill(NamedTuple):
@@ -106,10 +107,10 @@ def compiled() -> OneToken:
 
     def marked(model: Transformer, tokens: Tensor, view: KVCache, active: Tensor | None) -> tuple[Tensor, PerRow]:
         for x in (*view.keys, *view.values):
-            torch._dynamo.maybe_mark_dynamic(x, 2)
+            mark_dynamic(x, 2)
         rows = (tokens, *view.keys, *view.values, *view.per_row(), *(() if active is None else (active,)))
         for x in rows if len(tokens) > 1 else ():
-            torch._dynamo.maybe_mark_dynamic(x, 0)
+            mark_dynamic(x, 0)
         return run(model, tokens, view, active)
 
     return marked

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import SamplingParams
+from lrt.utils.hardware import widest
 
 
 class SamplingTensors(NamedTuple):
@@ -38,7 +39,7 @@ class SamplingTensors(NamedTuple):
         """The laws of these requests, one a row."""
 
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+            return torch.tensor(values, dtype=widest(device), device=device)[:, None]
 
         return SamplingTensors(
             column([r.temperature for r in rows]),
@@ -104,13 +105,13 @@ def choose(logits: Tensor, laws: SamplingTensors, uniform: Tensor, history: Toke
         total = mass[:, -1:]
         target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=z.shape[-1] - 1)
-    logprobs = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    logprobs = logits.to(widest(logits.device)).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     return Drawn(tokens, logprobs, z.amax(-1).isfinite() & ~logprobs.isnan())
 
 
 def adjusted(logits: Tensor, laws: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:
     """Logits [B, V] after bias and penalties, float64; -inf where a token is forbidden."""
-    z = logits.double()
+    z = logits.to(widest(logits.device))
     if history.bias is not None:
         z = z + history.bias
     if history.seen is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN
 
-CHUNK = {"cpu": 2**20, "cuda": 2**27}
+CHUNK = {"cpu": 2**20, "cuda": 2**27, "mps": 2**24}
 """Logits that exist at a time, by device: what fits the processor's cache, or fills a GPU."""
 
 

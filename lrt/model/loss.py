@@ -17,6 +17,7 @@ from lrt.model.state import Buffer
 from lrt.passes import Pass, Passes, rewriting
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.dtensor import is_sharded
+from lrt.utils.hardware import widest
 
 
 class LossOutput(NamedTuple):
@@ -108,7 +109,7 @@ class ScheduledLoss(nn.Module):
         parts = self._run(tokens, targets, starts, passes)
         total = sum(p.weight for p in passes)
         weights = torch.tensor([p.weight / total for p in passes if p.weight > 0], dtype=torch.float64)
-        scales = weights.to(counts.device, non_blocking=True) / counts[:-1]
+        scales = weights.to(counts.device, widest(counts.device), non_blocking=True) / counts[:-1]
         loss, sums = summed_nats(self.model, parts.hidden, parts.targets, scales)
         distance = parts.distance / counts[-1]
         if self.consistency:

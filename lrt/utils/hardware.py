@@ -14,14 +14,20 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 1
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one; a device that is not there raises ValueError."""
+    """`auto` is cuda where there is one, else the CPU; a device that is not there raises ValueError."""
+    usable = ["cpu"]
+    usable += ["cuda"] if torch.cuda.is_available() else []
+    usable += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"device {name!r} is not available here; use cpu" + (", cuda" if torch.cuda.is_available() else "")
-        )
+        name = "cuda" if "cuda" in usable else "cpu"
+    if name not in usable:
+        raise ValueError(f"device {name!r} is not available here; use {', '.join(usable)}")
     return torch.device(name)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float type that the device computes in: float64, but for Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
@@ -30,6 +36,8 @@ def resolve_dtype(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "mps":
+        return "float32"
     abilities = torch.cpu.get_capabilities()
     return (
         "bfloat16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16") else "float32"
@@ -57,16 +65,28 @@ def _timed_product(a: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+def accelerator() -> str:
+    """Name of the first CUDA card; empty without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for the device's queued work, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: allocated tensors on cuda, resident memory on the CPU."""
+    """Most bytes this process has held so far: allocated tensors on cuda, resident memory on the CPU.
+
+    On mps, which keeps no maximum, what the driver holds now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -15,6 +15,7 @@ from lrt.integrations.hf.documents import DocumentRows, order, pick
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.shapes import HeadsBKNE, PositionsN
+from lrt.utils.compiling import mark_in_place
 
 
 class Kept(NamedTuple):
@@ -40,7 +41,7 @@ class _Memory:
             self.kept = Kept(*(x.detach().clone() for x in new))
             if not torch.compiler.is_compiling():
                 for x in self.kept:
-                    torch._dynamo.mark_static_address(x)
+                    mark_in_place(x)
         else:
             for mine, x in zip(self.kept, new, strict=True):
                 mine.copy_(x.detach())

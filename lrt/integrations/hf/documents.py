@@ -10,6 +10,7 @@ from torch import Tensor
 from lrt.config.model import require
 from lrt.model.kv_cache import FUTURE
 from lrt.model.shapes import IGNORE, PositionsN, TokensBN
+from lrt.utils.hardware import widest
 
 
 class DocumentRows(NamedTuple):
@@ -90,7 +91,7 @@ def _documents(mask: Tensor, positions: PositionsN) -> list[DocumentRows] | None
         return None
     (first,) = begins.nonzero(as_tuple=True)
     count = torch.diff(first, append=first.new_tensor([len(row)]))
-    place, size = row * mask.shape[1] + column, torch.ceil(count.double().log2()).long()
+    place, size = row * mask.shape[1] + column, torch.ceil(count.to(widest(count.device)).log2()).long()
     return [_group(place, first[size == n], count[size == n], mask) for n in size.unique().tolist()]
 
 

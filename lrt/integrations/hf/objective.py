@@ -23,6 +23,7 @@ from lrt.model.lrt import LRT
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.passes import Passes
 from lrt.schedule import Schedule
+from lrt.utils.hardware import widest
 
 CONTIGUOUS = ("chunked", "sequential")
 """Schedules whose passes follow one another: the longer the row, the more there are."""
@@ -72,5 +73,6 @@ def objective(
             aims.append(targets[:, one.positions.start : one.positions.stop : one.positions.step])
             weights.append(one.weight)
     count = torch.as_tensor(kept if items is None else items, device=labels.device).clamp(min=1)
-    scales = torch.tensor(weights, dtype=torch.float64, device="cpu").to(labels.device, non_blocking=True) / count
+    scales = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    scales = scales.to(labels.device, widest(labels.device), non_blocking=True) / count
     return summed_nats(core, hidden, aims, scales)[0]

@@ -1,0 +1,16 @@
+"""The calls into torch that are private to it, in one place: marks that a compiler reads, and nothing computes with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mark_dynamic(x: Tensor, axis: int) -> None:
+    """Have a compiled graph keep the size of `axis` symbolic, where it can."""
+    torch._dynamo.maybe_mark_dynamic(x, axis)
+
+
+def mark_in_place(x: Tensor) -> None:
+    """Say that a tensor stays at its address, so that a CUDA graph may write to it."""
+    torch._dynamo.mark_static_address(x)

@@ -1,0 +1,207 @@
+"""Ready for a GPU: every place that asks for the device has its test, and half an hour of a GPU is rehearsed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrt.config.run import require_sense
+from lrt.experiments.sweep import read_sweep
+from lrt.utils import compiling
+from lrt.utils.hardware import resolve_device, widest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+DEVICES = {"cuda", "mps", "nccl"}
+
+
+def asks(node: ast.AST) -> bool:
+    """Whether a piece of code depends on which device there is."""
+    if isinstance(node, ast.Constant):
+        return node.value in DEVICES
+    if not isinstance(node, ast.Attribute):
+        return False
+    return node.attr in DEVICES | {"is_cuda"} or (node.attr == "type" and ast.unparse(node.value).endswith("device"))
+
+
+def places(tree: ast.AST, inside: str = "module") -> Iterator[str]:
+    """The functions (or `module`) with code that asks."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Compare) and "'meta'" in ast.unparse(node):
+            continue  # whether there are weights at all
+        if asks(node):
+            yield inside
+        named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        yield from places(node, node.name if named else inside)
+
+
+def branches() -> set[tuple[str, str]]:
+    files = sorted((ROOT / "lrt").rglob("*.py"))
+    return {(str(f.relative_to(ROOT)), name) for f in files for name in places(ast.parse(f.read_text("utf-8")))}
+
+
+def listed() -> dict[tuple[str, str], list[str]]:
+    """The page's table: the tests of each place."""
+    rows = re.findall(r"^\| `(lrt/[\w/]+\.py)`: `(\w+)` \| [^|]+ \| ([^|]+) \|$", PAGE, re.M)
+    return {(path, name): re.findall(r"`(test_\w+)`", tests) for path, name, tests in rows}
+
+
+def test_every_branch_on_the_device_is_listed_with_its_test():
+    assert set(listed()) == branches()
+    tests = {
+        node.name for node in ast.parse((ROOT / "tests/test_cuda.py").read_text("utf-8")).body if hasattr(node, "name")
+    }
+    for place, names in listed().items():
+        assert names, f"{place} has no test"
+        assert set(names) <= tests, f"{place} names tests that tests/test_cuda.py has not"
+
+
+def test_branches_are_found_where_they_are():
+    code = "A = 'cuda'\ndef f(x):\n    'On cuda.'\n    return x.is_cuda\ndef g(d):\n    return d.type, d.device.type"
+    assert list(places(ast.parse(code))) == ["module", "f", "g"]
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line():
+    for name in ("cuda", "mps", "tpu"):
+        if name in ("tpu",) or resolve_or_none(name) is None:
+            with pytest.raises(ValueError, match=f"device '{name}' is not available here; use cpu"):
+                resolve_device(name)
+    assert widest(torch.device("cpu")) == torch.float64 and widest(torch.device("mps")) == torch.float32
+
+
+def resolve_or_none(name: str) -> torch.device | None:
+    try:
+        return resolve_device(name)
+    except ValueError:
+        return None
+
+
+# Half an hour of a GPU.
+
+
+def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "tools/gpu.sh"), *arguments]
+    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((ROOT / "wheels").exists(), reason="tools/gpu.sh would install what was collected")
+def test_rehearsal_leaves_what_half_an_hour_would(tmp_path: Path):
+    done = launched("60", "--rehearse", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    machine, *stages = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    assert machine["device"] == "cpu"
+    assert [s["stage"] for s in stages] == ["tests", "bench_train", "bench_decode", "sweep", "collect", "prefill"]
+    assert all(s["ended"] == "by itself" and s["code"] == 0 for s in stages), stages
+    records = [json.loads(line) for line in (tmp_path / "runs/results.jsonl").read_text().splitlines()]
+    assert [r["arm"] for r in records] == ["plain", "default", "shift", "paper"]
+    assert json.loads((tmp_path / "bench_train.log").read_text().splitlines()[-1])["rows"][0]["mfu"] > 0
+    assert "passed" in (tmp_path / "tests.log").read_text()
+    assert "x exact" in (tmp_path / "prefill.log").read_text()
+
+
+DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(900)"
+
+
+def test_a_stage_is_ended_at_its_time_and_what_it_wrote_stays(tmp_path: Path, monkeypatch):
+    gpu = loaded_tool()
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    process = gpu.started([sys.executable, "-c", DEAF], subprocess.PIPE)
+    assert process.stdout.readline() == b"begun\n"
+    assert gpu.stopped(process) == "at its time"
+    assert process.returncode < 0
+    process.stdout.close()
+    assert gpu.run(gpu.Stage("late", ["true"]), tmp_path, 0.0) == {"stage": "late", "ended": "no time was left"}
+    done = gpu.run(gpu.Stage("short", [sys.executable, "-c", "print(7)"]), tmp_path, float("inf"))
+    assert (done["ended"], done["code"]) == ("by itself", 0)
+    assert (tmp_path / "short.log").read_text() == "7\n"
+
+
+def loaded_tool():
+    spec = importlib.util.spec_from_file_location("gpu_tool", ROOT / "tools/gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_tool"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_rehearsal_has_the_arms_of_the_sweep(tmp_path: Path):
+    files = [ROOT / "sweeps" / name for name in ("gpu.toml", "gpu_rehearsal.toml")]
+    arms = [{run.arm: run.config.model.memory for run in read_sweep(f)} for f in files]
+    assert arms[0] == arms[1] and list(arms[0]) == ["plain", "default", "shift", "paper"]
+    schedules = [{run.arm: run.config.train.schedule for run in read_sweep(f)} for f in files]
+    assert schedules[0] == schedules[1]
+    for run in read_sweep(files[0]):
+        require_sense(run.config)
+        assert run.config.model.d == 64 * run.config.model.depth
+        assert run.arm != "paper" or run.config.model.source == run.config.model.depth
+    flags = loaded_tool().parsed(["5", "--books", str(files[0]), "--out", str(tmp_path), "--rehearse"])
+    assert {run.config.data.source for run in read_sweep(loaded_tool().sweep_file(flags))} == {str(files[0])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["0"], "minutes are 0; give a number between 0 and 1440"),
+        (["5", "--books", "/nowhere/no.parquet"], "--books /nowhere/no.parquet is no file"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(arguments: list[str], text: str, capsys):
+    with pytest.raises(SystemExit):
+        loaded_tool().parsed(arguments)
+    assert text in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="torch sees no CUDA device; try it with --rehearse"):
+        loaded_tool().check("cuda")
+
+
+# Calls into torch that are private to it.
+
+
+def test_private_calls_of_torch_stand_in_one_module():
+    private = re.compile(r"\btorch\._\w+|from torch\._|import torch\._")
+    found = {str(f.relative_to(ROOT)) for f in (ROOT / "lrt").rglob("*.py") if private.search(f.read_text("utf-8"))}
+    assert found == {"lrt/utils/compiling.py"}
+
+
+def test_a_marked_axis_stays_symbolic():
+    """Two sizes, one graph: the mark does what compiled decoding needs of it."""
+    shapes = []
+
+    def seen(graph, inputs):
+        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: x * 2, backend=seen, fullgraph=True)
+    for n in (3, 5, 9):
+        x = torch.ones(n, 2)
+        compiling.mark_dynamic(x, 0)
+        assert torch.equal(run(x), 2 * x)
+    assert len(shapes) == 1
+    torch._dynamo.reset()
+
+
+def test_a_tensor_marked_in_place_is_written_where_it_lies():
+    x = torch.zeros(3)
+    compiling.mark_in_place(x)
+    torch._dynamo.reset()
+    torch.compile(lambda y: y.add_(1), backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    assert x.tolist() == [1, 1, 1]
