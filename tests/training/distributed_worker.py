@@ -15,7 +15,7 @@ from helpers import config, packed, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrt.config.recipes import cpu_demo
-from lrt.config.run import RunConfig
+from lrt.config.run import Dtype, RunConfig
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
@@ -47,15 +47,15 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def runs(source: Path, steps: int = 6) -> dict[str, RunConfig]:
-    """The trainings compared, by name; all in float32."""
+def runs(source: Path, steps: int = 6, dtype: Dtype = "float32") -> dict[str, RunConfig]:
+    """The trainings compared, by name, in one number type."""
     base = replace(cpu_demo(), optim=replace(cpu_demo().optim, warmup=0.0))
     adam = replace(base, optim=replace(base.optim, matrix_lr=0.0))
 
     late = replace(adam, optim=replace(adam.optim, memory_warmup=0.8, gamma_lr=0.1))
 
     def one(of: RunConfig, **training) -> RunConfig:
-        return tiny(of, source, steps=steps, log_every=1, save_every=3, eval_rows=3, **training)
+        return tiny(of, source, steps=steps, log_every=1, save_every=3, eval_rows=3, dtype=dtype, **training)
 
     return {
         "adam": one(adam), "muon": one(base),
@@ -107,16 +107,29 @@ def count(world) -> dict[str, dict[str, int]]:
     return found
 
 
-def main(folder: Path) -> None:
+BRIEF = {"ddp": ["adam", "muon", "adam-micro"], "fsdp": ["adam", "muon", "adam-micro", "adam-reshard"]}
+"""What is trained in bfloat16."""
+
+
+def together(folder: Path, modes: dict[str, list[str]], chosen: dict[str, RunConfig]) -> None:
+    """Train these under both kinds of parallelism."""
+    for mode, names in modes.items():
+        for name in names:
+            run, of = folder / f"{mode}-{name}", chosen[name]
+            train(replace(of, train=replace(of.train, parallel=mode)), run, sinks=[Jsonl(run / "metrics.jsonl")])
+
+
+def main(folder: Path, dtype: Dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    if dtype == "bfloat16":
+        together(folder, BRIEF, runs(folder / "text.py", dtype=dtype))
+        dist.destroy_process_group()
+        return
     with join("cpu") as world:
         found = {"collectives": count(world)}
         chosen = runs(folder / "text.py")
-        for mode, names in (("ddp", DDP), ("fsdp", FSDP)):
-            for name in names:
-                run, of = folder / f"{mode}-{name}", chosen[name]
-                train(replace(of, train=replace(of.train, parallel=mode)), run, sinks=[Jsonl(run / "metrics.jsonl")])
+        together(folder, {"ddp": DDP, "fsdp": FSDP}, chosen)
         train(chosen["muon"], folder / BEGUN, resume=True, sinks=[Jsonl(folder / BEGUN / "metrics.jsonl")])
     if world.first:
         (folder / "found.json").write_text(json.dumps(found))
@@ -125,4 +138,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "bfloat16" if sys.argv[2:] == ["bfloat16"] else "float32")
