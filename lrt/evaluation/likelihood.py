@@ -88,4 +88,6 @@ def _scored(model: LRT, rows: Sequence[Candidate], mode: str) -> list[Likelihood
 def _tokens(model: LRT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, float64 [N], and whether it is the most probable token; hidden [N, D]."""
     logits = model.logits(hidden)
-    return logits.to(widest(logits.device)).log_softmax(-1).gather(-1, targets[:, None])[:, 0], logits.argmax(-1) == targets
+    return logits.to(widest(logits.device)).log_softmax(-1).gather(-1, targets[:, None])[:, 0], logits.argmax(
+        -1
+    ) == targets

@@ -77,7 +77,9 @@ def ablations(model: LRT, rows: Rows) -> dict[str, float]:
     copy = layerwise(model)
 
     def loss() -> float:
-        return float(score(copy, rows.tokens, rows.targets).nats.cpu().double().sum() / (rows.targets != IGNORE).sum().cpu())
+        return float(
+            score(copy, rows.tokens, rows.targets).nats.cpu().double().sum() / (rows.targets != IGNORE).sum().cpu()
+        )
 
     whole, increases = loss(), {}
     for name, parts in switches(copy).items():
