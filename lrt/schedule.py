@@ -60,7 +60,7 @@ class Schedule:
 
     @staticmethod
     def parse(text: str) -> Schedule:
-        """Read KIND[-SIZE][:weights=a/b/..][:settle=r][:detach]; options of a range (`Span`) stand right after it."""
+        """Read `KIND[-SIZE][:weights=a/b/..][:settle=r][:detach]`; options of a range (`Span`) stand right after it."""
         head, *options = text.strip().split(":")
         kind, _, size = head.partition("-")
         if kind not in KINDS:

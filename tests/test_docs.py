@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,7 +88,7 @@ def test_the_equations_stand_where_the_method_says():
 LONGEST_SENTENCE, LONGEST_PARAGRAPH = 25, 70
 PLAIN_PAGES = [
     "README.md", "CONTRIBUTING.md", "docs/index.md", "docs/glossary.md", "docs/how_it_works.md", "docs/method.md",
-    "docs/should_i_use_it.md", "docs/tutorial.md",
+    "docs/should_i_use_it.md", "docs/tutorial.md", "docs/library.md", "docs/recipes.md", "docs/data.md",
 ]  # fmt: skip
 """Pages held to short sentences and paragraphs."""
 
@@ -107,3 +109,13 @@ def test_prose_is_told_from_code_and_tables():
     assert found == ["One `a b c` two. Three [four five](x.md) et al. say.", "item one goes on", "item two"]
     assert [words(s) for s in sentences(found[0])] == [3, 6]
     assert words("a rise of +0.076, 0.4 and C = 10 bits") == 6
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path):
+    """The reference pages, made from docstrings, among its pages."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "reference" / "model" / "index.html").read_text(encoding="utf-8")
+    assert "ScheduledLoss" in page and (tmp_path / "site" / "tour.ipynb").is_file()

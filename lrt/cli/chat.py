@@ -84,6 +84,10 @@ def main(args: list[str]) -> int:
             if not sys.stdin.isatty():  # nobody is there to try again
                 raise
             _tell(one_line(error))
+        except KeyboardInterrupt:  # just after an answer had ended by itself
+            if not sys.stdin.isatty():
+                raise
+            _tell("")
     return 0
 
 
@@ -128,8 +132,10 @@ class ChatSession:
         values = {"/temp": "temperature", "/seed": "seed"}
         if name == "/new":
             self.conversation, self.transcript = self.begin(), []
+            _tell("(a new conversation)")
         elif name in values:
             self.sampling = replace(self.sampling, **{values[name]: _number(name, rest)})
+            _tell(f"({values[name]} {getattr(self.sampling, values[name])})")
         elif name == "/save":
             self._save(rest)
         else:
@@ -137,8 +143,11 @@ class ChatSession:
             _tell(HELP)
 
     def _save(self, rest: str) -> None:
-        names = shlex.split(rest)
-        require(len(names) == 1, "name one file: /save talk.txt")
+        try:
+            names = shlex.split(rest)
+        except ValueError:  # a quote that is not closed
+            names = []
+        require(len(names) == 1, "name one file: /save talk.txt, or /save 'my talk.txt'")
         file = expand_home(names[0])
         require(not file.exists(), f"{file} exists; choose another name")
         write_text(file, "".join(self.transcript))
@@ -177,12 +186,13 @@ def _lines() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """Within it a first Ctrl-C fills the list, and a second one interrupts."""
+    """Within it Ctrl-C fills the list, however often; where nobody types, a second one interrupts."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not sys.stdin.isatty():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, ask)
     try:

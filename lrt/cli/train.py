@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +91,8 @@ def _train(config: RunConfig, folder: Path, resume: bool | None) -> int:
     if result.first:
         name = unit(result.bpb.as_dict())
         print(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
+        run = shlex.quote(str(folder))
+        print(f"next: lrt sample {run}, lrt chat {run}, lrt eval {run} or lrt serve {run}", file=sys.stderr)
     return 0
 
 

@@ -96,7 +96,8 @@ class ScheduledLoss(nn.Module):
         """The schedule's loss on a batch.
 
         Args:
-            tokens, targets: int64 [B, T]; IGNORE in `targets` leaves a position out of every mean.
+            tokens: int64 [B, T].
+            targets: int64 [B, T]; IGNORE leaves a position out of every mean.
             starts: boolean [B, T], True where a document starts; by default at the model's BOS token.
             step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
             plan: the step's, which this batch may be a part of (a micro-batch, or one process's rows); by default the

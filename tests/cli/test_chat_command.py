@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pty
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from serving import make_run
 
 from lrt.cli.chat import ChatSession
 from lrt.cli.main import main
@@ -106,33 +109,89 @@ def test_a_template_needs_a_place_for_the_text(capsys):
     assert "--template" in capsys.readouterr().err
 
 
+def test_what_was_changed_is_said(session: ChatSession, capsys):
+    for line in ("/temp 0.3", "/seed 7", "/new"):
+        session.take(line)
+    assert capsys.readouterr().err == "(temperature 0.3)\n(seed 7)\n(a new conversation)\n"
+
+
+def test_quotes_name_a_file_with_spaces_and_must_be_closed(session: ChatSession, tmp_path: Path):
+    session.take(f"/save '{tmp_path}/my talk.txt'")
+    assert (tmp_path / "my talk.txt").exists()
+    with pytest.raises(ValueError, match="name one file"):
+        session.take("/save it's.txt")
+
+
 @pytest.mark.slow
-def test_a_terminal_keeps_the_chat_through_errors_and_ctrl_c(random_run: Path):
-    """Through a pseudo-terminal: a long answer is stopped, a wrong command is told, and Ctrl-D leaves."""
-    master, slave = pty.openpty()
-    command = [sys.executable, "-m", "lrt", "chat", str(random_run), "--template", "{}"]
-    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as process:
+def test_a_full_context_goes_on_and_says_so(random_run: Path):
+    """With a real model whose context holds a few turns."""
+    command = [sys.executable, "-m", "lrt", "chat", str(random_run), "--max-new-tokens", "30", "--template", "{}\n"]
+    turns = "".join(f"{k} the quick brown fox jumps over the lazy dog\n" for k in range(8))
+    done = subprocess.run(command, input=turns, text=True, capture_output=True)
+    assert done.returncode == 0 and "turns are forgotten" in done.stderr
+
+
+class Terminal:
+    """A command that runs at a terminal of its own, as if somebody sat there."""
+
+    def __init__(self, *command: str):
+        self.master, slave = pty.openpty()
+        environment = os.environ | {"TERM": "xterm"}
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, env=environment
+        )
         os.close(slave)
-        shown = b""
+        self.shown = b""
 
-        def until(text: bytes) -> None:
-            nonlocal shown
-            deadline = time.monotonic() + 120
-            while text not in shown:
-                assert time.monotonic() < deadline, shown
-                shown += os.read(master, 4096)
+    def until(self, text: bytes, length: int = 0) -> None:
+        """Read until `text` has come since the last time, and at least so many bytes."""
+        new, deadline = b"", time.monotonic() + 240
+        while text not in new or len(new) < length:
+            assert time.monotonic() < deadline, self.shown + new
+            if select.select([self.master], [], [], 1)[0]:
+                new += os.read(self.master, 4096)
+        self.shown += new
 
-        until(b"> ")
-        for typed, expected in ((b"/nonsense\n", b"there is no /nonsense"), (b"/help\n", b"/save FILE")):
-            os.write(master, typed)
-            until(expected)
-        os.write(master, b"hello\n")
-        time.sleep(1)
-        os.kill(process.pid, signal.SIGINT)
-        os.write(master, b"/temp 0\n")
-        os.write(master, b"/nonsense2\n")
-        until(b"there is no /nonsense2")
-        os.write(master, b"\x04")
-        assert process.wait(60) == 0
-    assert b"Traceback" not in shown
-    os.close(master)
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """The run of a model whose context is so long that no answer comes to its end here."""
+    return make_run(tmp_path / "endless", context=200_000)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid")
+def test_at_a_terminal(endless: Path, tmp_path: Path):
+    """Editing, history, commands, Ctrl-C within an answer, twice too, and on an empty line; Ctrl-D leaves."""
+    flags = ["--template", "{}", "--max-new-tokens", "150000"]
+    at = Terminal(sys.executable, "-m", "lrt", "chat", str(endless), *flags)
+    at.until(b"> ")
+    at.type(b"/nonsenseXY\x7f\x7f\n")  # two letters taken back
+    at.until(b"there is no /nonsense;")
+    at.type(b"\x1b[A\n")  # the line before, again
+    at.until(b"there is no /nonsense;")
+    at.type(b"/help\n")
+    at.until(b"/save FILE")
+    at.type(b"\n   \n/seed 3\n")
+    at.until(b"(seed 3)")
+    for keys in (b"\x03", b"\x03\x03"):
+        at.type(b"hello\n")
+        at.until(b"hello", length=300)  # the answer goes on and on
+        at.type(keys)
+        at.until(b"> ")
+        at.type(b"/temp 1\n")
+        at.until(b"(temperature 1.0)\r\n> ")
+    at.type(b"half a line\x03")
+    at.until(b"> ")
+    at.type(b"/save " + str(tmp_path / "talk.txt").encode() + b"\n")
+    at.until(b"2 turns")
+    assert (tmp_path / "talk.txt").read_text(encoding="utf-8").count("hello") == 2
+    at.type(b"/new\n")
+    at.until(b"(a new conversation)")
+    at.type(b"\x04")
+    assert at.process.wait(60) == 0
+    os.close(at.master)
+    assert b"Traceback" not in at.shown
