@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
 
 from lrt.cli.parse import parse
 from lrt.config.run import DataConfig
@@ -13,17 +10,27 @@ from lrt.config.run import DataConfig
 
 @dataclass(frozen=True)
 class TokenizeFlags:
-    """Turn a text source into token shards, as `lrt train` would; prints the folder."""
+    """Turn a text source into token shards, as `lrt train` would; prints the folder.
 
-    data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    The flags are those of lrt train; data. may be left out: --source for --data.source.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """What `lrt train` calls so too."""
 
 
 FLAGS = TokenizeFlags
 
 
+def _in_full(arg: str) -> str:
+    """A flag as `lrt train` has it."""
+    short = arg.startswith("--") and not arg.startswith(("--data.", "--help"))
+    return f"--data.{arg[2:]}" if short else arg
+
+
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    flags = parse(TokenizeFlags, args, "tokenize")
+    flags = parse(TokenizeFlags, [_in_full(arg) for arg in args], "tokenize")
 
     from lrt.data import TaskRows
     from lrt.training.logging import Live

@@ -25,6 +25,7 @@ TASK = "task:"
 PAUSES = "+pauses"
 """End of a tokenizer's name that asks for a pause after every token."""
 Parallelism = Literal["ddp", "fsdp"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 C = TypeVar("C")
 
 
@@ -33,7 +34,8 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "python"
-    """`python` (standard library sources), `python+site-packages`, a file, folder or glob, or `hf:owner/name`."""
+    """`python` (standard library sources), `python+site-packages`, a file, folder or glob, or `hf:owner/name`; several
+    with commas between them, read one after the other, or drawn from by weight: books/*.parquet@0.7,code/@0.3."""
     text_column: str = "text"
     """Column that holds the text, or messages, in jsonl, parquet and Hugging Face datasets. Rows without a `text` are
     dialogues where they hold messages, or a prompt and its answer: answers alone are learned (docs/data.md)."""
@@ -48,6 +50,8 @@ class DataConfig:
     """Vocabulary of a `bpe` tokenizer."""
     validation: float = 0.02
     """Share of the documents held out for validation."""
+    validation_source: str | None = None
+    """Another text to hold out instead: then all of the source is trained on."""
     max_bytes: int | None = None
     """Stop reading the source after so many bytes of text."""
     normalised: bool = False
@@ -169,6 +173,8 @@ class TrainConfig:
     """Steps in a row whose loss or gradient is not finite after which training stops; each one is skipped."""
     log_every: int = 10
     """Steps between metric lines; the loss is read from the device only then."""
+    log_to: str = ""
+    """Trackers beside metrics.jsonl, with commas between them: tensorboard, wandb, trackio, mlflow. None by default."""
     init_from: str | None = None
     """Run whose weights (not its optimizer) training starts from; `lrt train --init-from` sets it, and the model."""
     gap_warning: float = 0.02
@@ -197,12 +203,20 @@ class TrainConfig:
         require(self.max_skipped >= 1, f"train.max_skipped is {self.max_skipped}; it must be at least 1")
         require_choice("train.dtype", self.dtype, Dtype)
         require_choice("train.parallel", self.parallel, Parallelism)
+        for name in self.trackers:
+            require_choice("train.log_to", name, TrackerName)
         _ = self.execution  # checks its own
         micro = self.micro_batch
         require(
             micro is None or (micro >= 1 and self.batch % micro == 0),
             f"train.micro_batch {micro} must divide batch {self.batch}",
         )
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """The names in `log_to`."""
+        names: Any = (name.strip() for name in self.log_to.split(","))
+        return tuple(name for name in names if name)
 
     @property
     def execution(self) -> Execution:

@@ -2,6 +2,7 @@
 
 from lrt.data.loader import Batch, Loader, RowSource, prefetch
 from lrt.data.manifest import Manifest, Shard
+from lrt.data.mixture import Mixture
 from lrt.data.prepare import Prepared, prepare, reopen
 from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
 from lrt.data.sources import documents, source_bytes, source_fingerprint
@@ -14,6 +15,7 @@ __all__ = [
     "ByteTokenizer",
     "Loader",
     "Manifest",
+    "Mixture",
     "PausingTokenizer",
     "Prepared",
     "RowSource",

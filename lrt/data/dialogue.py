@@ -53,6 +53,15 @@ def text_of(document: Document) -> str:
     return document if isinstance(document, str) else document.text
 
 
+def valid_text(text: str) -> str:
+    """A text that has a UTF-8 form: JSON escapes can spell surrogates; pairs join, lone ones become U+FFFD."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def plain_pieces(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Iterator[str]:
     """A dialogue as text without a template; every message is encoded by itself, so that an answer keeps its tokens."""
     if tools:
@@ -125,7 +134,7 @@ def _message(message: Any, place: str) -> Message:
         raise ValueError(f"{place}: a message of the {role} holds no text: give its content as text")
     if calls is not None:
         known["tool_calls"] = [_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
-    return {"role": ROLES[role], "content": content} | known
+    return {"role": ROLES[role], "content": valid_text(content)} | known
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:

@@ -4,18 +4,22 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
-from lrt.config.run import PAUSES, TASK
+from lrt.config.run import PAUSES, TASK, DataConfig
 from lrt.data.dialogue import Document, text_of
 from lrt.data.manifest import Manifest
+from lrt.data.mixture import Mixture, Weighted, read_mixture
 from lrt.data.normalised import lost_text
 from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
-from lrt.data.sources import documents, source_bytes, source_fingerprint
+from lrt.data.sources import documents, require_apart, source_bytes, source_fingerprint
 from lrt.data.synthetic import TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 from lrt.utils.files import expand_home
@@ -33,8 +37,8 @@ class Prepared:
 
     folder: Path
     tokenizer: Tokenizer
-    train: TokenStream | TaskRows
-    val: TokenStream | TaskRows
+    train: TokenStream | Mixture | TaskRows
+    val: TokenStream | Mixture | TaskRows
     normalised: bool = False
     """Whether the tokens do not spell the text: bits per byte are of the normalised text."""
     text: str | None = None
@@ -42,86 +46,135 @@ class Prepared:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """The arguments of `documents`, kept together since the source is read twice: for the BPE and for the shards."""
+@dataclass(frozen=True)
+class _Text:
+    """The documents of a source, which is read twice: for the BPE and for the shards."""
 
-    source: str
-    text_column: str
-    subset: str | None
-    split: str
-    max_bytes: int | None
+    data: DataConfig
 
-    def texts(self) -> Iterator[Document]:
-        return documents(
-            self.source,
-            text_column=self.text_column,
-            subset=self.subset,
-            split=self.split,
-            max_bytes=self.max_bytes,
-        )
+    def documents(self) -> Iterator[Document]:
+        """All of it, up to `max_bytes`."""
+        d = self.data
+        return documents(d.source, text_column=d.text_column, subset=d.subset, split=d.split, max_bytes=d.max_bytes)
 
-    def fingerprint(self) -> str:
-        return source_fingerprint(self.source, text_column=self.text_column, subset=self.subset, split=self.split)
+    def held_out(self) -> float | Iterator[Document]:
+        """The share that is held out, or the documents of another source."""
+        d = self.data
+        other = d.validation_source
+        return d.validation if other is None else documents(other, text_column=d.text_column, split=d.split)
+
+    def facts(self) -> list[object]:
+        """What the splits depend on."""
+        d = self.data
+        other = [] if d.validation_source is None else [_fingerprint(d, d.validation_source)]
+        return [CHECKED, _fingerprint(d, d.source), d.max_bytes, d.validation, *other]
 
     def total(self) -> int | None:
         """About how many bytes of text will be read; None where unknown."""
-        known = [size for size in (source_bytes(self.source), self.max_bytes) if size is not None]
+        known = [size for size in (source_bytes(self.data.source), self.data.max_bytes) if size is not None]
         return min(known, default=None)
 
+    def sample(self, budget: float) -> Iterator[str]:
+        """Training documents, evenly spread over the source so that about `budget` bytes come together at its end.
 
-def prepare(
-    *,
-    source: str,
-    text_column: str = "text",
-    subset: str | None = None,
-    split: str = "train",
-    tokenizer: str,
-    vocab_size: int,
-    validation: float,
-    max_bytes: int | None = None,
-    folder: Path | str,
-    progress: ReportProgress | None = None,
-    verify: str = "size",
-    normalised: bool = False,
-) -> Prepared:
-    """Make, or find again, `folder/<readable name>-<key>/` with the token shards of a source.
+        Where the size of the source is unknown, simply the first ones.
+        """
+        keep = min(1.0, budget / (self.total() or budget))
+        due, done = 1.0, 0  # the first document is always taken
+        for split, doc in split_documents(self.documents(), self.held_out()):
+            if split == "train":
+                if due >= 1:
+                    due -= 1
+                    yield text_of(doc)
+                    done += len(text_of(doc).encode())
+                    if done >= budget:
+                        return
+                due += keep
 
-    source, text_column, subset, split, max_bytes: see `documents`. tokenizer: `bytes`, `bpe` (trained on the training
-        documents, up to `vocab_size` ids), or the path of a tokenizer; any of them followed by `+pauses`: see
-        `PausingTokenizer`. validation: share held out.
-    normalised: whether a tokenizer may lose text (unknown words, lower-casing): scores are then of the normalised text.
-    progress: called with (bytes of text done, total or None, what is going on).
-    verify: how shards found again are checked, see `open_split`.
-    ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
+
+def data_fingerprint(data: DataConfig) -> str:
+    """What tells that the text of a run is as it was: that of its source, or of several and the one it holds out."""
+    names = [part.name for part in read_mixture(data.source)]
+    names += [] if data.validation_source is None else [data.validation_source]
+    prints = [_fingerprint(data, name) for name in names]
+    return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
+
+
+def _fingerprint(data: DataConfig, name: str) -> str:
+    return source_fingerprint(name, text_column=data.text_column, subset=data.subset, split=data.split)
+
+
+def prepare(data: DataConfig, *, progress: ReportProgress | None = None, verify: str = "size") -> Prepared:
+    """Make, or find again, the token shards of a source: in `data.folder/<readable name>-<key>/`.
+
+    progress: called with (bytes of text done, total or None, what is going on). verify: how shards found again are
+    checked, see `open_split`. Of several sources with weights each has a folder of its own, and all have one tokenizer.
     A synthetic task, `task:NAME`, needs no folder.
+    ValueError: bad input, or an altered cache. The key covers files' sizes and times, so changed text is prepared anew.
     """
-    if source.startswith(TASK):
-        train, val = task_rows(source, tokenizer)
-        return Prepared(Path(folder), task_tokenizer(train), train, val)
-    text = _Source(source=source, text_column=text_column, subset=subset, split=split, max_bytes=max_bytes)
-    base = tokenizer.removesuffix(PAUSES)
-    ready, pauses = _given_tokenizer(base), tokenizer[len(base) :]
-    kind = (f"bpe{vocab_size}" if ready is None else ready.hash) + pauses
-    fingerprint = text.fingerprint()
-    facts = [CHECKED, fingerprint, max_bytes, validation, kind]
-    facts += [] if ready is None or not ready.config.chat_templates else [dict(ready.config.chat_templates)]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    home = expand_home(folder) / f"{_slug(source)}-{_slug(kind if ready is None else tokenizer)}-{key}"
+    if data.source.startswith(TASK):
+        train, val = task_rows(data.source, data.tokenizer)
+        return Prepared(Path(data.folder), task_tokenizer(train), train, val)
+    report, parts = progress if progress is not None else _silent, read_mixture(data.source)
+    if data.validation_source is not None:
+        for part in parts:
+            require_apart(part.name, data.validation_source)
+    if len(parts) > 1:
+        return _mixed(data, parts, report, verify)
+    return _prepared(replace(data, source=parts[0].name), report, verify)
+
+
+def _mixed(data: DataConfig, parts: list[Weighted], report: ReportProgress, verify: str) -> Prepared:
+    """Every source prepared with one tokenizer, a BPE of them all if it has to be trained."""
+    limit = data.max_bytes
+    limits = [None if limit is None else max(1, round(limit * part.weight)) for part in parts]
+    each = [replace(data, source=p.name, max_bytes=most) for p, most in zip(parts, limits, strict=True)]
+    base, pauses = _base_and_pauses(data.tokenizer)
+    words = str(_common_bpe(each, parts, report)) + pauses if base == "bpe" else data.tokenizer
+    made = [_prepared(replace(one, tokenizer=words), report, verify) for one in each]
+    weights = [part.weight for part in parts]
+    train, val = (Mixture(list(streams), weights) for streams in zip(*((m.train, m.val) for m in made), strict=True))
+    lost = any(m.normalised for m in made)
+    held = val if data.validation_source is None else made[0].val
+    return Prepared(made[0].folder.parent, made[0].tokenizer, train, held, lost, data_fingerprint(data))
+
+
+def _common_bpe(each: list[DataConfig], parts: list[Weighted], report: ReportProgress) -> Path:
+    """The folder of a BPE that is trained on a sample of every source, as much of each as its weight says."""
+    texts, size = [_Text(one) for one in each], each[0].vocab_size
+    facts = [*(text.facts() for text in texts), [part.weight for part in parts], size]
+    home = expand_home(each[0].folder) / f"bpe{size}-{_key(facts)}"
+    if not home.is_dir():
+        budgets = [part.weight * SAMPLE_BYTES for part in parts]
+        made = _train(texts, budgets, size, report)
+        aside = home.with_name(f"{home.name}.{uuid.uuid4().hex[:8]}.partial")
+        made.save(aside)
+        try:
+            os.rename(aside, home)
+        except OSError:  # another process has made the same one meanwhile
+            shutil.rmtree(aside, ignore_errors=True)
+    return home
+
+
+def _prepared(data: DataConfig, report: ReportProgress, verify: str) -> Prepared:
+    """One source, or several that are read one after the other."""
+    text, (base, pauses) = _Text(data), _base_and_pauses(data.tokenizer)
+    brought = _brought_tokenizer(base)
+    kind = (f"bpe{data.vocab_size}" if brought is None else brought.hash) + pauses
+    templates = {} if brought is None else dict(brought.config.chat_templates)
+    key = _key([*text.facts(), kind, *([templates] if templates else [])])
+    name = _slug(kind if brought is None else data.tokenizer)
+    home = expand_home(data.folder) / f"{_slug(data.source)}-{name}-{key}"
     if not home.exists():
-        report = progress if progress is not None else _silent
-        made = ready if ready is not None else _train(text, vocab_size, validation, report)
-        made = _with_pauses(made) if pauses else made
-        _tokenize(text, made, home, validation, normalised, report)
-    prepared = _open(home, verify, normalised)
-    if ready is not None:  # the shards may have been made with the same tokens and other templates
-        prepared.tokenizer.config = ready.config
-    return replace(prepared, text=fingerprint)
+        made = brought or _train([text], [SAMPLE_BYTES], data.vocab_size, report)
+        _tokenize(text, _with_pauses(made) if pauses else made, home, report)
+    prepared = _open(home, verify, data.normalised)
+    if brought is not None:  # the shards may have been made with the same tokens and other roles of them
+        prepared.tokenizer.config = brought.config
+    return replace(prepared, text=data_fingerprint(data))
 
 
-def _tokenize(
-    text: _Source, tokenizer: Tokenizer, home: Path, validation: float, normalised: bool, report: ReportProgress
-) -> None:
+def _tokenize(text: _Text, tokenizer: Tokenizer, home: Path, report: ReportProgress) -> None:
     """Write the shards; the last report says that all was read, for totals are estimates."""
     total, read = text.total(), 0
 
@@ -130,7 +183,10 @@ def _tokenize(
         read = done
         report(done, total, "tokenizing")
 
-    write_shards(text.texts(), tokenizer, home, validation=validation, normalised=normalised, progress=tokenized)
+    write_shards(
+        text.documents(), tokenizer, home, validation=text.held_out(), normalised=text.data.normalised,
+        progress=tokenized,
+    )  # fmt: skip
     report(read, read, "tokenizing")
 
 
@@ -166,7 +222,12 @@ def _open(home: Path, verify: str, normalised: bool, tokenizer: Tokenizer | None
     return Prepared(home, tokenizer, train, val, bool(lost))
 
 
-def _given_tokenizer(name: str) -> Tokenizer | None:
+def _base_and_pauses(tokenizer: str) -> tuple[str, str]:
+    base = tokenizer.removesuffix(PAUSES)
+    return base, tokenizer[len(base) :]
+
+
+def _brought_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer a name stands for; None where it has to be trained first."""
     if name == "bpe":
         return None
@@ -179,33 +240,24 @@ def _with_pauses(tokenizer: Tokenizer) -> Tokenizer:
     return PausingTokenizer(tokenizer)
 
 
-def _train(text: _Source, vocab_size: int, validation: float, report: ReportProgress) -> Tokenizer:
+def _train(texts: list[_Text], budgets: list[float], vocab_size: int, report: ReportProgress) -> Tokenizer:
+    """A BPE of so many bytes of each text."""
+    known = [size for text in texts if (size := text.total()) is not None]
+    total = min(SAMPLE_BYTES, sum(known)) if len(known) == len(texts) else SAMPLE_BYTES
+
     def sample() -> Iterator[str]:
         done = 0
-        for doc in _thinned(text, validation):
-            yield doc
-            done += len(doc.encode())
-            report(done, SAMPLE_BYTES if total is None else min(total, SAMPLE_BYTES), "training the tokenizer")
-            if done >= SAMPLE_BYTES:
-                return
+        for text, budget in zip(texts, budgets, strict=True):
+            for doc in text.sample(budget):
+                yield doc
+                done += len(doc.encode())
+                report(done, total, "training the tokenizer")
 
-    total = text.total()
     return train_bpe(sample(), vocab_size)
 
 
-def _thinned(text: _Source, validation: float) -> Iterator[str]:
-    """Training documents, evenly spread over the source so that about SAMPLE_BYTES come together at its end.
-
-    Where the size of the source is unknown, simply the first ones.
-    """
-    keep = min(1.0, SAMPLE_BYTES / (text.total() or SAMPLE_BYTES))
-    due = 1.0  # the first document is always taken
-    for split, doc in split_documents(text.texts(), validation):
-        if split == "train":
-            if due >= 1:
-                due -= 1
-                yield text_of(doc)
-            due += keep
+def _key(facts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def _slug(name: str) -> str:

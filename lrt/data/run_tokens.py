@@ -9,22 +9,12 @@ from typing import Any, final
 
 from lrt.config.model import require
 from lrt.config.run import TASK, DataConfig
-from lrt.data.prepare import Prepared, ReportProgress, prepare, reopen
-from lrt.data.sources import source_fingerprint
+from lrt.data.prepare import Prepared, ReportProgress, data_fingerprint, prepare, reopen
 from lrt.data.synthetic import TaskRows
 from lrt.data.tokenizer import Tokenizer
 
 OWN = "data"
 """Folder within a run where its token shards may lie too."""
-
-
-def prepare_source(data: DataConfig, verify: str = "size", progress: ReportProgress | None = None) -> Prepared:
-    """`prepare` with a configuration's fields."""
-    return prepare(
-        source=data.source, text_column=data.text_column, subset=data.subset, split=data.split,
-        tokenizer=data.tokenizer, vocab_size=data.vocab_size, validation=data.validation, max_bytes=data.max_bytes,
-        folder=Path(data.folder), progress=progress, verify=verify, normalised=data.normalised,
-    )  # fmt: skip
 
 
 @final
@@ -66,13 +56,13 @@ class RunTokens:
         ValueError: neither is there, or the source no longer gives these tokens.
         """
         if data.source.startswith(TASK):
-            return self._same(prepare_source(data), run, data)
+            return self._same(prepare(data), run, data)
         places = [*(run / p for p in self.places), run / OWN, run.parent / Path(data.folder).name, Path(data.folder)]
         kept = reopen(places, self.train, tokenizer, data.normalised, verify)
         if kept is not None:
             return self._same(replace(kept, text=self.text), run, data)
         try:
-            return self._same(prepare_source(data, verify, progress), run, data)
+            return self._same(prepare(data, progress=progress, verify=verify), run, data)
         except ValueError as error:
             raise ValueError(f"no token shards of {run} in {run / OWN} or where they were, and {error}") from None
 
@@ -81,8 +71,7 @@ class RunTokens:
         if data.source.startswith(TASK) or self.text is None:
             return False
         try:
-            options = {"text_column": data.text_column, "subset": data.subset, "split": data.split}
-            return source_fingerprint(data.source, **options) != self.text
+            return data_fingerprint(data) != self.text
         except (ValueError, OSError):
             return True
 

@@ -7,6 +7,7 @@ import codecs
 import collections
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lrt.data.dialogue import Dialogue, Document
+from lrt.data.dialogue import Dialogue, Document, text_of, valid_text
 from lrt.data.rows import INSTALL_HF, NOT_READ, PACKED, document_in, is_packed, kind_of, opened, rows_of
 from lrt.utils.files import expand_home, one_line
 
@@ -45,7 +46,7 @@ def documents(
 
     source: `python` (the standard library of this interpreter), `python+site-packages`, a file, folder or glob (text,
         and structured files, see `rows`; also .gz and .zst of them), a folder of `Dataset.save_to_disk`, or
-        `hf:owner/name` / `hf:folder` for anything `datasets.load_dataset` reads.
+        `hf:owner/name` / `hf:folder` for anything `datasets.load_dataset` reads; several, with commas between them.
     text_column: where the text is in structured files and datasets; messages there are a dialogue, and so are rows
         without that column that hold messages, or a prompt and its answer. subset, split: of a dataset.
 
@@ -53,18 +54,46 @@ def documents(
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes is {max_bytes}: give at least 1, or leave it out to read everything")
+    each = (_valid(name, _texts_in(name, text_column, subset, split)) for name in listed(source))
+    return _cut_off(itertools.chain.from_iterable(each), max_bytes)
+
+
+def _texts_in(source: str, text_column: str, subset: str | None, split: str) -> Iterator[Document]:
     if source.startswith("hf:"):
-        texts = (document_in(row, text_column, source) for row in _dataset_rows(source, subset, split))
-    else:
-        files, named = _files(source)
-        texts = _file_texts(source, files, named, text_column)
-    return _limited(source, texts, max_bytes)
+        return (document_in(row, text_column, source) for row in _dataset_rows(source, subset, split))
+    files, named = _files(source)
+    return _file_texts(source, files, named, text_column)
+
+
+def listed(source: str) -> list[str]:
+    """The sources of a list with commas; a path that has commas itself is one."""
+    if "," not in source or os.path.exists(expand_home(source)):
+        return [source]
+    return [part.strip() for part in source.split(",")]
+
+
+def require_apart(source: str, validation_source: str) -> None:
+    """ValueError: a file, or a dataset, that is both trained on and held out."""
+    trained, held = ({name for one in listed(s) for name in _names(one)} for s in (source, validation_source))
+    if both := sorted(trained & held):
+        raise ValueError(
+            f"{both[0]}: is in data.source and in data.validation_source, so that its score would be of text that was "
+            "trained on: take it out of one of them"
+        )
+
+
+def _names(source: str) -> list[str]:
+    """What tells a source's files apart, or the dataset."""
+    return [source] if source.startswith("hf:") else [str(file.resolve()) for file in _files(source)[0]]
 
 
 def source_fingerprint(
     source: str, *, text_column: str = "text", subset: str | None = None, split: str = "train"
 ) -> str:
     """Sha256 hex of what the source reads: names, sizes and modification times of its files, or the dataset's name."""
+    if len(listed(source)) > 1:
+        prints = [source_fingerprint(s, text_column=text_column, subset=subset, split=split) for s in listed(source)]
+        return hashlib.sha256("".join(prints).encode()).hexdigest()
     facts: list[Any] = [source if source.startswith("hf:") else "files", text_column, subset, split]
     name = source.removeprefix("hf:")
     if not source.startswith("hf:") or os.path.exists(expand_home(name)):
@@ -76,6 +105,10 @@ def source_fingerprint(
 
 def source_bytes(source: str) -> int | None:
     """About how many bytes of text a source holds, for progress; None where only reading it all would tell."""
+    if len(listed(source)) > 1:
+        sizes = [source_bytes(one) for one in listed(source)]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
     if source.startswith("hf:"):
         return None
     files, _ = _files(source)
@@ -110,31 +143,29 @@ def _cut(text: str, piece: int) -> int:
     return piece
 
 
-def _limited(source: str, texts: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
-    """Drop empty documents, make each valid UTF-8, stop at `max_bytes`; a source without any text is an error."""
-    used = 0
+def _valid(source: str, texts: Iterator[Document]) -> Iterator[Document]:
+    """Drop empty documents and make each valid UTF-8; a source without any text is an error."""
+    empty = True
     for text in texts:
-        if not (text.messages if isinstance(text, Dialogue) else text):
-            continue
-        raw = _utf8(text.text if isinstance(text, Dialogue) else text)
-        if max_bytes is not None and used + len(raw) >= max_bytes:
-            last = raw[: max_bytes - used].decode("utf-8", errors="ignore")  # ignores the half character at the cut
-            if last and isinstance(text, str):
-                yield last
-            if not used and isinstance(text, Dialogue):
-                break
-            return
-        used += len(raw)
-        yield text if isinstance(text, Dialogue) else raw.decode("utf-8")
-    if not used:
+        if text.messages if isinstance(text, Dialogue) else text:
+            empty = False
+            yield text if isinstance(text, Dialogue) else valid_text(text)
+    if empty:
         raise ValueError(f"{source}: holds no text (every file or row is empty or binary): name a source of UTF-8 text")
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON escapes can spell surrogates: pairs join to characters, lone ones become U+FFFD
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode("utf-8")
+def _cut_off(texts: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
+    """Stop after `max_bytes`, within a text where need be."""
+    left = max_bytes
+    for text in texts:
+        raw = text_of(text).encode()
+        if left is not None and len(raw) >= left:
+            last = raw[:left].decode("utf-8", errors="ignore")  # ignores the half character at the cut
+            if last and isinstance(text, str):
+                yield last
+            return
+        left = None if left is None else left - len(raw)
+        yield text
 
 
 # --- which files ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 
 from lrt.config.run import TASK
 from lrt.data.loader import Batch, Batches, Loader, RowSource
+from lrt.data.mixture import MixedLoader, Mixture
 from lrt.data.recall_tasks import copying, induction, mapping, mqar, pointers, recall
 from lrt.data.state_tasks import STRINGS, Ids, Pair, asked_once, parity, sums, swaps, whole_strings, word_problem
 from lrt.data.tokenizer import ByteTokenizer
@@ -146,9 +147,18 @@ def task_tokenizer(rows: TaskRows) -> ByteTokenizer:
 
 
 def batches(
-    stream: RowSource | TaskRows, *, batch: int, length: int, bos: int, seed: int, rank: int, world: int
+    stream: RowSource | Mixture | TaskRows,
+    *,
+    batch: int,
+    length: int,
+    bos: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batches:
-    """What yields a stream's or a task's batches by step."""
+    """What yields a stream's, a mixture's or a task's batches by step."""
     if isinstance(stream, TaskRows):
         return TaskLoader(stream, batch, length, seed, rank, world)
+    if isinstance(stream, Mixture):
+        return MixedLoader(stream, batch, length, bos=bos, seed=seed, rank=rank, world=world)
     return Loader(stream, batch=batch, length=length, bos=bos, seed=seed, rank=rank, world=world)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrt.data import Loader, RowSource, TaskRows
+from lrt.config.run import DataConfig
+from lrt.data import Mixture, RowSource, TaskRows, batches
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
@@ -105,7 +106,9 @@ class BPB:
         return asdict(self) | {"live_gap": self.live_gap}
 
 
-def validation_rows(stream: RowSource | TaskRows, token_bytes: np.ndarray, *, rows: int, length: int, bos: int) -> Rows:
+def validation_rows(
+    stream: RowSource | Mixture | TaskRows, token_bytes: np.ndarray, *, rows: int, length: int, bos: int
+) -> Rows:
     """`rows` fixed rows spread over the validation split, or as many as there are.
 
     Each answer of a task counts as one byte: its BPB is bits per answer.
@@ -113,15 +116,19 @@ def validation_rows(stream: RowSource | TaskRows, token_bytes: np.ndarray, *, ro
     if isinstance(stream, TaskRows):
         batch = stream.batch(rows, length)
         return Rows(batch.tokens, batch.targets, batch.starts, (batch.targets != IGNORE).long())
-    count = min(rows, (len(stream) - 1) // length)
-    batch = Loader(stream, batch=max(count, 1), length=length, bos=bos, seed=0).batch(0)
+    most = stream.most_rows(length) if isinstance(stream, Mixture) else max(1, (len(stream) - 1) // length)
+    batch = batches(stream, batch=min(rows, most), length=length, bos=bos, seed=0).batch(0)
     sizes = torch.from_numpy(token_bytes.astype(np.int64))[batch.targets.clamp(min=0)]
     return Rows(batch.tokens, batch.targets, batch.starts, sizes.masked_fill(batch.targets == IGNORE, 0))
 
 
-def of_split(stream: RowSource | TaskRows, rows: Rows, source: str, normalised: bool = False) -> HeldOut:
-    """Rows of the validation split of `source`, named."""
-    name = f"the validation split of {source}"
+def held_out_name(data: DataConfig) -> str:
+    """What a training holds out, by name."""
+    return data.validation_source or f"the validation split of {data.source}"
+
+
+def of_split(stream: RowSource | Mixture | TaskRows, rows: Rows, name: str, normalised: bool = False) -> HeldOut:
+    """Rows of the text called `name`, see `held_out_name`."""
     if isinstance(stream, TaskRows):
         return HeldOut(rows, ScoredText(name, None, normalised))
     return named(rows, name, min(1.0, rows.tokens.numel() / (len(stream) - 1)), normalised)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lrt.config.run import DataConfig
 from lrt.data import RowSource, Tokenizer, TokenStream, documents, source_bytes
 from lrt.data.answers import DocumentEncoder
 from lrt.data.dialogue import Document, text_of
 from lrt.data.normalised import Spelling
 from lrt.data.run_tokens import RunTokens
-from lrt.evaluation.bits_per_byte import HeldOut, Rows, named, of_split, validation_rows
+from lrt.evaluation.bits_per_byte import HeldOut, Rows, held_out_name, named, of_split, validation_rows
 from lrt.inference.loaded import Loaded
 
 BYTES_PER_TOKEN = 16
@@ -62,8 +63,12 @@ def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:
     if isinstance(prepared.val, TokenStream):
         prepared.val.verify(checksum=True)
     chosen = validation_rows(prepared.val, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
-    source = f"{d.source} as it was tokenised" if tokens.changed(d) else d.source
-    return of_split(prepared.val, chosen, source, prepared.normalised)
+    return of_split(prepared.val, chosen, _name(d, tokens.changed(d)), prepared.normalised)
+
+
+def _name(data: DataConfig, changed: bool) -> str:
+    """The text that a run holds out, by name."""
+    return held_out_name(data) + (" as it was tokenised" if changed else "")
 
 
 def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool) -> HeldOut:

@@ -17,7 +17,7 @@ from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
 from lrt.data import Batch, Prepared, batches, prefetch
 from lrt.data.run_tokens import recorded
-from lrt.evaluation.bits_per_byte import BPB, evaluate, of_split, validation_rows
+from lrt.evaluation.bits_per_byte import BPB, evaluate, held_out_name, of_split, validation_rows
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group
 from lrt.model.loss import LossOutput, ScheduledLoss, step_plan
@@ -79,7 +79,7 @@ class Session:
         )
         sizes = prepared.tokenizer.token_bytes()
         rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
-        self.held_out = of_split(prepared.val, rows, config.data.source, prepared.normalised)
+        self.held_out = of_split(prepared.val, rows, held_out_name(config.data), prepared.normalised)
         with torch.device("meta"):
             self.model = LRT(config.model)
         self.model.execution = t.execution

@@ -10,15 +10,16 @@ import torch
 
 from lrt.config.model import require
 from lrt.config.run import DataConfig, RunConfig, require_sense
-from lrt.data import Prepared
+from lrt.data import Prepared, prepare
 from lrt.data.prepare import ReportProgress
-from lrt.data.run_tokens import RunTokens, prepare_source
+from lrt.data.run_tokens import RunTokens
 from lrt.training import checkpoint
 from lrt.training.checkpoint import Checkpoint
 from lrt.training.faults import plainly
 from lrt.training.logging import Sink, tell
 from lrt.training.run_lock import RunLock
 from lrt.training.session import Result, Session
+from lrt.training.trackers import Trackers
 from lrt.utils.distributed import World, join
 from lrt.utils.hardware import resolve_device, resolve_dtype
 from lrt.utils.threads import ThreadChoice, choose_threads, threads
@@ -40,7 +41,7 @@ def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
 
 def prepare_data(data: DataConfig, sinks: Sequence[Sink] = (), verify: str = "size") -> Prepared:
     """Tokenise the source, or reuse what an earlier run has prepared; `verify` as in `data.open_split`."""
-    return prepare_source(data, verify, _reporting(sinks))
+    return prepare(data, progress=_reporting(sinks), verify=verify)
 
 
 def _reporting(sinks: Sequence[Sink]) -> ReportProgress:
@@ -61,7 +62,8 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
     SIGTERM and KeyboardInterrupt after SIGINT, a checkpoint written.
     """
     with join(config.train.device) as world, plainly(config.train), RunLock(run) as lock:
-        sinks = sinks if world.first else ()
+        trackers = _trackers(config, run, sinks, world)
+        sinks = [*sinks, trackers] if world.first else []
         started = _started(lock, resume, world, sinks)
         if started is None:
             require_sense(config)
@@ -74,8 +76,11 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
             session = Session(config, lock, prepared, sinks, started, world)
             if world.device.type == "cpu" and session.progress.step < session.steps:
                 tell(sinks, kind="note", text=_threads_note(choice))
-            session.loop()
-            return session.finish()
+            try:
+                session.loop()
+                return session.finish()
+            finally:
+                trackers.close()
 
 
 def _prepared(config: RunConfig, run: Path, started: Checkpoint | None, sinks: Sequence[Sink], verify: str) -> Prepared:
@@ -88,6 +93,18 @@ def _prepared(config: RunConfig, run: Path, started: Checkpoint | None, sinks: S
         text = f"the text of {data.source} has changed since, or is gone; the run goes on with its own tokens"
         tell(sinks, kind="warning", text=text)
     return tokens.find(run, data, checkpoint.run_tokenizer(started), verify, _reporting(sinks))
+
+
+def _trackers(config: RunConfig, run: Path, sinks: Sequence[Sink], world: World) -> Trackers:
+    """Those of `train.log_to`, on the first process; every process learns of one that is not installed."""
+    opened: list[Trackers] = []
+
+    def open_all() -> int:
+        opened.append(Trackers(config.train.trackers, run, list(sinks)))
+        return 0
+
+    world.agree(open_all)
+    return opened[0] if opened else Trackers((), run, [])
 
 
 def _with_threads(config: RunConfig, started: Checkpoint | None) -> tuple[RunConfig, ThreadChoice]:

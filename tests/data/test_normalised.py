@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tokenizers
 from helpers import lossy_tokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
+from lrt.config.run import DataConfig
 from lrt.data import BPETokenizer, ByteTokenizer, PausingTokenizer, load_tokenizer, prepare, train_bpe
 from lrt.data.normalised import Spelling
 from lrt.data.tokenizer_trial import try_tokenizer
@@ -33,10 +35,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def prepared(source: Path, tokenizer: Path | str, **options):
-    return prepare(
-        source=str(source), tokenizer=str(tokenizer), vocab_size=300, validation=0.1,
-        folder=source.parent / "cache", **options,
-    )  # fmt: skip
+    base = DataConfig(source=str(source), tokenizer=str(tokenizer), validation=0.1, folder=str(source.parent / "cache"))
+    return prepare(replace(base, **options))
 
 
 @pytest.mark.parametrize("kind", LOSSES)

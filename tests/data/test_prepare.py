@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from lrt.config.run import DataConfig
 from lrt.data import ByteTokenizer, load_tokenizer, prepare, train_bpe
 
 TEXT = "".join(f"Line {i} of a small text that someone wants to train on.\n" for i in range(400))
@@ -18,8 +19,9 @@ def source(tmp_path):
 
 
 def run(source, tmp_path, **options):
-    settings = {"tokenizer": "bytes", "vocab_size": 300, "validation": 0.05, "folder": tmp_path / "cache"}
-    return prepare(source=str(source), **(settings | options))
+    settings = {"tokenizer": "bytes", "vocab_size": 300, "validation": 0.05, "folder": str(tmp_path / "cache")}
+    calls = {name: options.pop(name) for name in ("progress", "verify") if name in options}
+    return prepare(DataConfig(source=str(source), **(settings | options)), **calls)
 
 
 def text_of(stream, tokenizer):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrt.config.run import DataConfig
 from lrt.data import documents, source_bytes, source_fingerprint
 from lrt.data.sources import PIECE, WHOLE, cut_pieces
 
@@ -205,10 +206,9 @@ def test_another_models_tokenizer_folder_prepares_a_dataset(tmp_path):
     rows = [{"body": f"a quick brown fox, number {i}"} for i in range(40)]
     (tmp_path / "set").mkdir()
     write_lines(tmp_path / "set" / "train.jsonl", rows)
-    made = prepare(
-        source=f"hf:{tmp_path / 'set'}", text_column="body", tokenizer=str(tmp_path / "words"), vocab_size=300,
-        validation=0.2, folder=tmp_path / "data",
-    )  # fmt: skip
+    words, source = str(tmp_path / "words"), f"hf:{tmp_path / 'set'}"
+    data = DataConfig(source=source, text_column="body", tokenizer=words, validation=0.2, folder=str(tmp_path / "data"))
+    made = prepare(data)
     assert made.tokenizer.bos == theirs.bos_token_id
     ids = made.train.read(0, len(made.train)).tolist()
     texts = made.tokenizer.decode(ids)

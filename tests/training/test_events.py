@@ -17,6 +17,7 @@ from helpers import events, tiny
 from rich.console import Console
 
 from lrt.config.recipes import cpu_demo
+from lrt.config.run import DataConfig
 from lrt.data import prepare
 from lrt.model.loss import LossOutput
 from lrt.schedule import Schedule
@@ -183,9 +184,7 @@ def test_the_data_bar_ends_at_its_end(tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"\xef\xbb\xbf" + "é a small text\n".encode() * 3000)  # the mark is no text: totals are estimates
     said: list[tuple] = []
-    prepare(
-        source=str(text), tokenizer="bytes", vocab_size=300, validation=0.1, folder=tmp_path / "data",
-        progress=lambda *report: said.append(report),
-    )  # fmt: skip
+    data = DataConfig(source=str(text), tokenizer="bytes", validation=0.1, folder=str(tmp_path / "data"))
+    prepare(data, progress=lambda *report: said.append(report))
     done, total, note = said[-1]
     assert done == total and note == "tokenizing"
