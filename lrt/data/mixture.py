@@ -91,8 +91,10 @@ class MixedLoader:
     def __init__(
         self, mixture: Mixture, batch: int, length: int, *, bos: int, seed: int, rank: int = 0, world: int = 1
     ) -> None:
-        whole = {"batch": batch, "length": length, "bos": bos, "seed": seed, "rank": rank, "world": world}
-        self._loaders = [Loader(stream, **whole) for stream in mixture.streams]
+        self._loaders = [
+            Loader(stream, batch=batch, length=length, bos=bos, seed=seed, rank=rank, world=world)
+            for stream in mixture.streams
+        ]
         self._batch, self._share, self._rank, self._bos = batch, batch // world, rank, bos
         self._turns = mixture.turns
         each = self._turns[:, None] == np.arange(len(self._loaders))

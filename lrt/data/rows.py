@@ -3,6 +3,7 @@
 A structured file is read by its name, never as raw text: punctuation is no text to train on. ValueError names the file.
 """
 
+import codecs
 import csv
 import gzip
 import importlib
@@ -94,6 +95,7 @@ def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:
 def _json_lines(file: Path, column: str | None) -> Iterator[Placed]:
     with opened(file) as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 place = f"{file}:{number}"
                 yield place, _object(parse_json(line, place, loose=True), place)
@@ -107,7 +109,7 @@ def _json(file: Path, column: str | None) -> Iterator[Placed]:
     else:
         content = read_bytes(file, "the source")
     try:
-        data = parse_json(content, str(file), loose=True)
+        data = parse_json(content.removeprefix(codecs.BOM_UTF8), str(file), loose=True)
     except ValueError:
         if b"}\n{" in content.replace(b"\r", b""):
             raise ValueError(f"{file}: holds one JSON object a line: name it {file.stem}.jsonl") from None
@@ -128,6 +130,7 @@ def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Placed]]:
         with opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
             try:
+                _require_header(rows.fieldnames or (), file)
                 _wanted(rows.fieldnames or (), column, file)
                 for row in rows:
                     if None in row or None in row.values():  # what is too much stands under no name
@@ -138,6 +141,15 @@ def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Placed]]:
                 raise ValueError(f"{file}:{rows.line_num}: not readable as CSV in UTF-8 ({error})") from None
 
     return read
+
+
+def _require_header(names: Sequence[str], file: Path) -> None:
+    """ValueError: a header that names a column twice, or whose cells other signs part."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file}: the header names a column twice ({one_line(', '.join(names), 120)}): rename one")
+    if len(names) == 1 and (sign := next((sign for sign in ";\t|" if sign in names[0]), None)):
+        known = "name it .tsv" if sign == "\t" else "save it with commas"
+        raise ValueError(f"{file}: its cells are parted by {sign!r}, not by commas: {known}")
 
 
 def _parquet(file: Path, column: str | None) -> Iterator[Placed]:

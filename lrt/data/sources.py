@@ -285,6 +285,8 @@ def _decoded(file: Path) -> Iterator[str]:
         while True:
             at += len(block)
             block = stream.read(BLOCK)
+            if not at and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise _NotText(f"{file}: UTF-16 text: convert it to UTF-8")
             if b"\0" in block:
                 raise _NotText(f"{file}: a binary file (NUL byte at {at + block.index(0)}): convert it to UTF-8 text")
             try:
@@ -307,6 +309,7 @@ def _dataset_rows(source: str, subset: str | None, split: str) -> Iterator[dict[
         yield from datasets.load_dataset(name, subset, split=split, streaming=True)
     except Exception as error:  # the library and its network stack raise many kinds
         remedy = "check name, subset and split, and that the dataset can be reached"
+        remedy = "leave out hf: before the folder" if "load_from_disk" in str(error) else remedy
         raise ValueError(f"{source} (subset {subset}, split {split}): {_first_line(error)}: {remedy}") from None
 
 

@@ -156,13 +156,13 @@ class Trackers:
 
     def __init__(self, names: tuple[TrackerName, ...], run: Path, others: list[Sink]) -> None:
         self.run, self.others = run, others
-        self.idle = {name: TRACKERS[name](run) for name in dict.fromkeys(names)}
+        self.idle: dict[TrackerName, Tracker] = {name: TRACKERS[name](run) for name in dict.fromkeys(names)}
         self.running: dict[TrackerName, Tracker] = {}
 
     def __call__(self, event: Event) -> None:
         if event["kind"] == "start":
             config = read_json(self.run / "config.json", "configuration")
-            self.running = dict(self.idle)
+            self.running = self.idle.copy()
             self._each(lambda tracker: tracker.begin(event["name"], config, event["step"]))
         elif figures := figures_of(event):
             self._each(lambda tracker: tracker.log(event["step"], figures))

@@ -78,12 +78,31 @@ def test_packed_text_and_saved_datasets(tmp_path: Path):
         ("a.jsonl.zst", b"nothing", "a.jsonl.zst: cannot be read"),
         ("a.zip", b"PK", "a.zip: .zip files are not read"),
         ("a.tar.gz", b"\x1f\x8b", "a.tar.gz: .gz files are not read"),
+        ("a.csv", b"id;text\n1;a\n", "parted by ';', not by commas: save it with commas"),
+        ("a.csv", b"id\ttext\n1\ta\n", "not by commas: name it .tsv"),
+        ("a.csv", b"text,text\na,b\n", "names a column twice"),
+        ("a.csv", b"text\na,b\n", "a.csv:2: has more cells than the header"),
+        ("a.txt", "text".encode("utf-16"), "UTF-16 text: convert it to UTF-8"),
     ],
 )
 def test_what_cannot_be_read_is_named(name: str, content: bytes, message: str, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(documents(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "a text"),
+        ("a.jsonl", '{"text": "a text"}'),
+        ("a.json", '[{"text": "a text"}]'),
+        ("a.csv", "text\na text\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(name: str, content: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert list(documents(str(tmp_path / name))) == ["a text"]
 
 
 def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -234,7 +234,7 @@ def test_bad_paths_are_refused(tmp_path):
     assert "folder: no files there" in refused(tmp_path / "folder")
     assert "binaries: holds no text" in refused(tmp_path / "binaries")
     assert "*.csv: no files there" in refused(tmp_path / "*.csv")
-    assert "utf16.txt: a binary file (NUL byte at 3)" in refused(tmp_path / "utf16.txt")
+    assert "utf16.txt: UTF-16 text: convert it to UTF-8" in refused(tmp_path / "utf16.txt")
     assert "latin.txt: not UTF-8" in refused(tmp_path / "latin.txt")
     assert "cut.txt: not UTF-8" in refused(tmp_path / "cut.txt")
     assert "pipe: neither a file nor a folder" in refused(tmp_path / "pipe")
