@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pytest
-from helpers import config, lossy_tokenizer, randomised
+from helpers import config, lossy_tokenizer, randomised, tiny
 from pyarrow import parquet
 
 from lrt.cli.main import main
+from lrt.config.recipes import cpu_demo_plain
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import ByteTokenizer, Tokenizer, load_tokenizer
 from lrt.evaluation.bits_per_byte import evaluate
@@ -19,6 +21,7 @@ from lrt.evaluation.held_out import held_out
 from lrt.schedule import Schedule
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
+from lrt.training.trainer import train
 from lrt.utils.score_names import percent, share_text, unit
 
 SMALL = {
@@ -175,3 +178,19 @@ def test_names_of_older_records():
     assert unit({}) == "BPB" and share_text({"rows": 3}) == "3 held-out rows"
     assert unit({"normalised": True}) == "BPB of the normalised text"
     assert share_text({"rows": 3, "text": "a.txt", "share": None}) == "3 rows of a.txt"
+
+
+def test_a_run_on_a_mixture_is_scored_on_what_it_held_out_and_resumed_on_the_same(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} line of text\n" * 300)
+    base = tiny(cpu_demo_plain(), tmp_path / "a.txt", steps=4)
+    mixed = f"{tmp_path}/a.txt@0.7,{tmp_path}/b.txt@0.3"
+    base = replace(base, data=replace(base.data, source=mixed, validation=0.2))
+    result = train(base, tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
+    held = held_out(loaded, None, rows=4, length=32)
+    assert held.text.name == result.bpb.text == f"the validation split of {mixed}"
+    assert train(base, tmp_path / "run", resume=True).progress.step == 4
+    (tmp_path / "b.txt").write_text("other text\n" * 300)
+    with pytest.raises(ValueError, match="has changed since"):
+        held_out(loaded, None, rows=4, length=32)
