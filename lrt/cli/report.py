@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.model import require
+
+if TYPE_CHECKING:
+    from lrt.experiments.groups import RunGroup
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,26 @@ def main(args: list[str]) -> int:
     require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
 
     from lrt.experiments.groups import read_groups
+
+    groups = read_groups(flags.files)
+    try:
+        text = _report(flags, groups)
+    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"a record in {flags.files[0]}{' or the other files' * (len(flags.files) > 1)} lacks a figure, or holds "
+            f"another kind of value ({type(error).__name__}: {error}); remove its line, or record the run again"
+        ) from None
+    print(text)
+    return 0
+
+
+def _report(flags: ReportFlags, groups: list[RunGroup]) -> str:
+    """Write the page and the pictures; the report as Markdown."""
     from lrt.experiments.pages import page
     from lrt.experiments.report import ABOUT, markdown, replace_marked, report_blocks
     from lrt.utils.files import write_text
 
-    blocks = report_blocks(read_groups(flags.files), flags.baseline, flags.files)
+    blocks = report_blocks(groups, flags.baseline, flags.files)
     intro = f"From {', '.join(f.name for f in flags.files)}. {ABOUT}"
     flags.out.mkdir(parents=True, exist_ok=True)
     write_text(flags.out / "report.html", page("lrt report", intro, blocks))
@@ -46,5 +65,4 @@ def main(args: list[str]) -> int:
     text = markdown(blocks, pictures, "img/" if flags.into else "")
     if flags.into is not None:
         replace_marked(flags.into, text)
-    print(text)
-    return 0
+    return text

@@ -168,7 +168,7 @@ def _arrow_file(file: Path, column: str | None) -> Iterator[Placed]:
     pyarrow = _arrow(file)
 
     def batches() -> Iterator[Any]:
-        with pyarrow.memory_map(str(file)) as raw:
+        with pyarrow.OSFile(str(file)) as raw:  # a memory map that is truncated meanwhile would kill
             try:
                 reader = pyarrow.ipc.open_stream(raw)
             except pyarrow.ArrowInvalid:
@@ -185,11 +185,19 @@ def _arrow_rows(
 ) -> Iterator[Placed]:
     try:
         for batch in batches():
+            batch.validate(full=True)
             names = _wanted(batch.schema.names, column, file)
             yield from ((str(file), row) for row in batch.select(names).to_pylist())
-    except failure as error:
-        kind = kind_of(file)
-        raise ValueError(f"{file}: not a readable {kind[1:]} file ({one_line(error, 120)}): write it again") from None
+    except ValueError as error:
+        if not isinstance(error, failure):
+            raise
+        raise _unreadable(file, error) from None
+    except Exception as error:  # what broken files make the library raise is of many kinds
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file}: not a readable {kind_of(file)[1:]} file ({one_line(error, 120)}): write it again")
 
 
 def _arrow(file: Path) -> Any:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,7 @@ def _file_texts(source: str, files: list[Path], named: bool, text_column: str) -
             if named:
                 raise
             skipped.append(file.name)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             why = one_line(error.strerror if isinstance(error, OSError) and error.strerror else error, 120)
             raise ValueError(f"{file}: cannot be read ({why}): check the file and its permissions") from None
     if skipped:

@@ -164,7 +164,7 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, core: tokenizers.Tokenizer, bos: str = BOS) -> None:
-        self._core = tokenizers.Tokenizer.from_str(core.to_str())  # a copy: the settings below are ours alone
+        self._core = _core_of(core.to_str())  # a copy: the settings below are ours alone
         self._core.no_truncation()
         self._core.no_padding()
         self._core.encode_special_tokens = True
@@ -322,13 +322,17 @@ def _load_core(file: Path, content: dict[str, Any], bos: str | None) -> BPEToken
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     try:
-        core = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file}: not in the tokenizers format ({one_line(error, 120)}): save it as such") from None
-    try:
+        core = _core_of(json.dumps(content))
         return BPETokenizer(core, bos or _find_bos(core, file))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _core_of(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"not in the tokenizers format ({one_line(error, 120)}): save it as such") from None
 
 
 def _load_bytes(file: Path, content: dict[str, Any]) -> ByteTokenizer:

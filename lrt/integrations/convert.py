@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.config.conversion import Conversion, Start
@@ -21,7 +21,8 @@ from lrt.integrations import families
 from lrt.model.lrt import LRT
 from lrt.model.parameters import MEMORY, role
 from lrt.training import checkpoint
-from lrt.utils.files import one_line, read_json, write_json
+from lrt.utils.files import one_line, read_json, require_kind, write_json
+from lrt.utils.tensor_files import read_tensors
 
 UNCHANGED = Conversion()
 
@@ -123,7 +124,8 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
     if tokenizer and words.config.eos is None:  # the checkpoint still says what ends a text
         own = read_tokenizer_config(folder, words.vocabulary(), words.specials)
         words.config = replace(words.config, eos=own.eos, stops=own.stops)
-    bos = words.bos if words.bos < facts.get("vocab_size", 0) else None
+    size = require_kind(facts.get("vocab_size", 0), int, f"{folder / 'config.json'}: vocab_size")
+    bos = words.bos if words.bos < size else None
     weights = _weights(folder)
     if facts.get("model_type") == "lrt":
         config = from_dict(ModelConfig, facts.get("lrt"), f"{folder / 'config.json'}: lrt")
@@ -145,20 +147,15 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names: dict[str, Any] = read_json(index, "index").get("weight_map", {})
+        names: dict[str, Any] = require_kind(read_json(index, "index").get("weight_map"), dict, f"{index}: weight_map")
+        for weight, name in names.items():
+            require_kind(name, str, f"{index}: {one_line(weight, 60)}")
         files = [folder / Path(name).name for name in sorted(set(names.values()))]
     require(bool(files), f"{folder} holds no .safetensors; save the model with save_pretrained, pickle is not read")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= {name: value.float() for name, value in _load(file).items()}
+        tensors |= {name: value.float() for name, value in read_tensors(file, "weights").tensors.items()}
     return tensors
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except Exception as error:  # the library raises bare SafetensorError, OSError and others
-        raise ValueError(f"{file} cannot be read as safetensors ({one_line(error, 120)}); download it again") from None
 
 
 def save_family(loaded: Loaded, folder: Path, kind: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from torch import Tensor
 from lrt.model.shapes import HeadsBKNE, PositionsN, TokensBN
 from lrt.model.state import Buffer, CachedPrefix, PassInput, PassOutput
 from lrt.model.transformer import Transformer
+from lrt.utils.files import parse_json
+from lrt.utils.tensor_files import read_tensors
 
 X = TypeVar("X")
 FORMAT = "lrt-cache-1"
 FUTURE = 2**40
 """A position later than any."""
+MOST_SLOTS = 2**24
+"""Slots of a stored state."""
 SMALLEST_VIEW = 128
 """Slots of the smallest view: below it, looking at fewer slots saves nothing."""
 
@@ -231,24 +235,38 @@ class KVCache(NamedTuple):
     @staticmethod
     def load(path: Path | str, device: str | torch.device = "cpu") -> KVCache:
         """Read a state written by `save`, bit for bit. ValueError: no such file, or not a state of this version."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: cannot be read as a saved state ({error}): save it again") from None
+        tensors, about = read_tensors(path, "the saved state", device)
         if about.get("format") != FORMAT:
             raise ValueError(f"{path}: not a state saved as {FORMAT}: write it with KVCache.save")
-        slots = json.loads(about["slots"])
+        slots = parse_json(about.get("slots", ""), f"{path}: slots")
+        longest = parse_json(about.get("longest", ""), f"{path}: longest")
+        _require_state(tensors, slots, longest, path)
         keys, values = (
             tuple(_refill(tensors[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
         )
         length = tensors["length"]  # older files lack what no model read then
         last = tensors.get("last_token", torch.full_like(length, -1))
         start = tensors.get("document_start", torch.zeros_like(length))
-        return KVCache(keys, values, tensors["memory"], length, last, start, int(about["longest"]))
+        return KVCache(keys, values, tensors["memory"], length, last, start, longest)
+
+
+def _require_state(tensors: dict[str, Tensor], slots: Any, longest: Any, path: Path | str) -> None:
+    """ValueError unless the tensors of a file are a state: of fitting shapes and types, no longer than their slots."""
+    fine = isinstance(slots, list) and type(longest) is int and longest >= 0
+    fine = fine and all(type(r) is int and 1 <= r <= MOST_SLOTS for r in slots)
+    names = {f"{name}.{i}" for i in range(len(slots) if fine else 0) for name in ("keys", "values")}
+    if not fine or not names | {"memory", "length"} <= set(tensors) or tensors["length"].ndim != 1:
+        raise ValueError(f"{path}: not a whole saved state: write it again with KVCache.save")
+    rows, parts = len(tensors["length"]), [tensors[name] for name in sorted(names)]
+    shapes = {(*x.shape[:2], *x.shape[3:]) for x in parts if x.ndim == 4}
+    counted = [tensors[name] for name in ("length", "last_token", "document_start") if name in tensors]
+    fine = all(x.ndim == 4 and len(x) == rows and x.is_floating_point() for x in parts) and len(shapes) <= 1
+    fine = fine and all(x.shape == (rows,) and x.dtype == torch.int64 for x in counted)
+    fine = fine and tensors["memory"].ndim == 2 and len(tensors["memory"]) == rows
+    fine = fine and all(tensors[f"{n}.{i}"].shape[2] <= r for i, r in enumerate(slots) for n in ("keys", "values"))
+    fine = fine and bool(((counted[0] >= 0) & (counted[0] <= longest)).all())
+    if not fine:
+        raise ValueError(f"{path}: the tensors of this state do not fit one another: write it again with KVCache.save")
 
 
 def _refill(used: Tensor, slots: int) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.config.model import require
@@ -36,6 +36,7 @@ from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.utils.dtensor import fill
 from lrt.utils.files import one_line, read_json, read_text, require_fields, require_kind, write_json, write_text
+from lrt.utils.tensor_files import read_tensors
 
 FORMAT, BEFORE = 2, 1
 """Format 1 had no SHA256SUMS: the hashes of its tensors stand in meta.json, and nothing covers that."""
@@ -70,7 +71,7 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by name, on the CPU, as the model holds them."""
-        weights = _tensors(self.folder / MODEL)
+        weights = read_tensors(self.folder / MODEL, "weights").tensors
         if self.stored != BRIEF:
             return weights
         for name, value in weights.items():
@@ -79,7 +80,7 @@ class Checkpoint:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name."""
-        return _tensors(self.folder / OPTIMIZER)
+        return read_tensors(self.folder / OPTIMIZER, "optimizer state").tensors
 
 
 def save(
@@ -341,15 +342,6 @@ def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
             raise ValueError(f"weight {name} is {difference}; the checkpoint is of another model: use its own config")
     for name, value in weights.items():
         fill(own[name], value)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():  # a pipe would never end
-        raise ValueError(f"{path} is no regular file; use another checkpoint")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({one_line(error, 120)}); use another") from None
 
 
 def _hash(path: Path) -> str:

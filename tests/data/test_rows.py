@@ -75,6 +75,7 @@ def test_packed_text_and_saved_datasets(tmp_path: Path):
         ("a.arrow", b"nothing", "a.arrow: not a readable arrow file"),
         ("a.jsonl.gz", b"nothing", "a.jsonl.gz: cannot be read"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:12] + b"\xff" * 40, "a.jsonl.gz: cannot be read"),
         ("a.jsonl.zst", b"nothing", "a.jsonl.zst: cannot be read"),
         ("a.zip", b"PK", "a.zip: .zip files are not read"),
         ("a.tar.gz", b"\x1f\x8b", "a.tar.gz: .gz files are not read"),

@@ -249,3 +249,11 @@ def test_a_title_that_is_cut_is_found():
     figure = Figure(figsize=(2, 2), layout="constrained")
     figure.subplots().set_title("a title that is much longer than two inches are wide")
     assert cut_off(figure)
+
+
+@pytest.mark.parametrize("change", [{"flops": "many"}, {"bpb": {}}, {"kl": [None]}, {"scaling_parameters": 0}])
+def test_a_record_with_a_figure_of_another_kind_is_one_line(change: dict, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text(json.dumps(record("settled", 0, 1.8) | change) + "\n", encoding="utf-8")
+    assert main(["report", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "new")]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "x.jsonl lacks a figure, or holds another kind of value" in line and len(line) < 300 and "\n" not in line

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
 from helpers import BOTH, SHIFT, VARIANTS, config, randomised, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from lrt.config.decoding import DEFAULT_TOLERANCE, PrefillOptions, SamplingParams
 from lrt.evaluation.contraction import exact_states
@@ -19,6 +21,7 @@ from lrt.model.loss import IGNORE
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import ROUNDING, SweepRates, advance, change_of, solve
 from lrt.model.reference import reference
+from lrt.utils.tensor_files import read_tensors
 
 TIGHT = 1e-10
 MODES = ["exact", "jacobi", "interleaved-3"]
@@ -216,6 +219,28 @@ def test_fork_join_save_and_restore(cfg, tmp_path):
         close(prefill(model, rows[:, 9:], cache=kept, mode="exact").logits, expected[:, -1])
 
 
+@pytest.mark.parametrize(
+    ("about", "spoilt"),
+    [
+        ({"slots": "[" * 10_000}, {}), ({"slots": "[1e9]"}, {}), ({"slots": "[99999999999]"}, {}),
+        ({"slots": "{}"}, {}), ({}, {"length": torch.tensor([9, 99])}),
+        ({"longest": "-1"}, {}), ({"longest": "2"}, {}), ({"longest": "NaN"}, {}), ({}, {"length": torch.tensor(1.0)}),
+        ({}, {"memory": torch.zeros(3)}), ({}, {"keys.0": torch.zeros(2, 2, 9)}),
+        ({}, {"values.0": torch.zeros(2, 2, 9, 6, dtype=torch.int64)}), ({"slots": ""}, {}), ({"format": "x"}, {}),
+    ],
+)  # fmt: skip
+def test_states_that_lie_are_refused_in_one_line(about: dict, spoilt: dict, model, tmp_path):
+    prefill(model, tokens(CFG, 2, 9)).cache.save(tmp_path / "state")
+    stored = read_tensors(tmp_path / "state", "state")
+    save_file(stored.tensors | spoilt, tmp_path / "lies", stored.about | about)
+    with pytest.raises(ValueError, match="lies") as error:
+        KVCache.load(tmp_path / "lies")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no regular file"):
+        KVCache.load(tmp_path / "pipe")
+
+
 def test_a_restored_state_continues_bit_for_bit(model, tmp_path):
     rows = tokens(CFG, 2, 20)
     cache = prefill(model, rows[:, :9]).cache
@@ -364,7 +389,7 @@ def test_answers_end_at_stop_tokens_stop_texts_length_and_capacity(model):
         (lambda m: next(generate(m, [[1]], [])), "0 samplings"),
         (lambda m: next(generate(m, [[1] * 70])), "70 tokens but the capacity is 64"),
         (lambda m: KVCache.empty(m, 1, 8).put(torch.tensor([0]), KVCache.empty(m, 1, 9)), "capacity 9 cannot join"),
-        (lambda m: KVCache.load("nowhere/state"), "nowhere/state: cannot be read"),
+        (lambda m: KVCache.load("nowhere/state"), "nowhere/state cannot be read"),
     ],
 )
 def test_errors_name_the_culprit_and_the_remedy(model, call, message):

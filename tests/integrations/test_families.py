@@ -19,7 +19,7 @@ from lrt.data import train_bpe
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import prefill
 from lrt.integrations import families
-from lrt.integrations.convert import add_memory, convert, save_family
+from lrt.integrations.convert import _weights, add_memory, convert, save_family
 from lrt.model.lrt import LRT
 from lrt.training.checkpoint import load_model
 
@@ -252,3 +252,10 @@ def test_a_family_refuses_what_it_has_not():
     cfg = families.model_config(theirs("qwen3").config.to_dict())
     with pytest.raises(ValueError, match=r"a llama checkpoint cannot hold this model's backbone"):
         families.family_config("llama", cfg)
+
+
+@pytest.mark.parametrize("names", [{"a": 1, "b": "x.safetensors"}, ["x"], None, {"a": None}, {"a": ["x"]}])
+def test_an_index_of_other_kinds_is_one_line(names, tmp_path: Path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json: .* it must be"):
+        _weights(tmp_path)

@@ -1,0 +1,172 @@
+"""Every kind of file that somebody else may have written, broken in two hundred ways: one line or a result."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pytest
+import yaml
+from breaking import broken, ends_plainly, every_time
+from pyarrow import parquet
+from serving import make_run
+
+from lrt.cli.main import main
+from lrt.data import train_bpe
+
+MANY = 200
+TRAIN = [
+    "train", "--model.depth", "1", "--model.width", "32", "--model.heads", "2", "--model.context", "32",
+    "--train.length", "16", "--train.batch", "2", "--train.eval-every", "0", "--train.eval-rows", "1",
+    "--train.device", "cpu", "--train.horizon", "steps=2", "--train.threads", "1", "--data.source", "text.txt",
+    "--data.tokenizer", "bytes", "--data.folder", "data",
+]  # fmt: skip
+TOKENIZE = "tokenize --source text.txt --tokenizer run/tokenizer --folder new"
+TEXT = "".join(f"line {i} of a text\n" for i in range(200))
+SWEEP = """
+seeds = [0]
+[base]
+data = { source = "text.txt", tokenizer = "bytes", vocab_size = 258 }
+model = { depth = 1, width = 32, heads = 2, context = 32 }
+train = { length = 16, batch = 2, horizon = "steps=1", eval_every = 0, eval_rows = 1, schedule = "parallel" }
+[arms.plain]
+model.memory = { projection = "none", residual = false }
+"""
+
+
+class Kind(NamedTuple):
+    """A kind of file: where one lies, and the command that reads it."""
+
+    file: str
+    command: str
+
+
+KINDS = {
+    "config.json of another family": Kind("llama/config.json", "convert llama --out new"),
+    "index of weights": Kind("sharded/model.safetensors.index.json", "convert sharded --out new"),
+    "weights of another family": Kind("llama/model.safetensors", "convert llama --out new"),
+    "config.json of an export": Kind("exported/config.json", "convert exported --out new"),
+    "tokenizer.json": Kind(
+        "run/tokenizer/tokenizer.json", "tokenize --source text.txt --tokenizer run/tokenizer --folder new"
+    ),
+    "tokenizer_config.json": Kind("run/tokenizer/tokenizer_config.json", TOKENIZE),
+    "generation_config.json": Kind("llama/generation_config.json", "convert llama --out new"),
+    "chat template": Kind("llama/chat_template.jinja", "convert llama --out new"),
+    "checkpoint description": Kind("run/checkpoints/step_00000001/meta.json", "eval run --source text.txt --rows 1"),
+    "checksums": Kind("run/checkpoints/step_00000001/SHA256SUMS", "sample run --max-new-tokens 2"),
+    "weights of a run": Kind("run/checkpoints/step_00000001/model.safetensors", "sample run --max-new-tokens 2"),
+    "manifest": Kind("data/*/manifest.json", "eval trained --rows 1"),
+    "token shards": Kind("data/*/val_00000.bin", "eval trained --rows 1"),
+    "metrics": Kind("trained/metrics.jsonl", "train --resume trained"),
+    "result at export": Kind("trained/result.json", "export trained new"),
+    "records": Kind("results.jsonl", "report results.jsonl --out new"),
+    "record of a sweep": Kind("swept/plain-seed0/record.json", "sweep sweep.toml --out swept --jobs 1"),
+    "sweep": Kind("sweep.toml", "sweep sweep.toml --out new --jobs 1"),
+    "bundle, YAML": Kind("bundle/core.yaml", "core run --bundle bundle"),
+    "bundle, CSV": Kind("bundle/eval_meta_data.csv", "core run --bundle bundle"),
+    "bundle, items": Kind("bundle/eval_data/colours.jsonl", "core run --bundle bundle"),
+    "text": Kind("text.txt", "eval run --source text.txt --rows 1"),
+    "JSON lines": Kind("rows.jsonl", "eval run --source rows.jsonl --rows 1"),
+    "JSON": Kind("rows.json", "eval run --source rows.json --rows 1"),
+    "CSV": Kind("rows.csv", "eval run --source rows.csv --rows 1"),
+    "Parquet": Kind("rows.parquet", "eval run --source rows.parquet --rows 1"),
+    "Arrow": Kind("rows.arrow", "eval run --source rows.arrow --rows 1"),
+    "gzip": Kind("text.txt.gz", "eval run --source text.txt.gz --rows 1"),
+}
+
+
+def texts() -> None:
+    """The same text as a file of every form."""
+    rows = [{"text": line} for line in TEXT.splitlines()]
+    Path("text.txt").write_text(TEXT)
+    Path("text.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("rows.json").write_text(json.dumps(rows))
+    Path("rows.csv").write_text("text,x\n" + "".join(f'"{row["text"]}",1\n' for row in rows))
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, "rows.parquet")
+    with pyarrow.OSFile("rows.arrow", "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def families() -> None:
+    """A checkpoint of another family, whole and in parts."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_bpe([TEXT], 300)
+    settings = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(settings)
+    for name, size in (("llama", "1GB"), ("sharded", "10KB")):
+        model.save_pretrained(name, max_shard_size=size)
+        tokenizer.save(Path(name))
+        facts = {"bos_token": "<|bos|>", "eos_token": "<|bos|>", "chat_template": "{{ messages }}"}
+        Path(name, "tokenizer_config.json").write_text(json.dumps(facts))
+        Path(name, "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+
+
+def bundle() -> None:
+    """An evaluation bundle of one task."""
+    Path("bundle/eval_data").mkdir(parents=True)
+    kind = {"num_fewshot": [1], "icl_task_type": "multiple_choice"}
+    entry = {"label": "colours", "dataset_uri": "colours.jsonl"} | kind
+    Path("bundle/core.yaml").write_text(yaml.safe_dump({"icl_tasks": [entry]}))
+    Path("bundle/eval_meta_data.csv").write_text("Eval Task,Task Category,Random baseline\ncolours,x,50.0\n")
+    items = [{"query": q, "choices": ["a", "b"], "gold": i % 2} for i, q in enumerate("xyz")]
+    Path("bundle/eval_data/colours.jsonl").write_text("".join(json.dumps(x) + "\n" for x in items))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a good file of every kind."""
+    home = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        texts()
+        make_run(home / "run", context=32)
+        families()
+        assert main([*TRAIN, "--out", "trained"]) == 0
+        assert main(["export", "trained", "exported"]) == 0
+        Path("sweep.toml").write_text(SWEEP)
+        assert main(["sweep", "sweep.toml", "--out", "swept", "--jobs", "1"]) == 0
+        shutil.copy("swept/results.jsonl", "results.jsonl")
+        bundle()
+    return home
+
+
+def breaks(kind: str, count: int, home: Path, capfd) -> list[str]:
+    """Break the file of a kind so many times, and run its command; what did not end plainly."""
+    pattern, command = KINDS[kind]
+    (file,) = home.glob(pattern)
+    original = file.read_bytes()
+    assert_good(command, capfd)
+
+    def one(chance: random.Random) -> None:
+        file.write_bytes(broken(original, chance))
+        ends_plainly(command.split(), capfd)
+        shutil.rmtree("new", ignore_errors=True)
+
+    try:
+        return every_time(count, one)
+    finally:
+        file.write_bytes(original)
+
+
+def assert_good(command: str, capfd) -> None:
+    """Unbroken, the command succeeds: otherwise its failures would show nothing."""
+    assert main(command.split()) == 0, capfd.readouterr().err
+    capfd.readouterr()
+    shutil.rmtree("new", ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_files_end_in_one_line_or_a_result(kind: str, home: Path, monkeypatch, capfd):
+    monkeypatch.chdir(home)
+    assert breaks(kind, MANY, home, capfd) == []
