@@ -34,8 +34,6 @@ from lrt.utils.hardware import resolve_device, synchronise
 
 CACHE_GIB = 6.0
 """Cells of the latency grid with a larger cache are left out."""
-PROMPTS = 4
-"""Prompts of each length, from the run's held-out text."""
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
 DECODE_LINE = "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}"
@@ -89,7 +87,7 @@ def _trained(
     from lrt.training.checkpoint import load_model
 
     loaded = load_model(folder, device)
-    prompts = held_out_rows(loaded, None, rows=PROMPTS, length=max(settings.lengths)).tokens.to(device)
+    prompts = held_out_rows(loaded, None, rows=settings.prompts, length=max(settings.lengths)).tokens.to(device)
     for length in settings.lengths:
         for cell in prefill_times(loaded.model, prompts[:, :length], MODES):
             result["prefill"].append(cell)

@@ -23,6 +23,7 @@ from lrt.utils.files import expand_home, one_line, write_text
 
 if TYPE_CHECKING:
     from lrt.inference.chat import Conversation, TemplatedConversation
+    from lrt.inference.weights import with_weights
 
 GREETING = "Type a line, or /help. Ctrl-C stops an answer, Ctrl-D leaves."
 HELP = """\
@@ -67,6 +68,7 @@ def main(args: list[str]) -> int:
     from lrt.utils.hardware import resolve_device
 
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
+    with_weights(loaded.model, flags.decoding.weights)
     own, mode, sampling = chat_template_of(loaded.tokenizer), flags.decoding.prefill, flags.decoding.sampling
     drafts = flags.decoding.drafts
     if flags.template is None and own is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,5 +22,7 @@ class DecodingFlags:
     """How the prompt is taken in: exact, jacobi or interleaved-G."""
     drafts: int = 0
     """Most tokens guessed ahead where the text repeats itself, and checked together; the text stays the same."""
+    weights: Literal["full", "int8"] = "full"
+    """Large matrices as they are, or in 8 bits: faster steps, slightly worse text."""
     device: Device = "auto"
     """cpu, cuda, mps (untested) or auto."""

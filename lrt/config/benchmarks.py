@@ -74,6 +74,8 @@ class DecodingBenchmark:
     """Tokens already in the cache, filled synthetically."""
     lengths: tuple[int, ...] = (256, 1024)
     """Prompt lengths."""
+    prompts: int = 4
+    """Prompts of each length, from the run's held-out text."""
     steps: int = 15
     """Timed pairs per latency figure; the median is reported."""
     compile: bool = True
@@ -84,7 +86,7 @@ class DecodingBenchmark:
     """cpu, cuda, mps (untested) or auto."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, steps=self.steps)
+        require_at_least(1, steps=self.steps, prompts=self.prompts)
         for name, sizes in (("batches", self.batches), ("contexts", self.contexts), ("lengths", self.lengths)):
             require(bool(sizes), f"--{name} are none; give at least one number")
             require_at_least(1, **{name: min(sizes)})

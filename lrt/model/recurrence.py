@@ -101,7 +101,8 @@ def prefill_options(model: Transformer, mode: str | PrefillOptions) -> PrefillOp
     ValueError: an unknown mode.
     """
     options = PrefillOptions.parse(mode) if isinstance(mode, str) else mode
-    return options._replace(tolerance=max(options.tolerance, ROUNDING.get(model.stream_dtype, 0.0)))
+    types = {model.stream_dtype, *(buffer.dtype for buffer in model.buffers())}  # matrices in 8 bits round too
+    return options._replace(tolerance=max(options.tolerance, *(ROUNDING.get(dtype, 0.0) for dtype in types)))
 
 
 @torch.no_grad()

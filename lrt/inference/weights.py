@@ -1,0 +1,58 @@
+"""Weights in 8 bits, for decoding: a step of one row reads every matrix once, and reading is what it spends.
+
+Each row of a matrix has a scale of its own, and its numbers are whole multiples of that, -127 to 127. Activations stay
+bfloat16. What it costs in quality and gives in speed: docs/decoding.md#weights-in-8-bits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from lrt.model.lrt import LRT
+
+Weights = Literal["full", "int8"]
+LEAST = 2**17
+"""Numbers of the smallest matrix that is worth it."""
+ALIGNED = 32
+"""Inputs come in multiples of it: torch's kernel ends the process on others."""
+
+
+@final
+class Int8Linear(nn.Module):
+    """y = (x Q) s with whole numbers Q, int8 [O, I], and a scale per output, s [O]; no gradient."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127).bfloat16()
+        whole = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("whole", whole.to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole, scale = self.get_buffer("whole"), self.get_buffer("scale")
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        product = torch.ops.aten._weight_int8pack_mm if rows.device.type == "cpu" else int8_product
+        return product(rows, whole, scale).to(x.dtype).view(*x.shape[:-1], len(scale))
+
+
+def int8_product(x: Tensor, whole: Tensor, scale: Tensor) -> Tensor:
+    """The formula of torch's kernel: x [N, I], whole numbers [O, I], scales [O]; [N, O] in the type of x."""
+    return ((x.float() @ whole.float().T) * scale.float()).to(x.dtype)
+
+
+def with_weights(model: LRT, weights: Weights) -> LRT:
+    """The model itself, its large matrices (head and blocks, not embeddings) in 8 bits where that is asked for.
+
+    ValueError: another kind of weights.
+    """
+    if weights not in ("full", "int8"):
+        raise ValueError(f"weights {weights!r} are unknown: use full or int8")
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m.bias is None}
+    for name, linear in linears.items() if weights == "int8" else ():
+        if linear.weight.numel() >= LEAST and linear.in_features % ALIGNED == 0:
+            model.set_submodule(name, Int8Linear(linear))
+    return model
