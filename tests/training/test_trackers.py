@@ -44,10 +44,11 @@ def test_tensorboard_has_every_figure_of_the_metrics(source: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_wandb_records_offline(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     train(short(source, "wandb"), run, sinks=[Jsonl(run / "metrics.jsonl")])
+    wandb.teardown()  # its own process writes the file to its end
     (kept,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
     assert all(name.encode() in content for name, _ in recorded(run)) and b"settled-1..3" in content
