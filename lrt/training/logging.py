@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from lrt.config.model import require
 from lrt.utils.files import parse_json, to_json
 from lrt.utils.score_names import LEGEND, unit
 
@@ -36,7 +37,9 @@ class Jsonl:
         self.path = path
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] == "start" and self.path.exists():
+        there = self.path.exists()
+        require(not there or self.path.is_file(), f"{self.path} is no regular file; remove it, or choose another --out")
+        if event["kind"] == "start" and there:
             self._rewind(event["step"])
         if event["kind"] in RECORDED:
             self.path.parent.mkdir(parents=True, exist_ok=True)

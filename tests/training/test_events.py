@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -188,3 +189,13 @@ def test_the_data_bar_ends_at_its_end(tmp_path: Path):
     prepare(data, progress=lambda *report: said.append(report))
     done, total, note = said[-1]
     assert done == total and note == "tokenizing"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_metrics_go_to_a_regular_file(kind: str, tmp_path: Path):
+    """Opening a pipe that nobody reads would never end."""
+    file = tmp_path / "metrics.jsonl"
+    os.mkfifo(file) if kind == "pipe" else file.mkdir()
+    for event in ({"kind": "start", "step": 0}, {"kind": "warning", "text": "x"}):
+        with pytest.raises(ValueError, match=r"metrics.jsonl is no regular file; remove it"):
+            Jsonl(file)(event)
