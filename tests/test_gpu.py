@@ -171,6 +171,22 @@ def test_without_a_gpu_it_says_so():
         loaded_tool().check("cuda")
 
 
+# Wheels to carry along.
+
+
+def test_the_wheels_are_what_the_metadata_asks_for():
+    """No requirement of the image's packages is lower than the package's own, and torch is not among them."""
+    lines = (ROOT / "tools/gpu_requirements.txt").read_text("utf-8").splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    metadata = (ROOT / "pyproject.toml").read_text("utf-8")
+    missing = [line for line in wanted if f'"{line}"' not in metadata.replace("uvicorn[standard]", "uvicorn")]
+    assert not missing, "as pyproject.toml has them"
+    needed = re.search(r"^dependencies = \[(.*?)^\]", metadata, re.M | re.S)
+    assert needed is not None
+    names = set(re.findall(r'"([\w-]+)', needed[1])) - {"torch", "tomli"}  # Python 3.12 has a TOML reader
+    assert names <= {re.split(r"[>=]", line)[0] for line in wanted}
+
+
 # Calls into torch that are private to it.
 
 
