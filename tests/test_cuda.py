@@ -33,6 +33,7 @@ from lrt.config.run import OptimConfig
 from lrt.experiments.runner import at_once
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import compiled, next_logits, prefill
+from lrt.inference.weights import Int8Linear
 from lrt.model.attention import Mask, attend, attention_mask
 from lrt.model.cross_entropy import head_loss
 from lrt.model.flex import block_mask
@@ -281,6 +282,14 @@ def greedy(model: LRT, run=next_logits, count: int = 24) -> list[int]:
 
 def test_generate(device: torch.device):
     assert greedy(exact_on(CONFIG, device)) == greedy(small())
+
+
+def test_int8_weights(device: torch.device):
+    """The kernel of the CPU, or the formula elsewhere, against the formula in float64."""
+    linear, x = torch.nn.Linear(64, 48, bias=False), drawn(5, 64).float()
+    small = Int8Linear(linear)
+    whole, scale = (small.get_buffer(name).double() for name in ("whole", "scale"))
+    require_near(small.to(device)(x.to(device)), x.double() @ (whole * scale[:, None]).T, FLOATS["bfloat16"][1])
 
 
 def test_sampling_is_the_same_on_every_device(device: torch.device):

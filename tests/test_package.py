@@ -144,13 +144,13 @@ def snippets() -> dict[str, list[str]]:
 
 @pytest.fixture
 def demo_run(tmp_path: Path, monkeypatch) -> None:
-    """A small random model where the pages look for a run: runs/cpu_demo, in a folder of this test."""
+    """A small random model where the pages look for a run: runs/demo/lrt, in a folder of this test."""
     words = ByteTokenizer()
     model = config(vocab_size=257, bos=256, context=512)
-    folder = tmp_path / "runs" / "cpu_demo"
+    folder = tmp_path / "runs" / "demo" / "lrt"
     words.save(folder / "tokenizer")
     train = TrainConfig(length=32, schedule="settled-1..3", horizon="steps=2", batch=2, eval_rows=2)
-    settings = RunConfig(name="cpu_demo", model=model, data=DataConfig(folder=str(tmp_path / "data")), train=train)
+    settings = RunConfig(name="lrt", model=model, data=DataConfig(folder=str(tmp_path / "data")), train=train)
     checkpoint.save(folder, 1, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     monkeypatch.chdir(tmp_path)
@@ -162,7 +162,7 @@ def test_snippets_run(page: str, demo_run):
     names: dict = {}
     torch.manual_seed(0)
     blocks = snippets()[page]
-    with Server(Path("runs/cpu_demo")) if any(ADDRESS in block for block in blocks) else nullcontext() as server:
+    with Server(Path("runs/demo/lrt")) if any(ADDRESS in block for block in blocks) else nullcontext() as server:
         for block in blocks:
             block = block if server is None else block.replace(ADDRESS, server.url)
             exec(compile(block, page, "exec"), names)

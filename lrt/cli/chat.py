@@ -23,7 +23,6 @@ from lrt.utils.files import expand_home, one_line, write_text
 
 if TYPE_CHECKING:
     from lrt.inference.chat import Conversation, TemplatedConversation
-    from lrt.inference.weights import with_weights
 
 GREETING = "Type a line, or /help. Ctrl-C stops an answer, Ctrl-D leaves."
 HELP = """\
@@ -64,6 +63,7 @@ def main(args: list[str]) -> int:
 
     from lrt.data.chat_template import chat_template_of
     from lrt.inference.chat import Conversation, TemplatedConversation
+    from lrt.inference.weights import with_weights
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrt.model.lrt import LRT
+from lrt.utils.compiling import int8_matmul
 
 Weights = Literal["full", "int8"]
 LEAST = 2**17
@@ -35,7 +36,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         whole, scale = self.get_buffer("whole"), self.get_buffer("scale")
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        product = torch.ops.aten._weight_int8pack_mm if rows.device.type == "cpu" else int8_product
+        product = int8_matmul if rows.device.type == "cpu" else int8_product
         return product(rows, whole, scale).to(x.dtype).view(*x.shape[:-1], len(scale))
 
 
