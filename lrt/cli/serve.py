@@ -76,11 +76,11 @@ def main(args: list[str]) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL)
     loaded = load_model(flags.run, resolve_device(flags.device))
     served = Served(loaded, flags.settings, flags.name, compiled() if flags.compile else next_logits)
-    listener = _listen(flags.host, flags.port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    host, port = listener.getsockname()[:2]
-    print(f"{served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    run(DrainingServer(served, api_keys, HostNames(flags.host, flags.allowed_host), flags.drain), listener)
+    with _listen(flags.host, flags.port) as listener:
+        host, port = listener.getsockname()[:2]
+        print(f"{served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        run(DrainingServer(served, api_keys, HostNames(flags.host, flags.allowed_host), flags.drain), listener)
     return 0
 
 
