@@ -15,6 +15,7 @@ from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require, require_at_least
 from lrt.config.run import Device
 from lrt.schedule import Curriculum
+from lrt.utils.files import to_json
 from lrt.utils.score_names import LEGEND, share_text, unit
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def main(args: list[str]) -> int:
     with join(flags.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(flags.run, world.device)
         if flags.tasks or flags.suite:
+            require(world.size == 1, "--suite and --tasks are scored by one process; start them without torchrun")
             print(score_suite(loaded, _request(flags), as_json=flags.json) if flags.suite else _tasks(flags, loaded))
             return 0
         length = loaded.config.train.length if flags.length is None else flags.length
@@ -96,7 +98,7 @@ def main(args: list[str]) -> int:
         bpb = score_rows(loaded.model, curriculum, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
     if world.first:
-        print(json.dumps(where | {"dtype": "float32"} | bpb.as_dict()) if flags.json else _eval_text(where, bpb))
+        print(to_json(where | {"dtype": "float32"} | bpb.as_dict()) if flags.json else _eval_text(where, bpb))
     return 0
 
 

@@ -100,11 +100,21 @@ def dialogue_in(row: Mapping[str, Any], place: str, column: str | None = None) -
         listed = [*_side(row, pair[0], "user", place), *_side(row, pair[1], "assistant", place)]
     else:
         return None
-    tools = row.get("tools")
+    listed, tools = _plain(listed, place), _plain(row.get("tools"), place)
     dialogue = Dialogue(tuple(_message(m, place) for m in listed), tuple(_tools(tools, place)), place)
     if listed and not dialogue.learned:
         raise ValueError(f"{place}: no message of the assistant, so there is nothing to learn: leave the row out")
     return dialogue
+
+
+def _plain(value: Any, place: str) -> Any:
+    """Messages or tools as JSON has them, every text of them with a UTF-8 form. ValueError: JSON has no such value."""
+    try:
+        return json.loads(valid_text(json.dumps(value, ensure_ascii=False)))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{place}: a message holds a value that JSON does not have (a date, bytes, ...); leave that field out"
+        ) from None
 
 
 def _side(row: Mapping[str, Any], name: str, role: str, place: str) -> list[Any]:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from lrt.config.run import PAUSES, TASK, DataConfig
 from lrt.data.dialogue import Document, text_of
@@ -156,13 +156,18 @@ def _common_bpe(each: list[DataConfig], parts: list[Weighted], report: ReportPro
     return home
 
 
+def _roles(tokenizer: Tokenizer) -> list[Any]:
+    """What else of a tokenizer decides how dialogues are written; nothing without a chat template."""
+    own = tokenizer.config
+    return [dict(own.chat_templates), own.eos, own.pad, own.unknown, list(own.stops)] if own.chat_templates else []
+
+
 def _prepared(data: DataConfig, report: ReportProgress, verify: str) -> Prepared:
     """One source, or several that are read one after the other."""
     text, (base, pauses) = _Text(data), _base_and_pauses(data.tokenizer)
     brought = _brought_tokenizer(base)
     kind = (f"bpe{data.vocab_size}" if brought is None else brought.hash) + pauses
-    templates = {} if brought is None else dict(brought.config.chat_templates)
-    key = _key([*text.facts(), kind, *([templates] if templates else [])])
+    key = _key([*text.facts(), kind, *([] if brought is None else _roles(brought))])
     name = _slug(kind if brought is None else data.tokenizer)
     home = expand_home(data.folder) / f"{_slug(data.source)}-{name}-{key}"
     if not home.exists():

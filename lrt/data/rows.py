@@ -58,6 +58,10 @@ def rows_of(file: Path, column: str | None) -> Iterator[Placed] | None:
 
 def document_in(row: Row, column: str, place: str) -> Document:
     """The document of a row: the text or the messages in `column`, or else a dialogue; a null counts as empty."""
+    if row.get(column) is None and holds_dialogue([name for name, value in row.items() if value is not None], column):
+        dialogue = dialogue_in(row, place)
+        if dialogue is not None:
+            return dialogue
     if column not in row:
         dialogue = dialogue_in(row, place) if holds_dialogue(row, column) else None
         if dialogue is None:
@@ -83,7 +87,7 @@ def _wanted(names: Sequence[str], column: str | None, file: Path) -> list[str]:
     if column not in names and not holds_dialogue(names, column):
         raise absent(str(file), column, names)
     texts = [column] if column in names else []
-    return [name for name in names if name in texts or ((column != TEXT or not texts) and name in COLUMNS)]
+    return [name for name in names if name in texts or name in COLUMNS]
 
 
 def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:

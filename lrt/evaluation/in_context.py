@@ -5,14 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def in_context_score(nats: Tensor) -> float:
+def in_context_score(nats: Tensor, scored: Tensor) -> float:
     """Mean loss over the second sixteenth of the positions less that over the last quarter, in nats per token.
 
-    `nats` [B, T] are losses of targets; higher means that the model makes more of its context. The first positions are
+    `nats` [B, T] are losses of targets, and `scored` [B, T] says which of them count; nan where none does, early or
+    late. Higher means that the model makes more of its context. The first positions are
     left out, since they hardly have one.
     """
     length = nats.shape[1]
     if length < 16:
         raise ValueError(f"rows of {length} positions are too short for early and late; give at least 16")
-    early, late = nats[:, length // 16 : length // 8], nats[:, -(length // 4) :]
-    return float(early.cpu().double().mean() - late.cpu().double().mean())
+    early, late = (
+        float(nats[:, part][scored[:, part]].cpu().double().mean())
+        for part in (slice(length // 16, length // 8), slice(-(length // 4), None))
+    )
+    return early - late

@@ -121,11 +121,13 @@ def _keeper(kept: list[Tensor]) -> Any:
 def influence(model: LRT, rows: Rows, reach: int = REACH) -> list[float]:
     """Norm of the gradient of the last position's loss with respect to m_{t-k}, k = 1.., mean over rows; exact.
 
-    Empty without recurrence.
+    Of rows whose last target counts. Empty without recurrence, or without such a row.
     """
-    if not model.config.memory.recurrent:
-        return []
     tokens, targets = rows.tokens[:, : 2 * reach], rows.targets[:, : 2 * reach]
+    counted = targets[:, -1] != IGNORE
+    if not model.config.memory.recurrent or not counted.any():
+        return []
+    tokens, targets = tokens[counted], targets[counted]
     with torch.enable_grad():
         passes = Schedule.parse("sequential").passes(tokens.shape[1])
         written = [w for _, w, _ in run_passes(model, tokens, passes, model.starts(tokens))]

@@ -25,6 +25,7 @@ from lrt.inference.generate import generate, score
 from lrt.inference.loaded import Loaded
 from lrt.model.flops import decode_flops_per_token, parameters_by_group, scaling_parameters
 from lrt.model.lrt import LRT
+from lrt.model.shapes import IGNORE
 from lrt.training.checkpoint import load_model
 from lrt.utils.files import read_json
 from lrt.utils.hardware import accelerator, resolve_device
@@ -86,17 +87,17 @@ def scored(loaded: Loaded) -> dict[str, Any]:
         task = TaskRows(source.removeprefix(TASK), 1)
         return {"task": task.name, "accuracy": by_length(loaded.model, task, t.length)}
 
-    def nats(model: LRT, times: int) -> tuple[Tensor, float]:
+    def nats(model: LRT, times: int) -> tuple[Tensor, Tensor, float]:
         rows = held_out_rows(loaded, None, rows=max(1, t.eval_rows // times), length=times * t.length)
         tokens, targets = rows.tokens.to(model.device), rows.targets.to(model.device)
         each = score(model, tokens, targets, mode="exact").nats.cpu()
-        return each, bits_per_byte(each, rows.bytes)
+        return each, rows.targets != IGNORE, bits_per_byte(each, rows.bytes)
 
-    each, decoded_at["1"] = nats(loaded.model, 1)
-    decoded_at |= {str(times): nats(loaded.model, times)[1] for times in LONGER}
-    _, rounded = nats(deepcopy(loaded.model).to(torch.bfloat16), 1)
+    each, scored, decoded_at["1"] = nats(loaded.model, 1)
+    decoded_at |= {str(times): nats(loaded.model, times)[-1] for times in LONGER}
+    *_, rounded = nats(deepcopy(loaded.model).to(torch.bfloat16), 1)
     return {
-        "in_context_score": in_context_score(each) * loaded.tokenizer.positions,
+        "in_context_score": in_context_score(each, scored) * loaded.tokenizer.positions,
         "decoded_at_length": decoded_at,
         "decoded_bfloat16": rounded,
     }

@@ -41,7 +41,7 @@ def tables_of(groups: Sequence[RunGroup]) -> list[tuple[str, Table]]:
 
 def length_table(groups: Sequence[RunGroup]) -> Table:
     """Accuracy of a synthetic task by length, a row an arm."""
-    sizes = list(groups[0].records[0]["accuracy"])
+    sizes = sorted({size for g in groups for r in g.records for size in r["accuracy"]}, key=int)
     rows = [
         [g.arm, str(len(g.records)), _cpu(g), *(f"{_at(g, n, 'all')} / {_at(g, n, 'last')}" for n in sizes)]
         for g in groups
@@ -55,7 +55,9 @@ def _cpu(g: RunGroup) -> str:
 
 
 def _at(g: RunGroup, size: str, which: str) -> str:
-    """Accuracy at a length: over seeds with their deviation, or of one run with its error over rows."""
+    """Accuracy at a length: over seeds with their deviation, or of one run with its error over rows; empty if unknown."""
+    if any(size not in record["accuracy"] for record in g.records):
+        return ""
     mean = f"{g.mean(lambda r: r['accuracy'][size][which]):.1%}"
     error = g.records[0]["accuracy"][size].get(f"{which}_error")  # older records have none
     if len(g.records) > 1:
@@ -64,7 +66,8 @@ def _at(g: RunGroup, size: str, which: str) -> str:
 
 
 def _table(groups: Sequence[RunGroup], baseline: str) -> Table:
-    rows = {name: [_cell(g, name) for g in groups] for name in _figures(groups[0].records[0])}
+    names = dict.fromkeys(name for g in groups for name in _figures(g.records[0]))
+    rows = {name: [_cell(g, name) for g in groups] for name in names}
     first, *others = rows
     less = [_less(g, _base(g, groups, baseline), first) for g in groups]
     named = {key for key in ("mode", "train.horizon", "limit") if key != "train.horizon" or _differs(groups, key)}
@@ -114,8 +117,10 @@ def _cell(g: RunGroup, row: str) -> str:
 
 def _less(g: RunGroup, base: RunGroup | None, row: str) -> str:
     """The difference from the baseline: paired by seed, or with the error of two samples where there is one pair."""
-    pairs = [] if base is None else g.paired(base, lambda r: _figures(r)[row].value)
-    if base is None or not pairs:
+    if base is None or any(row not in _figures(r) for x in (g, base) for r in x.records):
+        return ""
+    pairs = g.paired(base, lambda r: _figures(r)[row].value)
+    if not pairs:
         return ""
     mean, deviation = seeds_and_mean(pairs)
     own, other = (_figures(x.records[0])[row].error for x in (g, base))

@@ -57,7 +57,10 @@ def _difference(arm: RunGroup, base: RunGroup) -> str:
 
 
 def _of_task(arms: list[RunGroup], base: RunGroup) -> str:
-    length = list(arms[0].records[0]["accuracy"])[-1]
+    common = set.intersection(*(set(r["accuracy"]) for g in arms for r in g.records))
+    if not common:
+        return "the arms were asked at different lengths: nothing to compare"
+    length = max(common, key=int)
 
     def share(g: RunGroup) -> float:
         return g.mean(lambda r: r["accuracy"][length]["all"])

@@ -147,7 +147,8 @@ class TemplatedConversation:
         ValueError: the turn alone leaves no room for an answer, or the template refuses it.
         """
         ids, shown = self._prompt({"role": "user", "content": text}, sampling), ""
-        known = self.tokens if self.cache is not None and ids[: len(self.tokens)] == self.tokens else []
+        begun = self.cache is not None and len(self.tokens) < len(ids) and ids[: len(self.tokens)] == self.tokens
+        known = self.tokens if begun else []
         prompt = ids[len(known) :]
         cache = self.cache if known else KVCache.empty(self.model, 1, self.model.config.context)
         self.cache, emitted = None, []
@@ -160,7 +161,10 @@ class TemplatedConversation:
                 shown += step.emissions[0].text
                 yield step.emissions[0].text
         finally:
-            self.messages.append({"role": "assistant", "content": shown})
+            if emitted:
+                self.messages.append({"role": "assistant", "content": shown})
+            else:  # a turn that failed leaves nothing behind
+                self.messages.pop()
 
     def _prompt(self, turn: dict[str, str], sampling: SamplingParams) -> list[int]:
         """The tokens of the conversation with a new turn, before which the oldest are dropped until there is room."""

@@ -16,7 +16,7 @@ from lrt.config.decoding import PrefillOptions
 from lrt.inference.drafts import PromptLookup
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import SettledRows, settle
+from lrt.model.recurrence import ROUNDING, SettledRows, settle
 
 EXACT = 8
 """Relative change of the memory, in units of the type's rounding, that counts as none."""
@@ -93,7 +93,8 @@ class Lookahead:
         wanted = torch.zeros_like(cache.length)
         for row, ids in rows.items():
             tokens[row], wanted[row] = torch.tensor(ids, device=tokens.device), count
-        plan = PrefillOptions(1, EXACT * torch.finfo(self.model.stream_dtype).eps, count, count)
+        dtype = self.model.stream_dtype
+        plan = PrefillOptions(1, min(EXACT * torch.finfo(dtype).eps, ROUNDING.get(dtype, 1.0)), count, count)
         solved = list(settle(self.model, tokens, wanted, cache, plan))
         hidden = cache.memory.new_zeros(*tokens.shape, cache.memory.shape[1])
         for group in solved:

@@ -60,7 +60,8 @@ def _summed(
 
 def _chunk(z: Tensor, cap: float | None, target: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
     """Nats [n, 1] of the logits `z` [n, V] before their soft cap, and their gradient by `z`, made in its place."""
-    z, target = z if z.dtype == torch.float64 else z.float(), target.clamp(min=0)
+    z = z if z.dtype == torch.float64 else z.float()
+    target = target.clamp(0, z.shape[1] - 1)  # a wrong one has a scale of NaN or none; an index beyond would end CUDA
     slope = None
     if cap is not None:
         z.div_(cap).tanh_()

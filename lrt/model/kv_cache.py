@@ -262,7 +262,10 @@ def _require_state(tensors: dict[str, Tensor], slots: Any, longest: Any, path: P
     counted = [tensors[name] for name in ("length", "last_token", "document_start") if name in tensors]
     fine = all(x.ndim == 4 and len(x) == rows and x.is_floating_point() for x in parts) and len(shapes) <= 1
     fine = fine and all(x.shape == (rows,) and x.dtype == torch.int64 for x in counted)
-    fine = fine and tensors["memory"].ndim == 2 and len(tensors["memory"]) == rows
+    memory, start = tensors["memory"], tensors.get("document_start", torch.zeros_like(tensors["length"]))
+    fine = fine and memory.ndim == 2 and len(memory) == rows
+    fine = fine and memory.is_floating_point() and len({x.dtype for x in (memory, *parts)}) == 1
+    fine = fine and bool(((start >= 0) & (start <= tensors["length"])).all())
     fine = fine and all(tensors[f"{n}.{i}"].shape[2] <= r for i, r in enumerate(slots) for n in ("keys", "values"))
     fine = fine and bool(((counted[0] >= 0) & (counted[0] <= longest)).all())
     if not fine:

@@ -19,6 +19,7 @@ from lrt.model.recurrence import states
 from lrt.schedule import Curriculum
 from lrt.serve.engine import Lane
 from lrt.serve.text import Vocabulary
+from lrt.utils.hardware import widest
 
 KINDS = ("residual", "key", "value")
 
@@ -111,7 +112,8 @@ def score(model: LRT, ids: list[int], top: int, mode: str | PrefillOptions, stre
         first, hidden, _ = solved
         aims = ids[first + 1 : first + 1 + hidden.shape[1]]
         logits = model.logits(hidden[0])
-        values = logits.double().log_softmax(-1).gather(-1, torch.tensor(aims, device=logits.device)[:, None])
+        wide, targets = logits.to(widest(logits.device)), torch.tensor(aims, device=logits.device)
+        values = wide.log_softmax(-1).gather(-1, targets[:, None])
         best = ranked(logits, [top] * len(aims)) if top else [()] * len(aims)
         scored += zip(values[:, 0].tolist(), best, strict=True)
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,8 @@ def test_rows_that_hold_dialogues(row, tmp_path: Path):
 
 def test_text_goes_before_dialogues_and_a_named_column_before_both(tmp_path: Path):
     file = rows_file(tmp_path, {"text": "plain", "messages": list(ONE)}, {"text": None, "prompt": "a", "answer": "b"})
-    assert list(documents(str(file))) == ["plain"]
+    pair = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    assert list(documents(str(file))) == ["plain", Dialogue(pair)]
     file = rows_file(tmp_path, {"text": "x", "talk": list(ONE)})
     assert list(documents(str(file), text_column="talk")) == [Dialogue(ONE)]
     with pytest.raises(ValueError, match="no column 'body'"):
@@ -159,6 +161,21 @@ def test_tables_hold_dialogues_too(tmp_path: Path):
     assert [m["content"] for m in found.messages] == ["a\nsecond line", "b"]
     parquet.write_table(pyarrow.table({"messages": [list(ONE)], "id": [1]}), tmp_path / "a.parquet")
     assert list(documents(str(tmp_path / "a.parquet"))) == [Dialogue(ONE)]
+    parquet.write_table(pyarrow.table({"text": [None, "x"], "messages": [list(ONE), None]}), tmp_path / "b.parquet")
+    assert list(documents(str(tmp_path / "b.parquet"))) == [Dialogue(ONE), "x"]  # a mixture in one table
+
+
+def test_values_that_json_does_not_have_are_named(tmp_path: Path):
+    import pyarrow
+    from pyarrow import parquet
+
+    dated = [message | {"at": datetime(2026, 1, 1)} for message in ONE]
+    parquet.write_table(pyarrow.table({"messages": [dated]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a value that JSON does not have"):
+        list(documents(str(tmp_path / "a.parquet")))
+    broken = [ONE[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ud800"}}}]}]
+    (talk,) = documents(str(rows_file(tmp_path, {"messages": broken})))
+    assert isinstance(talk, Dialogue) and talk.text.encode("utf-8")
 
 
 def talks(count: int) -> list[Dialogue]:

@@ -240,6 +240,9 @@ def test_lengths_that_a_task_does_not_take_are_left_out():
 
 def test_in_context_score():
     nats = torch.from_numpy(np.concatenate([np.full((3, 16), 4.0), np.full((3, 16), 1.5)], axis=1))
-    assert in_context_score(nats) == pytest.approx(2.5)
+    scored = torch.ones_like(nats, dtype=torch.bool)
+    assert in_context_score(nats, scored) == pytest.approx(2.5)
+    nats[1:], scored[1:] = 0.0, False  # rows whose targets are ignored
+    assert in_context_score(nats, scored) == pytest.approx(2.5)
     with pytest.raises(ValueError, match="too short"):
-        in_context_score(nats[:, :8])
+        in_context_score(nats[:, :8], scored[:, :8])

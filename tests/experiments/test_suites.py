@@ -12,7 +12,9 @@ from lrt.cli.main import main
 from lrt.config.run import DataConfig, RunConfig, TrainConfig
 from lrt.data.tokenizer import ByteTokenizer
 from lrt.evaluation import blimp
+from lrt.experiments.groups import RunGroup
 from lrt.experiments.report import MARKS
+from lrt.experiments.suite_tables import length_table
 from lrt.training import checkpoint
 
 PAIRS = [
@@ -180,6 +182,16 @@ def test_the_report_sets_arms_side_by_side_with_their_intervals(place, capsys):
     (less,) = [line for line in text.splitlines() if line.startswith("| less plain") and "%" in line][:1]
     assert f"{sum(differences) / 2:+.1%} ± {abs(differences[0] - differences[1]) / 2**0.5:.1%}" in less
     assert "parity-exact" in text and "64 symbols: all / last" in text
+
+
+def test_arms_of_other_lengths_and_parts_stand_in_one_table():
+    def run(arm: str, accuracy: dict) -> RunGroup:
+        return RunGroup("parity", "", arm, ({"accuracy": {n: {"all": x, "last": x} for n, x in accuracy.items()}},))
+
+    table = length_table([run("short", {"16": 0.5, "32": 0.25}), run("long", {"32": 0.75, "64": 1.0})]).markdown()
+    assert "16 symbols" in table and "64 symbols" in table
+    (row,) = [line for line in table.splitlines() if line.startswith("| long")]
+    assert [cell.strip() for cell in row.split("|")[4:7]] == ["/", "75.0% / 75.0%", "100.0% / 100.0%"]
 
 
 def test_a_line_that_is_no_record_of_a_suite_is_named(place, capsys):

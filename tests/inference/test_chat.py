@@ -142,6 +142,23 @@ def test_a_chat_template_writes_the_turns_and_the_state_is_kept_while_it_fits():
     assert talk.messages == messages and int(talk.cache.length[0]) == len(talk.tokens)
 
 
+def test_a_templated_turn_that_fails_leaves_nothing_behind():
+    template = ChatTemplate(TEXT, {"default": PLAIN}, {})
+    talk, sampling = TemplatedConversation(MODEL, TEXT, template, "exact"), replace(GREEDY, logit_bias=LETTERS)
+    with pytest.raises(ValueError, match="logit_bias"):
+        finish(talk.say("hi", replace(GREEDY, logit_bias=((10**6, 1.0),))))
+    assert talk.messages == []
+    finish(talk.say("hi", sampling))
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+
+
+def test_a_template_of_the_last_turn_alone_may_be_asked_the_same_again():
+    template = ChatTemplate(TEXT, {"default": "u:{{ messages[-1].content }}"}, {})
+    talk = TemplatedConversation(MODEL, TEXT, template, "exact")
+    one = replace(GREEDY, logit_bias=LETTERS, max_new_tokens=1)
+    assert finish(talk.say("hi", one)) == finish(talk.say("hi", one))
+
+
 def test_a_full_context_forgets_the_oldest_templated_turns():
     template = ChatTemplate(TEXT, {"default": PLAIN}, {})
     talk, sampling = TemplatedConversation(MODEL, TEXT, template, "exact"), replace(GREEDY, logit_bias=LETTERS)
