@@ -55,7 +55,7 @@ def _cpu(g: RunGroup) -> str:
 
 
 def _at(g: RunGroup, size: str, which: str) -> str:
-    """Accuracy at a length: over seeds with their deviation, or of one run with its error over rows; empty if unknown."""
+    """Accuracy at a length, over seeds with their deviation, or of one run with its error; empty if unknown."""
     if any(size not in record["accuracy"] for record in g.records):
         return ""
     mean = f"{g.mean(lambda r: r['accuracy'][size][which]):.1%}"
