@@ -19,7 +19,7 @@ from torch import Tensor
 from lrt.config.model import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
 from lrt.config.run import RunConfig
 from lrt.model.lrt import LRT
-from lrt.model.reference import _logits, _token
+from lrt.model.reference import _logits, _token, reference
 from lrt.model.run_passes import run_passes
 from lrt.schedule import Pass, Schedule, check
 
@@ -285,3 +285,14 @@ def lossy_tokenizer(folder: Path, kind: str, texts: list[str]) -> Path:
     folder.mkdir(parents=True)
     core.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def truth(model: LRT, rows: Tensor) -> Tensor:
+    """The reference loop's logits, [B, T, V]."""
+    weights = dict(model.state_dict())
+    return torch.stack([reference(weights, model.config, row.tolist()).logits for row in rows])
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """`near`, as an assertion that says where they differ."""
+    torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=TOLERANCE)

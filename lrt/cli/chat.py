@@ -72,7 +72,7 @@ def main(args: list[str]) -> int:
     own, mode, sampling = chat_template_of(loaded.tokenizer), flags.decoding.prefill, flags.decoding.sampling
     drafts = flags.decoding.drafts
     if flags.template is None and own is not None:
-        begin = lambda: TemplatedConversation(loaded.model, loaded.tokenizer, own, mode, drafts)  # noqa: E731
+        begin = lambda: TemplatedConversation(loaded.model, loaded.tokenizer, mode, drafts, template=own)  # noqa: E731
         sampling = replace(sampling, stop=tuple(stop for stop in sampling.stop if stop != NEXT))
         session = ChatSession(begin, None, sampling)
     else:

@@ -327,13 +327,18 @@ def _field(hint: Any, written: str, value: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type  # not at the top: `lrt --help` is faster
+    """Whether a value is of a field's type: a plain one, a choice, one of several, or a tuple of such.
 
-    try:
-        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-    except TypeCheckError:
-        return False
-    return True
+    By hand: this module travels with exported models, which need torch and transformers alone.
+    """
+    kinds, kind = get_args(hint), get_origin(hint)
+    if kind is Literal:
+        return value in kinds
+    if kind is tuple:
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kinds:
+        return any(_fits(value, one) for one in kinds)
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _in_words(hint: Any, written: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from lrt.config.decoding import NEXT
+from lrt.config.decoding import CALLED, NEXT
 from lrt.data.chat_template import ChatTemplate, chat_template_of
 from lrt.data.dialogue import Dialogue, Document, plain_pieces
 from lrt.data.tokenizer import Tokenizer
@@ -60,14 +60,15 @@ class DocumentEncoder:
     def _plain(self, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
         """As `lrt chat` and the server write it: an answer, and the beginning of the next turn that ends it."""
         ids, learned, due = [self.tokenizer.bos], [False], False
-        end = self.tokenizer.encode(NEXT)
+        end, called = self.tokenizer.encode(NEXT), self.tokenizer.encode(CALLED)
         skipped = 1 if dialogue.tools else 0
         for i, piece in enumerate([*plain_pieces(dialogue.messages, dialogue.tools), NEXT], -skipped):
             tokens = end if i == len(dialogue.messages) else self.tokenizer.encode(piece)
             answer = i in dialogue.learned
             if piece == NEXT and not due:
                 break
-            same = _common(tokens, end) if due and piece.startswith(NEXT) else 0
+            ended = {NEXT: end, CALLED: called}
+            same = max((_common(tokens, e) for mark, e in ended.items() if due and piece.startswith(mark)), default=0)
             ids += tokens
             learned += [answer or k < same for k in range(len(tokens))]
             due = answer

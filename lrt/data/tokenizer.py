@@ -23,6 +23,7 @@ from lrt.data.tokenizer_trial import try_tokenizer
 from lrt.utils.files import expand_home, one_line, read_json, write_json
 
 BOS = "<|bos|>"
+MOST_IDS = 2**22  # of a tokenizer: more than any has, and few enough for a table of them
 MOST_BYTES = 2**28  # of a tokenizer file
 PAUSE = "<|pause|>"
 # Foreign tokenizers are searched in this order: a token that opens documents, else one that separates them.
@@ -164,6 +165,7 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, core: tokenizers.Tokenizer, bos: str = BOS) -> None:
+        require_ids(core)
         self._core = _core_of(core.to_str())  # a copy: the settings below are ours alone
         self._core.no_truncation()
         self._core.no_padding()
@@ -326,6 +328,13 @@ def _load_core(file: Path, content: dict[str, Any], bos: str | None) -> BPEToken
         return BPETokenizer(core, bos or _find_bos(core, file))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def require_ids(core: tokenizers.Tokenizer) -> None:
+    """ValueError: an id so large that a table of all ids would fill the memory, as the library's own when it writes."""
+    most = max(core.get_vocab(with_added_tokens=True).values(), default=-1)
+    if most >= MOST_IDS:
+        raise ValueError(f"a token has the id {most:,}; ids below {MOST_IDS:,} are taken: choose another tokenizer")
 
 
 def _core_of(text: str) -> tokenizers.Tokenizer:

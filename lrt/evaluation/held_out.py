@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -78,7 +79,8 @@ def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool
     if not normalised:
         spelling.require_same()
     sample = validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
-    cut, whole = read >= enough, source_bytes(source)
+    sizes = (len(text_of(doc).encode()) for doc in documents(source, text_column=d.text_column))
+    cut, whole = any(size > read for size in itertools.accumulate(sizes)), source_bytes(source)
     part = sample.tokens.numel() / (len(stream) - 1)
     share = min(1.0, part * read / whole) if cut and whole else None if cut else min(1.0, part)
     name = f"the first {read:,} bytes of {source}" if cut and not whole else source

@@ -75,11 +75,11 @@ class Harness(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, up to the first stop text; a context too long for its answer loses its beginning."""
         answers = [""] * len(requests)
-        prompts, laws = zip(*(self._request(*request.args) for request in requests), strict=True)
+        prompts, params = zip(*(self._request(*request.args) for request in requests), strict=True)
         for rows in of_like_length([len(p) for p in prompts], self.positions):
             texts = dict.fromkeys(rows, "")
             spell = self.loaded.tokenizer.decode_bytes
-            some = [prompts[i] for i in rows], [laws[i] for i in rows]
+            some = [prompts[i] for i in rows], [params[i] for i in rows]
             for made in generate(self.loaded.model, *some, decode_bytes=spell, mode=self.mode):
                 for emission in made.emissions:
                     texts[rows[emission.row]] += emission.text

@@ -1,16 +1,17 @@
-"""Text in, text out: prompts and conversations over `decode.generate`."""
+"""Text in, text out: prompts and conversations over `generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import final
 
 import torch
 
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.data import Tokenizer
 from lrt.data.chat_template import ChatTemplate
-from lrt.inference.generate import generate
+from lrt.inference.generate import Generated, generate
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 
@@ -32,8 +33,8 @@ def complete(
     """
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     require_room(model, len(ids))
-    decode, params = tokenizer.decode_bytes, ending(sampling, tokenizer)
-    for step in generate(model, [ids], params, decode_bytes=decode, mode=mode, drafts=drafts):
+    params = ending(sampling, tokenizer)
+    for step in generate(model, [ids], params, decode_bytes=tokenizer.decode_bytes, mode=mode, drafts=drafts):
         yield step.emissions[0].text
 
 
@@ -50,8 +51,8 @@ def require_room(model: LRT, tokens: int) -> None:
 
 
 @dataclass
-class Conversation:
-    """A kept state that turns are added to: nothing is prefilled twice while the context has room."""
+class KeptState:
+    """A model, its tokenizer, and the state of one conversation."""
 
     model: LRT
     tokenizer: Tokenizer
@@ -59,14 +60,33 @@ class Conversation:
     drafts: int = 0
     """Most tokens guessed ahead, see `generate`."""
     cache: KVCache | None = None
+    dropped: int = 0
+    """Oldest turns that were forgotten for the last one, since the context was full."""
+
+    def _answer(self, prompt: list[int], cache: KVCache | None, sampling: SamplingParams) -> Iterator[Generated]:
+        """The steps of an answer to what `prompt` adds to a state; None is an empty one."""
+        return generate(
+            self.model,
+            [prompt],
+            ending(sampling, self.tokenizer),
+            decode_bytes=self.tokenizer.decode_bytes,
+            cache=cache or KVCache.empty(self.model, 1, self.model.config.context),
+            mode=self.mode,
+            drafts=self.drafts,
+        )
+
+
+@final
+@dataclass
+class Conversation(KeptState):
+    """A kept state that turns are added to: nothing is prefilled twice while the context has room."""
+
     pending: list[int] = field(default_factory=list)
     """Tokens emitted or fixed that the state has not taken in yet."""
     ended: Sequence[str] = ()
     """The stop texts, one of which ended the last answer; empty if none did."""
     turns: list[str] = field(default_factory=list)
     """The text of each turn that the state holds, answer included."""
-    dropped: int = 0
-    """Oldest turns that were forgotten for the last one, since the context was full."""
 
     @property
     def used(self) -> int:
@@ -83,12 +103,9 @@ class Conversation:
         """
         text = _lead(self.ended, text) + text
         prompt = self._prompt(text, sampling)
-        cache = self.cache or KVCache.empty(self.model, 1, self.model.config.context)
         self.ended, before, tokens, shown = (), None, [], ""
-        decode, params = self.tokenizer.decode_bytes, ending(sampling, self.tokenizer)
-        how = {"decode_bytes": decode, "cache": cache, "mode": self.mode, "drafts": self.drafts}
         try:
-            for step in generate(self.model, [prompt], params, **how):
+            for step in self._answer(prompt, self.cache, sampling):
                 if before is None and sampling.stop:
                     before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
                 emission = step.emissions[0]
@@ -99,7 +116,7 @@ class Conversation:
         finally:
             if tokens:
                 self.turns.append(text + shown)
-        raw = decode(tokens).decode("utf-8", errors="replace")
+        raw = self.tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
         if before is not None and any(stop in raw for stop in sampling.stop):
             self.cache, self.pending, self.ended = before, self.tokenizer.encode(shown), sampling.stop
 
@@ -124,22 +141,15 @@ class Conversation:
         return [token for token in tokens if token != self.tokenizer.bos]
 
 
+@final
 @dataclass
-class TemplatedConversation:
+class TemplatedConversation(KeptState):
     """Turns written by the model's own chat template; of the state what still fits the next prompt is kept."""
 
-    model: LRT
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    mode: str = DEFAULT_MODE
-    drafts: int = 0
-    """Most tokens guessed ahead, see `generate`."""
-    cache: KVCache | None = None
+    template: ChatTemplate = field(kw_only=True)
     tokens: list[int] = field(default_factory=list)
     """What the state has taken in."""
     messages: list[dict[str, str]] = field(default_factory=list)
-    dropped: int = 0
-    """Oldest turns that were forgotten for the last one, since the context was full."""
 
     def say(self, text: str, sampling: SamplingParams) -> Generator[str, None, None]:
         """Add a turn of the user and stream the answer; a caller may stop early, and go on with the next turn.
@@ -148,14 +158,10 @@ class TemplatedConversation:
         """
         ids, shown = self._prompt({"role": "user", "content": text}, sampling), ""
         begun = self.cache is not None and len(self.tokens) < len(ids) and ids[: len(self.tokens)] == self.tokens
-        known = self.tokens if begun else []
-        prompt = ids[len(known) :]
-        cache = self.cache if known else KVCache.empty(self.model, 1, self.model.config.context)
+        prompt, cache = (ids[len(self.tokens) :], self.cache) if begun else (ids, None)
         self.cache, emitted = None, []
-        decode, laws = self.tokenizer.decode_bytes, ending(sampling, self.tokenizer)
-        how = {"decode_bytes": decode, "cache": cache, "mode": self.mode, "drafts": self.drafts}
         try:
-            for step in generate(self.model, [prompt], laws, **how):
+            for step in self._answer(prompt, cache, sampling):
                 self.cache, self.tokens = step.cache, [*ids, *emitted]  # what was emitted last is not in it yet
                 emitted.append(step.emissions[0].token)
                 shown += step.emissions[0].text

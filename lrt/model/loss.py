@@ -36,13 +36,16 @@ class LossOutput(NamedTuple):
 def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     """Cross-entropy of each position in nats, [B, N], float32 at least; 0 where the target is IGNORE.
 
-    The slow twin of `head_loss`: all logits at once. ValueError: another negative target, or one past the vocabulary.
+    The slow twin of `head_loss`: all logits at once. ValueError: another negative target, or one past the vocabulary;
+    on a GPU it costs NaN instead, since an error would wait for it.
     """
-    require_targets(targets, model.config.vocab_size)
-    logits = model.logits(hidden)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view_as(
-        targets
-    )
+    size = model.config.vocab_size
+    require_targets(targets, size)
+    logits, ignored = model.logits(hidden), targets == IGNORE
+    known = ignored | ((targets >= 0) & (targets < size))
+    aims = torch.where(known, targets, IGNORE).flatten()
+    nats = F.cross_entropy(logits.flatten(0, 1), aims, ignore_index=IGNORE, reduction="none").view_as(targets)
+    return nats.masked_fill(~known, torch.nan)
 
 
 def summed_nats(

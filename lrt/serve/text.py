@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from lrt.config.decoding import NEXT
+from lrt.config.decoding import CALLED, NEXT
 from lrt.data import Tokenizer
 from lrt.data.chat_template import Message, Tool, chat_template_of
 from lrt.data.dialogue import plain_pieces
@@ -62,7 +62,7 @@ class Vocabulary:
         if self.template is None:
             if variables:
                 raise ValueError("the model has no chat template: leave out chat_template_kwargs")
-            return self._plain(messages, tools), (NEXT,)
+            return self._plain(messages, tools), (NEXT, CALLED) if tools else (NEXT,)
         reserved = {"messages", "tools", "documents", "add_generation_prompt", *self.template.specials}
         if wrong := [name for name in variables if name in reserved or not name.isidentifier()]:
             raise ValueError(f"chat_template_kwargs may not name {wrong[0][:40]!r}")

@@ -5,8 +5,8 @@ Each is imported when it is asked for. One that fails while training goes on is 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, final
 
 from lrt.config.run import TrackerName
 from lrt.training.logging import Event, Sink, tell
-from lrt.utils.files import one_line, read_json
+from lrt.utils.files import one_line, read_json, read_text, write_text
 
 PROJECT = "lrt"
 """Project or experiment that runs are listed under, where their tracker has such."""
@@ -85,13 +85,16 @@ class TensorBoard(Tracker):
 
 @final
 class WandB(Tracker):
-    """A run of the project; its id is that of the folder, so that a resumed training goes on in it."""
+    """A run of the project; its id lies in the folder: a resumed training goes on in it, a new one does not."""
 
     package = "wandb"
 
     def begin(self, name: str, config: dict[str, Any], step: int) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
-        which = hashlib.sha256(str(self.run.absolute()).encode()).hexdigest()[:16]
+        kept = self.run / "wandb-id"
+        if not (step and kept.is_file()):
+            write_text(kept, uuid.uuid4().hex[:16])
+        which = read_text(kept, "the W&B run's id").strip()
         self.opened = self.library.init(
             project=PROJECT, name=name, config=config, dir=str(self.run), id=which, resume="allow"
         )

@@ -89,10 +89,11 @@ def _prepared(config: RunConfig, run: Path, started: Checkpoint | None, sinks: S
     data = config.data
     if started is None or tokens is None or replace(started.config.data, folder=data.folder) != data:
         return prepare_data(data, sinks, verify)  # other tokens than the checkpoint's will be refused
+    prepared = tokens.find(run, data, checkpoint.run_tokenizer(started), verify, _reporting(sinks))
     if tokens.changed(data):
         text = f"the text of {data.source} has changed since, or is gone; the run goes on with its own tokens"
         tell(sinks, kind="warning", text=text)
-    return tokens.find(run, data, checkpoint.run_tokenizer(started), verify, _reporting(sinks))
+    return prepared
 
 
 def _trackers(config: RunConfig, run: Path, sinks: Sequence[Sink], world: World) -> Trackers:

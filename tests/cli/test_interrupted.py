@@ -50,5 +50,8 @@ def test_an_interruption_at_any_moment_of_the_start(command: str, tmp_path: Path
             time.sleep(chance.random() * 3)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=120)
-        assert process.returncode in (0, 2, 130), errors
+        late = (
+            -signal.SIGINT
+        )  # the interpreter was already leaving, with its handlers gone; a shell reads 130 there too
+        assert process.returncode in (0, 2, 130, late), errors
         assert "Traceback" not in errors and "Exception ignored" not in errors, errors

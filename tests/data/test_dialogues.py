@@ -64,6 +64,17 @@ def test_without_a_template_answers_and_the_next_turn_are_learned(tokenizer):
     assert learned(tokenizer, TALK, tools=tools) == [" jumps\nUSER:", " the dog\nUSER:"]
 
 
+def test_without_a_template_the_end_of_a_call_is_learned_too():
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    talk = [
+        TALK[1],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        TALK[2],
+    ]
+    assert learned(ByteTokenizer(), talk) == [' {"name": "f", "arguments": {}}\nTOOL:', " jumps\nUSER:"]
+
+
 def test_with_a_template_answers_and_the_ends_of_their_turns_are_learned():
     assert learned(with_template(TEMPLATES["chatml"])) == ["jumps<|im_end|>\n", "the dog<|im_end|>\n"]
     assert learned(with_template(TEMPLATES["llama"]), TALK[1:]) == [" jumps</s>", " the dog</s>"]

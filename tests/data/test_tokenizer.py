@@ -202,6 +202,16 @@ def test_a_model_that_matches_specials_in_text_is_kept_from_it():
     check_round_trip(BPETokenizer(core, "<s>"), "we<s>we</s><s>")
 
 
+def test_an_id_beyond_all_bounds_is_refused_before_anything_is_built(tmp_path):
+    """The library writes a list of every id that is not there: gigabytes, for a file of some kilobytes."""
+    train_bpe(["some words of a text"] * 9, 280).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["far"] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="has the id 4,294,967,295; ids below 4,194,304"):
+        load_tokenizer(tmp_path)
+
+
 def test_foreign_tokenizers_that_cannot_serve_are_refused(tmp_path):
     byte_level("<pad>").save(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none\.json: no BOS token and no document separator .*: name one"):

@@ -82,6 +82,16 @@ def test_another_text_says_how_much_of_it_was_scored(folder: Path, tmp_path: Pat
     assert rows["text"] == f"the first 1,024 bytes of {tmp_path / 'rows.parquet'}" and rows["share"] is None
 
 
+def test_the_share_counts_what_a_cut_left_out(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """Half a character at the cut, or a dialogue that crosses it."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "long.txt").write_text("é" * 100_000, encoding="utf-8")
+    assert scored(capsys, "--source", str(tmp_path / "long.txt"))["share"] < 0.01
+    talk = [{"role": "user", "content": "q" * 150}, {"role": "assistant", "content": "a" * 150}]
+    (tmp_path / "talks.jsonl").write_text(f"{json.dumps({'messages': talk})}\n" * 400, encoding="utf-8")
+    assert scored(capsys, "--source", str(tmp_path / "talks.jsonl"))["share"] < 0.01
+
+
 def test_text_that_has_changed_is_not_called_validation(folder: Path, tmp_path: Path, monkeypatch, capsys):
     """The run's own token shards are scored, and named; without them nothing is known to be held out."""
     monkeypatch.chdir(folder)

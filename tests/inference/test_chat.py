@@ -129,7 +129,7 @@ PLAIN = (
 
 def test_a_chat_template_writes_the_turns_and_the_state_is_kept_while_it_fits():
     template = ChatTemplate(TEXT, {"default": PLAIN}, {})
-    talk, sampling = TemplatedConversation(MODEL, TEXT, template, "exact"), replace(GREEDY, logit_bias=LETTERS)
+    talk, sampling = TemplatedConversation(MODEL, TEXT, "exact", template=template), replace(GREEDY, logit_bias=LETTERS)
     messages: list[dict[str, str]] = []
     for said in ("hello", "more of it"):
         messages.append({"role": "user", "content": said})
@@ -144,7 +144,7 @@ def test_a_chat_template_writes_the_turns_and_the_state_is_kept_while_it_fits():
 
 def test_a_templated_turn_that_fails_leaves_nothing_behind():
     template = ChatTemplate(TEXT, {"default": PLAIN}, {})
-    talk, sampling = TemplatedConversation(MODEL, TEXT, template, "exact"), replace(GREEDY, logit_bias=LETTERS)
+    talk, sampling = TemplatedConversation(MODEL, TEXT, "exact", template=template), replace(GREEDY, logit_bias=LETTERS)
     with pytest.raises(ValueError, match="logit_bias"):
         finish(talk.say("hi", replace(GREEDY, logit_bias=((10**6, 1.0),))))
     assert talk.messages == []
@@ -154,14 +154,14 @@ def test_a_templated_turn_that_fails_leaves_nothing_behind():
 
 def test_a_template_of_the_last_turn_alone_may_be_asked_the_same_again():
     template = ChatTemplate(TEXT, {"default": "u:{{ messages[-1].content }}"}, {})
-    talk = TemplatedConversation(MODEL, TEXT, template, "exact")
+    talk = TemplatedConversation(MODEL, TEXT, "exact", template=template)
     one = replace(GREEDY, logit_bias=LETTERS, max_new_tokens=1)
     assert finish(talk.say("hi", one)) == finish(talk.say("hi", one))
 
 
 def test_a_full_context_forgets_the_oldest_templated_turns():
     template = ChatTemplate(TEXT, {"default": PLAIN}, {})
-    talk, sampling = TemplatedConversation(MODEL, TEXT, template, "exact"), replace(GREEDY, logit_bias=LETTERS)
+    talk, sampling = TemplatedConversation(MODEL, TEXT, "exact", template=template), replace(GREEDY, logit_bias=LETTERS)
     finish(talk.say("x" * 90, sampling))
     finish(talk.say("y" * 90, sampling))
     assert talk.dropped == 1 and [m["content"][:1] for m in talk.messages if m["role"] == "user"] == ["y"]

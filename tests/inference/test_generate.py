@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from helpers import BOTH, SHIFT, VARIANTS, config, randomised, tokens
+from helpers import BOTH, SHIFT, VARIANTS, close, config, randomised, tokens, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from lrt.config.decoding import DEFAULT_TOLERANCE, PrefillOptions, SamplingParams
 from lrt.evaluation.contraction import exact_states
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import compiled, decode_step, next_logits, prefill
-from lrt.model.kv_cache import KVCache, positions_held, visible_slots
+from lrt.model.kv_cache import KVCache
 from lrt.model.loss import IGNORE
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import ROUNDING, SweepRates, advance, change_of, solve
 from lrt.model.reference import reference
-from lrt.utils.tensor_files import read_tensors
 
-TIGHT = 1e-10
 MODES = ["exact", "jacobi", "interleaved-3"]
 CFG = config()
 IDS = [
@@ -34,16 +30,6 @@ IDS = [
 @pytest.fixture(scope="module")
 def model() -> LRT:
     return randomised(CFG)
-
-
-def truth(model: LRT, rows: torch.Tensor) -> torch.Tensor:
-    """The reference loop's logits, [B, T, V]."""
-    weights = dict(model.state_dict())
-    return torch.stack([reference(weights, model.config, row.tolist()).logits for row in rows])
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=TIGHT, rtol=TIGHT)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -184,78 +170,6 @@ def test_score_with_zero_memory_reads_none(model):
     scored = score(model, rows, targets, mode="zero_memory")
     assert scored.mode == "zero_memory"
     close(scored.nats, score(plain, rows, targets, mode="exact").nats)
-
-
-def test_waiting_rows_keep_their_state_even_when_full(model):
-    rows = tokens(CFG, 2, 12)
-    cache = prefill(model, rows[:, :6], lengths=torch.tensor([6, 3]), capacity=6, mode="exact").cache
-    active = torch.tensor([False, True])
-    for t in (3, 4, 5):
-        logits, cache = decode_step(model, rows[:, t], cache, active)
-    expected = truth(model, rows)
-    close(logits[1], expected[1, 5])
-    assert cache.length.tolist() == [6, 6]
-    wider = KVCache.empty(model, 2, 6).put(torch.tensor([1, 0]), cache)
-    assert wider.length.tolist() == [6, 6]
-    with pytest.raises(ValueError, match="capacity is 6 tokens"):
-        decode_step(model, rows[:, 6], cache)
-
-
-@pytest.mark.parametrize("cfg", [CFG, SHIFT, BOTH], ids=["memory", "shift", "both"])
-def test_fork_join_save_and_restore(cfg, tmp_path):
-    model, rows = randomised(cfg), tokens(cfg, 2, 20)
-    expected = truth(model, rows)
-    cache = prefill(model, rows[:, :9], capacity=20, mode="exact").cache
-    forked = cache.take(torch.tensor([1, 0, 1]))
-    cache.save(tmp_path / "state.safetensors")
-    for t in range(9, 12):
-        _, cache = decode_step(model, rows[:, t], cache)
-    joined = cache.put(torch.tensor([0]), forked.take(torch.tensor([1])))  # row 0 goes back to position 9
-    logits, _ = decode_step(model, torch.stack((rows[0, 9], rows[1, 12])), joined)
-    close(logits, torch.stack((expected[0, 9], expected[1, 12])))
-    restored = KVCache.load(tmp_path / "state.safetensors")
-    assert restored.capacity == 20
-    for kept in (restored, forked.take(torch.tensor([1, 0]))):
-        close(prefill(model, rows[:, 9:], cache=kept, mode="exact").logits, expected[:, -1])
-
-
-@pytest.mark.parametrize(
-    ("about", "spoilt"),
-    [
-        ({"slots": "[" * 10_000}, {}), ({"slots": "[1e9]"}, {}), ({"slots": "[99999999999]"}, {}),
-        ({"slots": "{}"}, {}), ({}, {"length": torch.tensor([9, 99])}),
-        ({"longest": "-1"}, {}), ({"longest": "2"}, {}), ({"longest": "NaN"}, {}), ({}, {"length": torch.tensor(1.0)}),
-        ({}, {"memory": torch.zeros(3)}), ({}, {"memory": torch.zeros(2, 24, dtype=torch.int64)}),
-        ({}, {"document_start": torch.tensor([0, 99])}), ({}, {"memory": torch.zeros(2, 24, dtype=torch.float16)}),
-        ({}, {"keys.0": torch.zeros(2, 2, 9)}),
-        ({}, {"values.0": torch.zeros(2, 2, 9, 6, dtype=torch.int64)}), ({"slots": ""}, {}), ({"format": "x"}, {}),
-    ],
-)  # fmt: skip
-def test_states_that_lie_are_refused_in_one_line(about: dict, spoilt: dict, model, tmp_path):
-    prefill(model, tokens(CFG, 2, 9)).cache.save(tmp_path / "state")
-    stored = read_tensors(tmp_path / "state", "state")
-    save_file(stored.tensors | spoilt, tmp_path / "lies", stored.about | about)
-    with pytest.raises(ValueError, match="lies") as error:
-        KVCache.load(tmp_path / "lies")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no regular file"):
-        KVCache.load(tmp_path / "pipe")
-
-
-def test_a_restored_state_continues_bit_for_bit(model, tmp_path):
-    rows = tokens(CFG, 2, 20)
-    cache = prefill(model, rows[:, :9]).cache
-    cache.save(tmp_path / "state")
-    restored = KVCache.load(tmp_path / "state")
-    assert torch.equal(decode_step(model, rows[:, 9], cache)[0], decode_step(model, rows[:, 9], restored)[0])
-
-
-def test_sliding_windows_keep_only_their_window(model):
-    cache = KVCache.empty(model, 1, 50)
-    assert [k.shape[2] for k in cache.keys] == [CFG.windows()[0], 51, 51]
-    assert positions_held(torch.tensor([6]), 4).tolist() == [[4, 5, 2, 3]]
-    assert [visible_slots(n) for n in (1, 128, 129, 193, 400)] == [128, 128, 192, 256, 512]
 
 
 def run_text(model: LRT, prompts, sampling, **options) -> list[list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -154,6 +155,18 @@ def test_the_code_that_travels_is_the_packages(exported: Path):
     original = (package / "model" / "transformer.py").read_text()
     assert model == re.sub(r"from (lrt\.[\w.]+) import", lambda m: f"from .{flat(m[1])} import", original)
     assert "lrt_commands" not in sources()
+
+
+def test_the_code_that_travels_needs_torch_and_transformers_alone(exported: Path):
+    """Their own requirements included; a library of ours would be missing where the model is loaded."""
+    there = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "tokenizers"} | set(
+        sys.stdlib_module_names
+    )
+    for file in exported.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {name.split(".")[0] for name in names} <= there, (file.name, names)
 
 
 def test_the_card_names_figures_and_modes(exported: Path):

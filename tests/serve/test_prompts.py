@@ -1,11 +1,13 @@
-"""The prompts that the page begins with: of the model card, or such as fit the text."""
+"""The page's sources, and the prompts that it begins with: of the model card, or such as fit the text."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from lrt.serve.api import PAGE
 from lrt.serve.prompts import ENGLISH, LONGEST, MOST, PYTHON, prompts_of
 
 CARD = "---\nlicense: x\nwidget:\n- text: It was\n- example_title: no text\n- text: |\n    a\n    b\n---\n# books\n"
@@ -56,3 +58,11 @@ def test_prompts_are_bounded(card: Path):
     widgets = "".join(f"- text: '{'x' * (LONGEST + 9)}'\n" for _ in range(MOST + 3))
     card.write_text(f"---\nwidget:\n{widgets}---\n", encoding="utf-8")
     assert [len(prompt) for prompt in prompts_of(card.parent, "x")] == [LONGEST] * MOST
+
+
+def test_no_text_becomes_markup():
+    """Whatever models and people write is put into the page as text."""
+    for script in PAGE.glob("*.js"):
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script.read_text("utf-8")
+        )

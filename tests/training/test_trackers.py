@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import events, tiny
@@ -52,6 +53,15 @@ def test_wandb_records_offline(source: Path, tmp_path: Path, monkeypatch: pytest
     (kept,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
     assert all(name.encode() in content for name, _ in recorded(run)) and b"settled-1..3" in content
+
+
+def test_wandb_goes_on_in_a_resumed_run_and_begins_anew_in_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ids: list[str] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: ids.append(how["id"])))
+    for step in (0, 3, 0):
+        trackers.WandB(tmp_path).begin("name", {}, step)
+    first, resumed, new = ids
+    assert first == resumed != new
 
 
 def test_trackers_are_off_by_default_and_unknown_ones_named():
