@@ -21,11 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
-
 MEBI = 2**20
 MOST_JSON = 64 * MEBI
 MOST_SETTINGS = 2**18
@@ -161,6 +156,11 @@ def read_csv(path: Path | str, what: str, columns: Sequence[str]) -> list[dict[s
 
 def read_toml(path: Path | str, what: str) -> dict[str, Any]:
     """The table of a TOML file."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
     text = read_text(path, what, MOST_SETTINGS)
     with _named(f"{what} {path}", "TOML", RecursionError, ValueError):
         parts = re.split(r"[=,\[\]{}#]", "".join(text.split(" ")).replace("\t", "").replace("\n", "#"))
