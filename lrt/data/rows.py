@@ -58,16 +58,13 @@ def rows_of(file: Path, column: str | None) -> Iterator[Placed] | None:
 
 def document_in(row: Row, column: str, place: str) -> Document:
     """The document of a row: the text or the messages in `column`, or else a dialogue; a null counts as empty."""
-    if row.get(column) is None and holds_dialogue([name for name, value in row.items() if value is not None], column):
-        dialogue = dialogue_in(row, place)
-        if dialogue is not None:
-            return dialogue
-    if column not in row:
-        dialogue = dialogue_in(row, place) if holds_dialogue(row, column) else None
-        if dialogue is None:
+    value = row.get(column)
+    if value is None:
+        known = [name for name, cell in row.items() if cell is not None]
+        dialogue = dialogue_in(row, place) if holds_dialogue(known, column) else None
+        if dialogue is None and column not in row:
             raise absent(place, column, row)
-        return dialogue
-    value = row[column]
+        return dialogue or ""
     document = dialogue_in(row, place, column) if isinstance(value, list) else value
     if not isinstance(document, (str, Dialogue, type(None))):
         raise ValueError(f"{place}: column {column!r} holds {type(value).__name__}, not text: name another column")
@@ -75,7 +72,7 @@ def document_in(row: Row, column: str, place: str) -> Document:
 
 
 def holds_dialogue(names: Iterable[str], column: str) -> bool:
-    """Whether rows of these columns are read as dialogues, since `column` is the usual one and not among them."""
+    """Whether rows of these columns are read as dialogues, where `column` is the usual one and holds nothing."""
     known = set(names)
     return column == TEXT and (bool(known & set(MESSAGES)) or any(known >= set(pair) for pair in PAIRS))
 

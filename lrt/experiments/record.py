@@ -27,9 +27,8 @@ from lrt.model.flops import decode_flops_per_token, parameters_by_group, scaling
 from lrt.model.lrt import LRT
 from lrt.model.shapes import IGNORE
 from lrt.training.checkpoint import load_model
-from lrt.utils.files import read_json
 from lrt.utils.hardware import accelerator, resolve_device
-from lrt.utils.score_names import share_text
+from lrt.utils.score_names import read_result, share_text
 
 LONGER = (2, 4)
 """Multiples of the trained length at which decoded BPB is measured too."""
@@ -37,7 +36,7 @@ LONGER = (2, 4)
 
 def record(folder: Path, longer: bool = True) -> dict[str, Any]:
     """What a finished run in `folder` cost and reached; `longer`: also at multiples of the trained length."""
-    result = read_json(folder / "result.json", "result")
+    result = read_result(folder / "result.json")
     loaded = load_model(folder, resolve_device("auto"))
     p, bpb, model = result["progress"], result["bpb"], loaded.model
     wall, cpu = decoding_speed(model)

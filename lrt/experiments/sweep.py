@@ -32,7 +32,7 @@ from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
-from lrt.utils.files import read_json, read_toml, write_json, write_jsonl
+from lrt.utils.files import read_json, read_toml, require_fields, write_json, write_jsonl
 
 RECORD = "record.json"
 KEYS: dict[str, type] = {"recipe": str, "seeds": list, "base": dict, "grid": dict, "arms": dict, "cluster": dict}
@@ -158,7 +158,9 @@ def finished(run: Run, folder: Path) -> bool:
     """Whether a run has been recorded; ValueError if its folder holds one of other settings."""
     if not (folder / RECORD).exists():
         return False
-    settings = read_json(folder / RECORD, "record")["settings"]
+    stored = read_json(folder / RECORD, "record")
+    require_fields(stored, {"settings": dict}, str(folder / RECORD))
+    settings = stored["settings"]
     before = dict(_leaves(to_dict(from_dict(RunConfig, settings, str(folder / RECORD)))))  # fields since then: defaults
     different = [name for name, value in _leaves(to_dict(run.config)) if before[name] != value]
     require(not different, f"{folder} was run with another {', '.join(different)}; choose another --out or remove it")

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from lrt.utils.files import read_json, require_fields, require_kind
 
 ANSWERS = "the answers in "
 """Beginning of the name of a text of which answers alone are scored."""
+FIGURES = ("zero_memory", "merged", "decoded", "live_gap")
 LEGEND = (
     "bits per byte, lower is better. decoded: token by token, what you get; merged: as the training computes it; "
     "live gap: decoded less merged; zero memory: the memory switched off"
 )
 """One line under figures of `BPB.as_dict`."""
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """A run's result.json, whose `bpb` is such figures, null where one was not finite. ValueError: one is no number."""
+    result, where = read_json(file, "result"), f"{file}: bpb"
+    require_fields(result, {"bpb": dict}, str(file))
+    bpb = result["bpb"]
+    require_fields(bpb, {"rows": int, "schedule": str} | ({"text": str} if "text" in bpb else {}), where)
+    numbers = {name: bpb.get(name) for name in (*FIGURES, "share")}
+    for name, value in numbers.items():
+        if value is not None:
+            require_kind(value, float, f"{where}: {name}")
+    return result | {"bpb": bpb | numbers}
 
 
 def unit(bpb: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from lrt.schedule import Schedule
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
 from lrt.training.trainer import train
-from lrt.utils.score_names import percent, share_text, unit
+from lrt.utils.score_names import percent, read_result, share_text, unit
 
 SMALL = {
     "model.depth": 1, "model.width": 32, "model.heads": 2, "model.context": 32, "train.length": 16, "train.batch": 4,
@@ -204,3 +204,20 @@ def test_a_run_on_a_mixture_is_scored_on_what_it_held_out_and_resumed_on_the_sam
     (tmp_path / "b.txt").write_text("other text\n" * 300)
     with pytest.raises(ValueError, match="has changed since"):
         held_out(loaded, None, rows=4, length=32)
+
+
+@pytest.mark.parametrize(
+    ("broken", "wrong"),
+    [
+        ({"bpb": []}, "bpb is"), ({"bpb": {"rows": 1}}, "lacks 'schedule'"),
+        ({"bpb": {"rows": 1, "schedule": "parallel", "decoded": "low"}}, "decoded is 'low'"),
+        ({"bpb": {"rows": 1, "schedule": "parallel", "text": "a", "share": True}}, "share is True"),
+    ],
+)  # fmt: skip
+def test_a_result_that_is_none_is_refused(broken: dict, wrong: str, tmp_path: Path):
+    (tmp_path / "result.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match=wrong):
+        read_result(tmp_path / "result.json")
+    older = {"bpb": {"rows": 3, "schedule": "parallel", "decoded": None}}
+    (tmp_path / "result.json").write_text(json.dumps(older))
+    assert share_text(read_result(tmp_path / "result.json")["bpb"]) == "3 held-out rows"

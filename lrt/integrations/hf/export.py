@@ -13,8 +13,7 @@ from typing import Any
 from lrt.config.run import to_dict
 from lrt.inference.loaded import Loaded
 from lrt.integrations.hf.fast_tokenizer import with_pad
-from lrt.utils.files import read_json
-from lrt.utils.score_names import share_text, unit
+from lrt.utils.score_names import read_result, share_text, unit
 
 ENTRY = "lrt.integrations.hf.model"
 NAMES = {
@@ -113,8 +112,8 @@ def card(loaded: Loaded, prefill: str) -> str:
 def _figures(file: Path) -> list[str]:
     if not file.is_file():
         return ["No evaluation was recorded."]
-    bpb = read_json(file, "result")["bpb"]
+    bpb = read_result(file)["bpb"]
     rows = [("decoded, token by token", "decoded"), (f"merged, {bpb['schedule']}", "merged")]
     rows += [("one pass, zero memory", "zero_memory"), ("live gap (decoded - merged)", "live_gap")]
-    table = [f"| {label} | {bpb[key]:.4f} |" for label, key in rows]
+    table = [f"| {label} | {'not finite' if bpb[key] is None else f'{bpb[key]:.4f}'} |" for label, key in rows]
     return [f"Bits per byte of {share_text(bpb)}, float32:", "", f"| mode | {unit(bpb)} |", "| --- | --- |", *table]
