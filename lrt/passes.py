@@ -101,18 +101,33 @@ def token_forwards(passes: Iterable[Pass], length: int) -> float:
 
 def rewriting(passes: Passes) -> list[bool]:
     """For each pass: whether it has a loss and all its states replace ones that earlier passes wrote."""
+    return [p.weight > 0 and written for p, written in zip(passes, _written_before(passes), strict=True)]
+
+
+def repeated(passes: Passes) -> list[bool]:
+    """For each pass: whether it has no gradient and earlier passes have been at all its positions.
+
+    What no memory reaches is the same there, and not computed again.
+    """
+    return [not p.grad and written for p, written in zip(passes, _written_before(passes), strict=True)]
+
+
+def _written_before(passes: Passes) -> list[bool]:
+    """For each pass: whether earlier ones have written all its positions."""
     fronts = [0, *accumulate((p.positions[-1] + 1 for p in passes), max)]  # every position below is written
-    return [p.weight > 0 and p.positions[-1] < front for p, front in zip(passes, fronts, strict=False)]
+    return [p.positions[-1] < front for p, front in zip(passes, fronts, strict=False)]
 
 
-def effective_cost(passes: Passes, source: float = 1.0) -> float:
+def effective_cost(passes: Passes, source: float = 1.0, below: float = 0.0) -> float:
     """Token forwards of `passes`, each weighted by what it costs.
 
-    One without gradient counts a third; one that stops at the source block counts the share `source` of the blocks.
+    One without gradient counts a third; one that stops at the source block counts the share `source` of the blocks. The
+    share `below` of them, which no memory reaches, is left out where a pass is `repeated`.
     """
     cost = 0.0
-    for p, stops in zip(passes, memory_only(passes), strict=True):
-        cost += len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) * (source if stops else 1.0)
+    for p, stops, again in zip(passes, memory_only(passes), repeated(passes), strict=True):
+        blocks = (source if stops else 1.0) - (below if again else 0.0)
+        cost += len(p.positions) * (1.0 if p.grad else NO_GRAD_COST) * blocks
     return cost
 
 

@@ -246,12 +246,12 @@ def _slices(kind: str, size: int, length: int) -> list[range]:
     return [full]
 
 
-def effective_forwards(schedule: Schedule | Curriculum, length: int, source: float = 1.0) -> float:
+def effective_forwards(schedule: Schedule | Curriculum, length: int, source: float = 1.0, below: float = 0.0) -> float:
     """Forwards per token, weighted by cost: the mean over the schedule's draws (docs/method.md#conventions).
 
-    `source` is the share of the blocks that lie up to the source block.
+    `source` is the share of the blocks that lie up to the source block, `below` of those that no memory reaches.
     """
-    return sum(share * effective_cost(s.passes(length), source) / length for s, share in schedule.shares())
+    return sum(share * effective_cost(s.passes(length), source, below) / length for s, share in schedule.shares())
 
 
 def raw_forwards(schedule: Schedule | Curriculum, length: int) -> float:

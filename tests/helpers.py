@@ -84,6 +84,14 @@ CORNERS = [
 ]
 """What the variants leave out: every option at another value, and no memory at all."""
 
+BELOW = [
+    config(blocks=(3, 4), source=4, depth=5, projection="shared"),
+    config(blocks=(2, 3), source=2, depth=4, shift=True, document_attention=True, window_pattern="SSL"),
+    config(blocks=(2, 2), source=3, depth=2, loops=2),
+    config(blocks=(3, 3), source=2, depth=4, kv_heads=4),
+]
+"""Blocks that no memory reaches: below a source far up, one, in a looped stack, below a source that reads none."""
+
 CODE = "".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400))
 """A text to train on."""
 

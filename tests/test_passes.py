@@ -9,7 +9,7 @@ from helpers import SCHEDULES, pass_lists, passes, slices
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.passes import effective_cost, rewriting
+from lrt.passes import effective_cost, repeated, rewriting
 from lrt.schedule import (
     Pass,
     check,
@@ -171,7 +171,18 @@ def test_effective_cost_is_the_sum_over_positions(case: tuple[int, tuple[Pass, .
     stops = memory_only(run)
     cost = [(3 if p.grad else 1) / 3 * (0.3 if s else 1) for p, s in zip(run, stops, strict=True) for _ in p.positions]
     assert math.isclose(effective_cost(run, 0.3), sum(cost))
+    spared = [0.2 / 3 for p, again in zip(run, repeated(run), strict=True) for _ in p.positions if again]
+    assert math.isclose(effective_cost(run, 0.3, 0.2), sum(cost) - sum(spared))
     assert math.isclose(effective_cost(run), sum((3 if p.grad else 1) / 3 for p in run for _ in p.positions))
+
+
+@given(pass_lists())
+def test_repeated_passes_are_those_without_gradient_where_others_have_been(case: tuple[int, tuple[Pass, ...]]):
+    _, run = case
+    written: set[int] = set()
+    for p, again in zip(run, repeated(run), strict=True):
+        assert again == (not p.grad and set(p.positions) <= written)
+        written |= set(p.positions)
 
 
 @given(pass_lists())

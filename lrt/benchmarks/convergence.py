@@ -12,7 +12,7 @@ from lrt.config.decoding import PrefillOptions
 from lrt.evaluation.contraction import exact_states
 from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import change_of, finish
+from lrt.model.recurrence import change_of, finish, sweep_forwards
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.state import Buffer
@@ -45,7 +45,6 @@ def curve(model: LRT, tokens: TokensBN, mode: str, sweeps: int, exact: Tensor) -
     truth = model.logits(exact)
     targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)), dim=1)
     loss = token_nats(model, exact, targets).sum()
-    below = model.config.source / model.config.layers
     for number in range(1, sweeps + 1):
         *_, (_, _, buffer) = run_passes(model, tokens, plan.sweep(number, n), model.starts(tokens), buffer)
         new = buffer.memory(range(1, n + 1))
@@ -55,7 +54,7 @@ def curve(model: LRT, tokens: TokensBN, mode: str, sweeps: int, exact: Tensor) -
         points.append(
             Point(
                 number,
-                number * below + (below < 1),
+                sweep_forwards(model.config, number),
                 float(change_of(old, new, lengths).max()),
                 float((logits - truth).abs().max()),
                 float((logits.argmax(-1) == truth.argmax(-1)).float().mean()),

@@ -32,7 +32,7 @@ from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
 from lrt.passes import Passes, effective_cost
 from lrt.schedule import Schedule
-from lrt.training.budget import source_share
+from lrt.training.budget import block_shares
 from lrt.training.optimizer import Optimizer, clip
 from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
 
@@ -137,9 +137,9 @@ class RandomTokens(RowSource):
         return self.ids[start:stop]
 
 
-def ideal(passes: Passes, source: float = 1.0) -> float:
+def ideal(passes: Passes, source: float = 1.0, below: float = 0.0) -> float:
     """Cost over the plain step's if nothing but token forwards counted, as `effective_cost` weighs them."""
-    return effective_cost(passes, source) / passes[0].positions.stop
+    return effective_cost(passes, source, below) / passes[0].positions.stop
 
 
 def measure(settings: StepBenchmark) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def row(
     """One schedule's figures. Ratios are medians over the repeats; `ms` is forward and backward."""
     seconds, step = (median(t[i] for t, _ in times) for i in range(2))
     ratio, whole = (median(t[i] / p[i] for t, p in times) for i in range(2))
-    least = ideal(model.passes, source_share(model.config))
+    least = ideal(model.passes, *block_shares(model.config))
     tokens = model.loader.batch(0).tokens.numel()
     return {
         "schedule": name, "ms": 1e3 * seconds, "ratio": ratio, "ideal": least, "ratio_over_ideal": ratio / least,

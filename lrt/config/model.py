@@ -282,6 +282,27 @@ class ModelConfig:
         return self.layers if chosen is None else chosen
 
     @property
+    def feeds_back(self) -> bool:
+        """Whether the memory depends on earlier memory: some block up to the source block reads it."""
+        return self.memory.recurrent and self._first_reader <= self.source
+
+    @property
+    def blocks_below(self) -> int:
+        """Blocks below both the first that reads memory and the source block: what they compute is no sweep's work."""
+        return max(0, min(self._first_reader, self.source) - 1) if self.memory.recurrent else 0
+
+    @property
+    def _first_reader(self) -> int:
+        return 1 if self.memory.blocks is None else self.memory.blocks[0]
+
+    def blocks_run(self, *, top: bool = True, again: bool = False) -> range:
+        """Blocks that a pass runs, from 0, loops counted: to the top or to the source block.
+
+        `again`: the pass stands where others have been, and takes from them what no memory reaches.
+        """
+        return range(self.blocks_below if again else 0, self.layers if top else self.source)
+
+    @property
     def gate_width(self) -> int:
         """Channels the gates read, G."""
         return self.memory.gate_width or self.d

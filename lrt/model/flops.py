@@ -10,7 +10,7 @@ import torch
 from lrt.config.model import ModelConfig
 from lrt.model.parameters import Role, role
 from lrt.model.transformer import Transformer
-from lrt.passes import NO_GRAD_COST, Passes, memory_only
+from lrt.passes import NO_GRAD_COST, Passes, memory_only, repeated
 from lrt.schedule import Curriculum, Schedule
 
 BACKWARD = 1 / NO_GRAD_COST
@@ -60,35 +60,38 @@ def _seen(positions: range, window: int | None) -> int:
     return sum(min(t + 1, window) for t in positions)
 
 
-def forward_flops(config: ModelConfig, positions: range, *, memory: bool, top: bool = True, head: bool = True) -> int:
+def forward_flops(
+    config: ModelConfig, positions: range, *, memory: bool, blocks: range | None = None, head: bool = True
+) -> int:
     """FLOPs of one forward over `positions` of one row: 2 per weight and token, 4 E per query head and visible key.
 
     Elementwise work (norms, rotary, softmax) is left out, as is customary. `memory`: whether recurrent memory is read;
-    `top`: whether it runs the blocks above the source; `head`: whether it makes logits.
+    `blocks`: those that run, by default all; `head`: whether it makes logits.
     """
     d, kv, n = config.d, config.k * config.e, len(positions)
-    blocks = config.layers if top else config.source
+    blocks = config.blocks_run() if blocks is None else blocks
     inner, hidden = config.h * config.e, config.mlp_width * (3 if config.backbone.mlp == "swiglu" else 2)
-    weights = blocks * d * (2 * inner + 2 * kv + hidden)
+    weights = len(blocks) * d * (2 * inner + 2 * kv + hidden)
     projection = config.memory.projection
     if projection != "none":
-        reading = [i % config.depth for i in range(blocks) if config.reads_memory(i % config.depth)]
+        reading = [i % config.depth for i in blocks if config.reads_memory(i % config.depth)]
         rows = sum(3 if config.has_value_embedding(i) else 2 for i in reading)
         weights += rows * config.k * config.gate_width
         read = (memory and config.memory.recurrent) + config.memory.shifted
         pairs = {"gates": 0, "shared": 1, "layerwise": len(reading)}[projection]
         weights += 2 * d * kv * pairs * read
     weights += d * config.vocab_size if head else 0
-    keys = sum(_seen(positions, window) for window in config.windows()[:blocks])
+    keys = sum(_seen(positions, config.windows()[i]) for i in blocks)
     return 2 * weights * n + 4 * inner * keys
 
 
 def passes_flops(config: ModelConfig, passes: Passes) -> int:
     """FLOPs of a list of passes over one row, every pass counted, backward as twice the forward."""
     total = 0
-    for i, (p, early) in enumerate(zip(passes, memory_only(passes), strict=True)):
+    for i, (p, early, again) in enumerate(zip(passes, memory_only(passes), repeated(passes), strict=True)):
         reads = config.memory.recurrent and i > 0
-        once = forward_flops(config, p.positions, memory=reads, top=not early, head=p.weight > 0)
+        blocks = config.blocks_run(top=not early, again=again)
+        once = forward_flops(config, p.positions, memory=reads, blocks=blocks, head=p.weight > 0)
         total += once * round(BACKWARD) if p.grad else once
     return total
 

@@ -113,9 +113,9 @@ class KVCache(NamedTuple):
         keys, values = (tuple(x[:, :, :slots] for x in xs) for xs in (self.keys, self.values))
         return self._replace(keys=keys, values=values, longest=slots - 1)
 
-    def open(self, positions: range | None, tokens: TokensBN, blocks: int) -> tuple[PassInput, KVCache]:
+    def open(self, positions: range | None, tokens: TokensBN, blocks: range) -> tuple[PassInput, KVCache]:
         """What the next token of every row reads: a pass of one position per row, wherever the row stands."""
-        assert positions is None and tokens.shape[1] == 1 and blocks == len(self.keys), "decode one token per row"
+        assert positions is None and tokens.shape[1] == 1 and blocks == range(len(self.keys)), "decode one token a row"
         rows = torch.arange(self.rows, device=self.length.device)[:, None]
         queries = self.length[:, None]
         held = per_size(self.keys, lambda r: (queries % r, positions_held(self.length + 1, r)))

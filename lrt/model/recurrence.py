@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
+from lrt.config.model import ModelConfig
 from lrt.model.kv_cache import KVCache, PerRow
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
@@ -36,7 +37,7 @@ class Effort(NamedTuple):
     residual: float
     """Largest estimated error of the memory of a row that settled by tolerance; 0 where all is exact."""
     forwards: float
-    """Plain-forward equivalents per position: a sweep that stops at source block s counts s / L; steps count 1."""
+    """Plain-forward equivalents per position (`sweep_forwards`); steps count 1."""
     stepped: Tensor
     """Positions of each row that were finished token by token, int64 [B]."""
 
@@ -149,9 +150,17 @@ def _chunk(model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, 
         begin[group.rows] = group.taken
         sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
     cache = _recur(model, tokens, begin, count, cache, hidden, memory)
-    below = model.config.source / model.config.layers
-    forwards = sweeps * below + (sweeps > 0 and below < 1) + float((count - begin).max()) / tokens.shape[1]
+    forwards = sweep_forwards(model.config, sweeps) + float((count - begin).max()) / tokens.shape[1]
     return Solved(hidden, memory, cache, Effort(sweeps, residual, forwards, count - begin))
+
+
+def sweep_forwards(config: ModelConfig, sweeps: int) -> float:
+    """Plain-forward equivalents of so many sweeps and the pass that completes them, by the blocks that they run."""
+    if sweeps == 0:
+        return 0.0
+    below, source, layers = config.blocks_below, config.source, config.layers
+    completing = layers - below if source < layers else 0
+    return (source + (sweeps - 1) * (source - below) + completing) / layers
 
 
 def settle(
@@ -169,7 +178,7 @@ def settle(
         buffer = _sweep(model, unsettled, passes, buffer)
         new = buffer.memory(range(1, n + 1))
         assert new is not None
-        known = exact_prefix(passes, n, known) if model.config.memory.recurrent else n
+        known = exact_prefix(passes, n, known) if model.config.feeds_back else n
         exact = min(n, known + completed)  # the pass that completes the chunk makes one more position exact
         progress = progress.after(change_of(old, new, wanted))
         error = progress.error()
@@ -248,7 +257,7 @@ def one_token(model: Transformer, tokens: Tensor, view: KVCache, active: Tensor 
     Returns the head's input [B, D] and what the rows hold after it.
     """
     tokens = tokens[:, None]
-    read, rest = view.open(None, tokens, model.config.layers)
+    read, rest = view.open(None, tokens, model.config.blocks_run())
     written = model.forward_pass(tokens, read, model.starts(tokens))
     assert written.hidden is not None
     return written.hidden[:, 0], rest.rows_after(written, active)

@@ -22,6 +22,8 @@ def run_passes(
 ) -> Iterator[tuple[Pass, PassOutput, Buffer]]:
     """Run `passes` in order; yield each with what it wrote and the buffer after it.
 
+    Where others have written a pass without gradient runs only the blocks that memory reaches, and those above them.
+
     Args:
         tokens: int64 [B, T], at positions 0..T-1 (counted from where the buffer's prefix ends).
         passes: over these positions.
@@ -32,7 +34,8 @@ def run_passes(
     for p, early in zip(passes, memory_only(passes), strict=True):
         cut = slice(p.positions.start, p.positions[-1] + 1, p.positions.step)
         own, reset = tokens[:, cut], starts[:, cut] if starts is not None else None
-        read, buffer = buffer.open(p.positions, own, model.blocks_run(top=not early), p.detach)
+        again = not p.grad and buffer.knows(p.positions)
+        read, buffer = buffer.open(p.positions, own, model.config.blocks_run(top=not early, again=again), p.detach)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
             written = model.forward_pass(own, read, reset, top=not early)
         buffer = buffer.write(p.positions, written)

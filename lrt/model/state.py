@@ -6,7 +6,7 @@ tokens, the keys and values of other positions (`PassInput`). `write` takes in w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -44,6 +44,17 @@ class PassInput(NamedTuple):
     """Tokens at t-1, [B, N], negative where there is none: what a token shift reads."""
     document_start: PositionsN | None = None
     """Where the newest document that the state knows of before t starts, [B, N] or [B, 1]; None: it knows of none."""
+    below: BelowMemory | None = None
+    """What the first blocks have computed at these positions; they do not run again."""
+
+
+class BelowMemory(NamedTuple):
+    """What the blocks that no memory reaches (`ModelConfig.blocks_below`) compute: the same in every pass."""
+
+    stream: StreamBND
+    """The residual stream after the last of them."""
+    keys: tuple[HeadsBKNE, ...]
+    values: tuple[HeadsBKNE, ...]
 
 
 class PassOutput(NamedTuple):
@@ -61,19 +72,21 @@ class PassOutput(NamedTuple):
     """Values of every block that ran."""
     starts: Tensor | None = None
     """Where documents start, boolean [B, N]; None where none does, or where attention crosses documents."""
+    below: StreamBND | None = None
+    """The stream that leaves the blocks that no memory reaches, without gradient; None where there are none."""
 
     def map(self, along: Callable[[Tensor, int], Tensor]) -> PassOutput:
         """The same without `hidden`, each tensor changed by `along(tensor, axis of its positions)`."""
         keys, values = (tuple(along(x, 2) for x in xs) for xs in (self.keys, self.values))
-        starts = None if self.starts is None else along(self.starts, 1)
-        return PassOutput(along(self.tokens, 1), None, along(self.memory, 1), keys, values, starts)
+        starts, below = (None if x is None else along(x, 1) for x in (self.starts, self.below))
+        return PassOutput(along(self.tokens, 1), None, along(self.memory, 1), keys, values, starts, below)
 
 
 class State(Protocol):
     """What passes leave behind, and the next ones read."""
 
-    def open(self, positions: range | None, tokens: TokensBN, blocks: int) -> tuple[PassInput, State]:
-        """What a pass of `blocks` blocks reads, and the state less what it will replace."""
+    def open(self, positions: range | None, tokens: TokensBN, blocks: range) -> tuple[PassInput, State]:
+        """What a pass that runs `blocks` reads, and the state less what it will replace."""
         ...
 
     def write(self, positions: range | None, written: PassOutput) -> State:
@@ -137,10 +150,10 @@ class Segment(NamedTuple):
         memories = split(w.memory, 1, cuts)
         keys, values = (list(zip(*(split(x, 2, cuts) for x in xs), strict=True)) for xs in (w.keys, w.values))
         parts = zip(slices, cuts, memories, keys or [()] * len(cuts), values or [()] * len(cuts), strict=True)
-        begins = [None if w.starts is None else w.starts[:, cut] for cut in cuts]
+        marked = [[None if x is None else x[:, cut] for x in (w.starts, w.below)] for cut in cuts]
         return [
-            Segment(at, PassOutput(w.tokens[:, cut], None, m, k, v, starts))
-            for (at, cut, m, k, v), starts in zip(parts, begins, strict=True)
+            Segment(at, PassOutput(w.tokens[:, cut], None, m, k, v, starts, below))
+            for (at, cut, m, k, v), (starts, below) in zip(parts, marked, strict=True)
         ]
 
 
@@ -153,19 +166,43 @@ class Buffer:
     """What stands before position 0; absolute positions then begin at each row's `prefix.length`."""
 
     def open(
-        self, positions: range | None, tokens: TokensBN, blocks: int, detach: bool = False
+        self, positions: range | None, tokens: TokensBN, blocks: range, detach: bool = False
     ) -> tuple[PassInput, Buffer]:
         """What a pass over `positions` (by default 0..N-1) reads, and the buffer less what it will rewrite.
 
         Args:
             positions: the slice; its tokens are `tokens` [B, N].
-            blocks: how many the pass runs.
+            blocks: those that the pass runs; what the ones before them computed is read (`knows` the positions then).
             detach: whether what it reads is cut from the gradient.
         """
         at = range(tokens.shape[1]) if positions is None else positions
         rest = self.without(at)  # cut once: the pass sees it, and it stays
         before, seen = (b.detach() if detach else b for b in (self, rest))
-        return seen._input(at, tokens, blocks, before.memory(at)), rest
+        read = seen._input(at, tokens, blocks.stop, before.memory(at))
+        return read._replace(below=self._below(at, blocks.start)), rest
+
+    def knows(self, at: range) -> bool:
+        """Whether what no memory reaches has been computed at all positions of `at`."""
+        known = (s.at for s in self.segments if s.written.below is not None)
+        return sum(len(intersect(positions, at)) for positions in known) == len(at)
+
+    def _below(self, at: range, blocks: int) -> BelowMemory | None:
+        """What the first `blocks` blocks have computed at positions that the buffer knows, without gradient."""
+        if blocks == 0:
+            return None
+        places, written = [s.at for s in self.segments], [s.written for s in self.segments]
+
+        def joined(parts: Iterable[Tensor | None]) -> Tensor:
+            there = [(positions, x) for positions, x in zip(places, parts, strict=True) if x is not None]
+            newest = _newest(at, there, 0)
+            assert newest is not None, "the buffer does not know these positions"
+            return newest.detach()
+
+        kinds = ([w.keys for w in written], [w.values for w in written])
+        keys, values = (
+            tuple(joined(xs[i].transpose(1, 2) for xs in kind).transpose(1, 2) for i in range(blocks)) for kind in kinds
+        )
+        return BelowMemory(joined(w.below for w in written), keys, values)
 
     def write(self, positions: range | None, written: PassOutput) -> Buffer:
         """The buffer after a pass: its positions replace what stood there before."""
@@ -280,10 +317,10 @@ def _newest(places: range, parts: Sequence[tuple[range, Tensor]], empty: int) ->
     if len(covered) == 1 and len(covered[0][0]) == len(places):
         return covered[0][1]
     example = covered[0][1]
-    nothing = example.new_full((example.shape[0], 1, *example.shape[2:]), empty)
     if len(covered) == 1 and covered[0][0] == places[1:]:  # the usual case: only position 0 reads nothing
+        nothing = example.new_full((example.shape[0], 1, *example.shape[2:]), empty)
         return torch.cat((nothing, example), dim=1)
-    order = {t: i for i, t in enumerate(t for common, _ in covered for t in common)}
-    joined = torch.cat((*(x for _, x in covered), nothing), dim=1)
-    index = [order.get(t, len(order)) for t in places]
-    return joined[:, torch.tensor(index, device=joined.device)]
+    newest = example.new_full((example.shape[0], len(places), *example.shape[2:]), empty)
+    for common, x in covered:
+        newest[:, _cut(places, common)] = x
+    return newest

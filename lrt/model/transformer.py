@@ -65,7 +65,7 @@ class Transformer(nn.Module):
             starts: boolean [B, N], True at the first token of a document, where the memory is reset; none by default.
             top: whether the blocks above the source block run; without them there is no `hidden`.
         """
-        read, rest = (Buffer() if state is None else state).open(positions, tokens, self.blocks_run(top))
+        read, rest = (Buffer() if state is None else state).open(positions, tokens, self.config.blocks_run(top=top))
         written = self.forward_pass(tokens, read, starts, top=top)
         return written, rest.write(positions, written)
 
@@ -84,8 +84,11 @@ class Transformer(nn.Module):
         run, kv = self._runner(read)
         x = x0.clone() if self.execution.compile else x0  # one tensor given twice would be a graph of its own
         of_embedding = self.config.source == 0 and not self.config.backbone.embedding_norm
-        memory, keys, values = rms_norm(x0, eps) if of_embedding else x0, [], []
-        for i in range(self.blocks_run(top)):
+        memory, keys, values, below = rms_norm(x0, eps) if of_embedding else x0, [], [], None
+        if read.below is not None:
+            x, keys, values = read.below.stream, list(read.below.keys), list(read.below.values)
+        for i in self.config.blocks_run(top=top)[len(keys) :]:
+            below = x.detach() if i > 0 and i == self.config.blocks_below else below
             own = context._replace(attention_mask=masks[windows[i]], kv=None if kv is None else kv[i])
             x, k, v = run(self.blocks[i % self.config.depth], x, own)
             keys.append(k)
@@ -93,11 +96,7 @@ class Transformer(nn.Module):
             memory = rms_norm(x, eps) if i + 1 == self.config.source else memory
         last = memory if self.config.source == self.config.layers else x
         hidden = (self.norm.scale(last) if last is memory else self.norm(last)) if top else None
-        return PassOutput(tokens, hidden, memory, tuple(keys), tuple(values), starts if confined else None)
-
-    def blocks_run(self, top: bool) -> int:
-        """Blocks that a pass runs, with those above the source block or without."""
-        return self.config.layers if top else self.config.source
+        return PassOutput(tokens, hidden, memory, tuple(keys), tuple(values), starts if confined else None, below)
 
     def logits(self, hidden: StreamBND) -> Tensor:
         """Next-token logits [.., V], soft-capped, in float32 at least."""

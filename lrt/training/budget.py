@@ -20,7 +20,7 @@ class Progress:
     token_forwards: float = 0.0
     """Tokens times passes, all weighted 1."""
     effective_forwards: float = 0.0
-    """The same with passes without gradient weighted 1/3, and those that stop at source block s of L weighted s/L."""
+    """The same weighted by cost: passes without gradient count 1/3, and every pass the share of the blocks it runs."""
     flops: float = 0.0
     seconds: float = 0.0
     """Spent training; evaluation, samples and checkpoints not counted."""
@@ -36,15 +36,15 @@ class Progress:
         self.step += 1
         self.tokens += rows * config.train.length
         self.token_forwards += forwards * sum(len(p.positions) for p in passes)
-        self.effective_forwards += forwards * effective_cost(passes, source_share(config.model))
+        self.effective_forwards += forwards * effective_cost(passes, *block_shares(config.model))
         self.flops += rows * passes_flops(config.model, passes)
         self.seconds += seconds
         self.cpu_seconds += cpu_seconds
 
 
-def source_share(model: ModelConfig) -> float:
-    """Share of the blocks that a pass runs which stops at the source block."""
-    return model.source / model.layers
+def block_shares(model: ModelConfig) -> tuple[float, float]:
+    """Shares of the blocks: those up to the source block, and those that no memory reaches."""
+    return model.source / model.layers, model.blocks_below / model.layers
 
 
 def horizon(config: RunConfig) -> int:
@@ -59,7 +59,7 @@ def horizon(config: RunConfig) -> int:
     schedule = Curriculum.parse(t.schedule)
     tokens = number if kind in ("tokens", "flops") else number * scaling_parameters(model)
     if kind == "compute":
-        tokens /= effective_forwards(schedule, t.length, source_share(model)) * model.loops
+        tokens /= effective_forwards(schedule, t.length, *block_shares(model)) * model.loops
     elif kind == "flops_of_plain":
         plain = replace(model, memory=MEMORY_OFF, loops=1)
         tokens *= train_flops_per_token(plain, Schedule.parse("parallel"), t.length)

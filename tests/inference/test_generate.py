@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import BOTH, SHIFT, VARIANTS, close, config, randomised, tokens, truth
+from helpers import BELOW, BOTH, SHIFT, VARIANTS, close, config, label, randomised, tokens, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from lrt.inference.prefill import compiled, decode_step, next_logits, prefill
 from lrt.model.kv_cache import KVCache
 from lrt.model.loss import IGNORE
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import ROUNDING, SweepRates, advance, change_of, solve
+from lrt.model.recurrence import ROUNDING, SweepRates, advance, change_of, solve, sweep_forwards
 from lrt.model.reference import reference
 
 MODES = ["exact", "jacobi", "interleaved-3"]
@@ -33,7 +33,7 @@ def model() -> LRT:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cfg", [*VARIANTS, SHIFT, BOTH], ids=[*IDS, "shift", "both"])
+@pytest.mark.parametrize("cfg", [*VARIANTS, SHIFT, BOTH, *BELOW], ids=[*IDS, "shift", "both", *map(label, BELOW)])
 def test_any_split_equals_the_reference(cfg, mode):
     """Ragged prompts in chunks, then another prompt on the kept state, then steps; documents start inside rows."""
     model, rows = randomised(cfg), tokens(cfg, 3, 21)
@@ -53,7 +53,7 @@ def test_any_split_equals_the_reference(cfg, mode):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.sampled_from([config(source=s, window=w, shift=s == 3) for s in (0, 2, 3) for w in (1, 4, 9)]),
+    st.sampled_from([*BELOW, *(config(source=s, window=w, shift=s == 3) for s in (0, 2, 3) for w in (1, 4, 9))]),
     st.lists(st.integers(1, 18), min_size=1, max_size=4),
     st.integers(1, 20),
     st.integers(1, 7),
@@ -68,6 +68,21 @@ def test_sweeps_equal_the_reference_for_any_lengths_chunk_and_stride(cfg, length
         lengths=torch.tensor(lengths),
     )
     close(found.logits, truth(model, rows)[torch.arange(len(lengths)), torch.tensor(lengths) - 1])
+
+
+@pytest.mark.parametrize("cfg", BELOW, ids=label)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_forwards_are_counted_by_the_blocks_that_sweeps_run(mode: str, cfg):
+    """Only the first sweep runs the blocks that no memory reaches; memory that feeds no memory needs that one alone."""
+    model, rows, ran = randomised(cfg), tokens(cfg, 1, 12), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, out: ran.append(out[0].shape[1]))
+    found = prefill(model, rows, mode=PrefillOptions.parse(mode, 1e-13, max_sweeps=5))
+    steps = int(found.effort.stepped) * cfg.layers
+    assert found.effort.forwards == pytest.approx(sum(ran) / 12 / cfg.layers)
+    assert sum(ran) - steps == round(12 * sweep_forwards(cfg, found.effort.sweeps) * cfg.layers)
+    assert (found.effort.sweeps > 1) == cfg.feeds_back
+    assert found.effort.residual == 0
 
 
 @pytest.mark.parametrize("source", [2, 3])

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import (
+    BELOW,
     BOTH,
     CORNERS,
     SCHEDULES,
@@ -41,6 +42,7 @@ from lrt.model.lrt import LRT
 from lrt.model.reference import reference
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer
+from lrt.passes import no_grad_pass
 from lrt.schedule import Pass, exact_prefix, memory_only
 
 FULL, LAST = config(), config(source=3, projection="shared")
@@ -233,6 +235,61 @@ def test_a_pass_that_stops_early_writes_only_the_blocks_below():
     (_, first, _), (_, last, _) = run_passes(model, ids, passes("settled-1", 6), model.starts(ids))
     assert first.hidden is None
     assert (len(first.keys), len(last.keys)) == (FULL.source, FULL.layers)
+
+
+# Blocks that no memory reaches.
+
+
+@settings(max_examples=60)
+@given(pass_lists(), st.sampled_from(BELOW), st.integers(0, 99))
+def test_passes_that_run_again_only_what_memory_reaches_compute_what_the_oracle_does(case, cfg, seed: int):
+    length, run = case
+    model, ids = fixed(cfg), packed(cfg, 1, length, seed)
+    expected = slow_passes(model, ids[0].tolist(), run)
+    folded = list(run_passes(model, ids, run, model.starts(ids)))
+    for (logits, memory), (_, written, _) in zip(expected, folded, strict=True):
+        assert near(written.memory[0], memory)
+        if written.hidden is not None:
+            assert near(model.logits(written.hidden[0]), logits)
+
+
+@settings(max_examples=40)
+@given(pass_lists(), st.sampled_from(BELOW))
+def test_what_is_not_run_again_changes_neither_states_nor_gradients(case, cfg: ModelConfig):
+    """Keys and values of all blocks, and the gradient of all that passes with gradient compute."""
+    length, run = case
+    model, ids = fixed(cfg), packed(cfg, 2, length)
+    both = []
+    for below in (cfg.blocks_below, 0):
+        with patch.object(ModelConfig, "blocks_below", below):
+            *_, (_, _, buffer) = folded = list(run_passes(model, ids, run, model.starts(ids)))
+        states = [x for s in buffer.segments for x in (*s.written.keys, *s.written.values, s.written.memory)]
+        wanted = [w.memory if w.hidden is None else w.hidden for p, w, _ in folded if p.grad]
+        loss = sum((x.pow(3).sum() for x in wanted), torch.zeros((), dtype=torch.float64, requires_grad=True))
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        both.append((states, [torch.zeros(()) if g is None else g for g in grads]))
+    assert all(near(a, b) for kind in zip(*both, strict=True) for a, b in zip(*kind, strict=True))
+
+
+@pytest.mark.parametrize("cfg", BELOW, ids=label)
+def test_only_blocks_that_memory_reaches_run_again(cfg: ModelConfig):
+    model, ids, calls = fixed(cfg), packed(cfg, 2, 6), []
+    hooks = [b.register_forward_hook(lambda *call, i=i: calls.append(i)) for i, b in enumerate(model.blocks)]
+    run = [
+        no_grad_pass(range(6)),
+        *(no_grad_pass(range(i, 6, 2)) for i in range(2)),
+        no_grad_pass(range(6)),
+        Pass(range(6)),
+    ]
+    for _, (_, written, _) in zip(run, run_passes(model, ids, run, model.starts(ids)), strict=True):
+        calls.append(-1)
+        assert len(written.keys) == (cfg.layers if written.hidden is not None else cfg.source)
+    for hook in hooks:
+        hook.remove()
+    text = " ".join(map(str, calls)).split(" -1")[:-1]
+    blocks = [range(cfg.source), *[range(cfg.blocks_below, cfg.source)] * 3, range(cfg.layers)]
+    assert [list(map(int, part.split())) for part in text] == [[i % cfg.depth for i in run] for run in blocks]
+    assert cfg.blocks_below == {4: 2, 2: 1, 3: 1}[cfg.source]
 
 
 # Causality and independence.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CORNERS, VARIANTS, config, fixed, label, packed, passes
+from helpers import BELOW, CORNERS, VARIANTS, config, fixed, label, packed, passes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,9 +91,9 @@ def counted(cfg: ModelConfig, text: str, length: int, rows: int = 2) -> list[int
     return found
 
 
-def masked_away(cfg: ModelConfig, blocks: int, length: int) -> int:
+def masked_away(cfg: ModelConfig, blocks: range, length: int) -> int:
     """FLOPs of attention over keys that a full pass may not see: torch counts them, ours does not."""
-    seen = [sum(min(t + 1, w or length) for t in range(length)) for w in cfg.windows()[:blocks]]
+    seen = [sum(min(t + 1, w or length) for t in range(length)) for w in [cfg.windows()[i] for i in blocks]]
     return sum(4 * cfg.h * cfg.e * (length * length - s) for s in seen)
 
 
@@ -108,13 +108,20 @@ def test_passes_that_stop_early_cost_what_torch_counts(cfg: ModelConfig):
     check_against_torch("settled-1", cfg)
 
 
+@pytest.mark.parametrize("cfg", BELOW, ids=label)
+def test_sweeps_cost_what_torch_counts(cfg: ModelConfig):
+    check_against_torch("settled-3", cfg)
+
+
 def check_against_torch(text: str, cfg: ModelConfig) -> None:
     run, length = passes(text, 8), 8
     for i, torchs in enumerate(counted(cfg, text, length)):
-        top = not (text == "settled-1" and i == 0)
+        top, again = not text.startswith("settled") or i + 1 == len(run), 0 < i < len(run) - 1
         reads = cfg.memory.on and i > 0
-        ours = forward_flops(cfg, range(length), memory=reads, top=top, head=run[i].weight > 0)
-        assert ours == torchs - masked_away(cfg, cfg.layers if top else cfg.source, length)
+        ours = forward_flops(
+            cfg, range(length), memory=reads, blocks=cfg.blocks_run(top=top, again=again), head=run[i].weight > 0
+        )
+        assert ours == torchs - masked_away(cfg, cfg.blocks_run(top=top, again=again), length)
 
 
 def test_strided_passes_count_their_own_positions_and_visible_keys():
@@ -171,9 +178,9 @@ def test_blocks_outside_the_window_have_no_memory():
 def test_every_pass_is_counted_and_backward_is_twice_forward():
     cfg = config()
     first = forward_flops(cfg, range(8), memory=False)
-    settle = forward_flops(cfg, range(8), memory=False, top=False, head=False)
+    settle = forward_flops(cfg, range(8), memory=False, blocks=cfg.blocks_run(top=False), head=False)
     again = forward_flops(cfg, range(8), memory=True)
-    again_low = forward_flops(cfg, range(8), memory=True, top=False, head=False)
+    again_low = forward_flops(cfg, range(8), memory=True, blocks=cfg.blocks_run(top=False), head=False)
     assert passes_flops(cfg, passes("parallel", 8)) == 3 * first
     assert passes_flops(cfg, passes("refinement-2", 8)) == 3 * (first + 2 * again)
     assert passes_flops(cfg, passes("settled-2", 8)) == settle + again_low + 3 * again

@@ -63,7 +63,7 @@ def promised_loss(model: LRT, ids: Tensor, targets: Tensor, steps: list[Step]) -
     for p, early, frozen, written in steps:
         if p.grad:
             read, at = frozen if p.detach else buffer, list(p.positions)
-            seen, _ = read.open(p.positions, ids[:, at], model.blocks_run(top=not early))
+            seen, _ = read.open(p.positions, ids[:, at], model.config.blocks_run(top=not early))
             written = model.forward_pass(ids[:, at], seen, starts[:, at], top=not early)
             if p.weight > 0:
                 losses.append(token_nats(model, written.hidden, targets[:, at]).mean())

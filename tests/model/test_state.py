@@ -22,7 +22,7 @@ def written(at: range, number: int, layers: int = LAYERS) -> PassOutput:
     return PassOutput(label.long(), state, state, keys, tuple(k + 0.5 for k in keys))
 
 
-def opened(buffer: Buffer, at: range, blocks: int = LAYERS) -> PassInput:
+def opened(buffer: Buffer, at: range, blocks: range = range(LAYERS)) -> PassInput:
     """What a pass over `at` with tokens -t reads."""
     return buffer.open(at, -torch.tensor([list(at)] * 2), blocks)[0]
 
@@ -62,7 +62,7 @@ def test_memory_is_the_newest_of_the_position_before(run, at: range):
 def test_previous_tokens_are_the_passs_own_and_the_newest_elsewhere(run, at: range):
     buffer, newest = filled(run)
     expected = [1 - t if t - 1 in at else 100 * newest[t - 1] + t - 1 if t - 1 in newest else -1 for t in at]
-    assert opened(buffer, at, EARLY).previous[1].tolist() == expected
+    assert opened(buffer, at, range(EARLY)).previous[1].tolist() == expected
 
 
 @given(runs, slices(LENGTH))
@@ -86,7 +86,7 @@ def test_what_is_read_is_everything_but_the_pass_itself_up_to_its_end(run, at: r
 def test_a_pass_sees_itself_alone_only_if_nothing_else_stands_before_its_end(run, at: range):
     buffer, newest = filled(run)
     others = {t for t in newest if t <= at[-1]} - set(at)
-    if opened(buffer, at, EARLY).kv is None:
+    if opened(buffer, at, range(EARLY)).kv is None:
         assert not others
     else:  # a segment of larger stride may begin below and be seen
         assert any(s.at[0] <= at[-1] for s in buffer.segments if set(s.at) - set(at))
@@ -96,7 +96,7 @@ def test_a_pass_sees_itself_alone_only_if_nothing_else_stands_before_its_end(run
 def test_opening_leaves_the_buffer_less_what_the_pass_will_rewrite(run, at: range):
     buffer, newest = filled(run)
     tokens = torch.zeros(2, len(at), dtype=torch.int64)
-    _, rest = buffer.open(at, tokens, EARLY)
+    _, rest = buffer.open(at, tokens, range(EARLY))
     assert sorted(t for s in rest.segments for t in s.at) == sorted(set(newest) - set(at))
 
 
@@ -148,7 +148,7 @@ def test_a_cached_prefix_stands_before_position_0_in_every_layer():
     assert buffer.memory(range(3))[0, :, 0].tolist() == [-5, 100, 101]
     assert buffer.memory(range(1, 3))[0, :, 0].tolist() == [100, 101]
     for before, first in ((buffer, [4, 6]), (Buffer(), [-1, -1])):
-        previous = before.open(range(2), torch.tensor([[7, 8], [9, 1]]), LAYERS)[0].previous
+        previous = before.open(range(2), torch.tensor([[7, 8], [9, 1]]), range(LAYERS))[0].previous
         assert previous.tolist() == [[first[0], 7], [first[1], 9]]
     read = opened(buffer, range(2, 4))
     assert read.positions.tolist() == [[5, 6], [7, 8]]
@@ -159,4 +159,23 @@ def test_a_cached_prefix_stands_before_position_0_in_every_layer():
     assert values.shape == keys.shape
     row = buffer.take(torch.tensor([1]))
     assert row.prefix.length.tolist() == [5]
-    assert row.open(range(2, 4), torch.zeros(1, 2).long(), LAYERS)[0].positions.tolist() == [[7, 8]]
+    assert row.open(range(2, 4), torch.zeros(1, 2).long(), range(LAYERS))[0].positions.tolist() == [[7, 8]]
+
+
+@given(runs, slices(LENGTH))
+def test_what_no_memory_reaches_is_that_of_every_position_in_order(run, at: range):
+    """Positions in any number of segments; those that hold no stream are not known."""
+    buffer, newest = Buffer(), {}
+    for number, (place, unknown) in enumerate(run, 1):
+        states = written(place, number)
+        buffer = buffer.write(place, states._replace(below=None if unknown else states.memory + 0.25))
+        newest |= dict.fromkeys(place, 0 if unknown else number)
+    assert buffer.knows(at) == all(newest.get(t, 0) for t in at)
+    if buffer.knows(at):
+        read, labels = opened(buffer, at, range(2, LAYERS)), [100 * newest[t] + t for t in at]
+        assert read.below is not None
+        assert read.below.stream[1, :, 0].tolist() == [x + 0.25 for x in labels]
+        assert [k[1, 1, :, 0].tolist() for k in read.below.keys] == [labels, [x + 1 / 8 for x in labels]]
+        assert [v[1, 1, :, 0].tolist() for v in read.below.values] == [
+            [x + 0.5 + i / 8 for x in labels] for i in (0, 1)
+        ]

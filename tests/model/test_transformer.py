@@ -22,7 +22,7 @@ WIDE = ModelConfig(depth=2, width=128, heads=2, vocab_size=300, value_embeddings
 
 def parallel(model: LRT, ids: Tensor, **options):
     """One pass over all positions; `memory` is what it reads."""
-    read, _ = Buffer().open(None, ids, model.config.layers)
+    read, _ = Buffer().open(None, ids, model.config.blocks_run())
     return model.forward_pass(ids, read._replace(memory=options.pop("memory", None)), **options)
 
 

@@ -45,7 +45,7 @@ def test_zeroed_memory_with_neutral_gates_is_the_plain_transformer(cfg: ModelCon
 @recurrent
 def test_absent_memory_is_zero_memory(cfg: ModelConfig):
     model, ids = fixed(cfg), packed(cfg, 2, 8)
-    read, _ = Buffer().open(None, ids, cfg.layers)
+    read, _ = Buffer().open(None, ids, cfg.blocks_run())
     zero = torch.zeros(2, 8, cfg.d, dtype=torch.float64)
     absent, given_zero, some = (model.forward_pass(ids, read._replace(memory=m)) for m in (None, zero, zero + 0.1))
     assert near(absent.hidden, given_zero.hidden)
@@ -54,7 +54,7 @@ def test_absent_memory_is_zero_memory(cfg: ModelConfig):
 
 def test_a_model_without_memory_ignores_one_that_is_given():
     model, ids = fixed(CORNERS[-1]), packed(CORNERS[-1], 2, 8)
-    read, _ = Buffer().open(None, ids, 3)
+    read, _ = Buffer().open(None, ids, range(3))
     memory = torch.ones(2, 8, 24, dtype=torch.float64)
     assert torch.equal(
         model.forward_pass(ids, read).hidden, model.forward_pass(ids, read._replace(memory=memory)).hidden

@@ -115,7 +115,7 @@ def _in_columns(states: PassStates, before: Buffer, p: Pass, n: int) -> PassStat
         return states  # the pass's own keys alone, in order
     weights = states.attentions[0]
     tokens = torch.zeros(len(weights), len(p.positions), dtype=torch.int64, device=weights.device)
-    read, _ = before.open(p.positions, tokens, len(states.attentions))
+    read, _ = before.open(p.positions, tokens, range(len(states.attentions)))
     past = 0 if before.prefix is None else int(before.prefix.length.max())
     start = 0 if before.prefix is None else before.prefix.length[:, None]
     seen = [read.positions] * len(states.attentions) if read.kv is None else [layer.positions for layer in read.kv]
