@@ -23,7 +23,7 @@ from lrt.model.reference import _logits, _token, reference
 from lrt.model.run_passes import run_passes
 from lrt.schedule import Pass, Schedule, check
 
-MEMORY = ("projection", "source", "gate_width", "residual", "shift", "start", "blocks")
+MEMORY = ("projection", "source", "gate_width", "residual", "shift", "start", "blocks", "injection")
 
 
 def config(**overrides) -> ModelConfig:
@@ -80,6 +80,9 @@ CORNERS = [
     config(blocks=(2, 2), shift=True, window_pattern="L"),
     config(document_attention=True, source=3, projection="shared"),
     config(document_attention=True, shift=True, window_pattern="L"),
+    config(injection="share", projection="none", blocks=(2, 2), source=3, backbone=LLAMA, residual_scalars=False),
+    config(injection="share", shift=True, projection="shared"),
+    config(injection="matched", source=3, depth=2, loops=2),
     replace(config(), memory=MEMORY_OFF),
 ]
 """What the variants leave out: every option at another value, and no memory at all."""
@@ -109,6 +112,7 @@ def label(cfg: ModelConfig) -> str:
     options = [f"kv{cfg.k}", cfg.window_pattern, cfg.value_embeddings, m.projection, "residual" if m.residual else "-"]
     back = {id(LLAMA): "llama", id(QWEN): "qwen", id(OTHER): "other"}.get(id(cfg.backbone), "nanochat")
     options += ["documents"] * cfg.document_attention + ["shift"] * m.shift + [f"blocks{m.blocks}" if m.blocks else ""]
+    options += [m.injection] * (m.injection != "scaled")
     return "/".join([*options, f"source{cfg.source}", back])
 
 

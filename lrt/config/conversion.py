@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-AddedMemory = Literal["keep", "none", "residual", "shared", "layerwise"]
+from lrt.config.model import require
+
+AddedMemory = Literal["keep", "none", "residual", "shared", "layerwise", "recirculation"]
 Start = Literal["zero", "small", "copy"]
 
 
@@ -16,9 +18,17 @@ class Conversion:
 
     memory: AddedMemory = "keep"
     """Memory to add to a model without: residual injection alone, or with shared or layerwise projections too. `keep`:
-    what the source has, which for another family is none."""
+    what the source has, which for another family is none. `recirculation` needs no training: the input of one early
+    block becomes a mixture of itself and the previous token's late state, brought to its length."""
     memory_source: int | None = None
-    """Block (1..L) after which the memory is taken; none means the last one, 0 the token shift."""
+    """Block (1..L) after which the memory is taken; none means the last one, and of `recirculation` half the depth; 0
+    the token shift."""
+    memory_block: int | None = None
+    """Of `recirculation`: the block (1..L) whose input takes the memory in; none means a quarter of the depth."""
+    share: float = 0.1
+    """Of `recirculation`: the memory's share of that mixture, between 0 and 1."""
+    mixture: Literal["share", "matched"] = "share"
+    """Of `recirculation`: whether the stream gives up that share of itself, or the memory is added to all of it."""
     start: Start = "zero"
     """Projections and gamma at 0: the function is unchanged, exactly; `small`: random, `copy`: those of the layer's own
     keys and values, both at `start-scale`, and gamma at it: the function is nearly unchanged."""
@@ -30,3 +40,13 @@ class Conversion:
     """Longest sequence of the new run; by default the source's."""
     seed: int = 0
     """Of `small`."""
+
+    def __post_init__(self) -> None:
+        untrained = self.memory == "recirculation"
+        of_untrained = {"memory-block": self.memory_block is not None, "share": self.share != 0.1}
+        of_untrained |= {"mixture": self.mixture != "share"}
+        lonely = [f"--{name}" for name, given in of_untrained.items() if given and not untrained]
+        require(not lonely, f"{', '.join(lonely)} belongs to --memory recirculation; add that, or leave it out")
+        require(0 < self.share < 1, f"--share is {self.share}; give a number between 0 and 1, such as 0.1")
+        settled = not untrained or self.start == "zero"
+        require(settled, "--start belongs to memory that will be trained; with recirculation, leave it out")

@@ -14,6 +14,7 @@ Biases = Literal["none", "qkv", "attention", "all"]
 QKNorm = Literal["none", "before", "after"]
 RopeKind = Literal["none", "linear", "llama3"]
 MemoryStart = Literal["uniform", "zero"]
+Injection = Literal["scaled", "matched", "share"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -42,6 +43,9 @@ class MemoryConfig:
     `gates` has the gates alone, as if the memory were always zero: the control of what gating does by itself."""
     residual: bool = True
     """ResidualInjection: add gamma_l m_{t-1} to the stream before every block."""
+    injection: Injection = "scaled"
+    """What it adds: `scaled`: gamma m; `matched`: gamma m brought to the length of the stream; `share`: that, and the
+    stream keeps 1 - gamma of itself where there is a memory."""
     source: int | float | None = None
     """Block (1..L) after which the memory is taken; none means the last one, L; a fraction between 0 and 1 means that
     share of L. 0 is the token shift: the memory is RMSNorm of the previous token's embedding, without recurrence."""
@@ -59,6 +63,9 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         require_choice("model.memory.projection", self.projection, Projection)
         require_choice("model.memory.start", self.start, MemoryStart)
+        require_choice("model.memory.injection", self.injection, Injection)
+        fits = self.residual or self.injection == "scaled"
+        require(fits, f"model.memory.injection is {self.injection}, but model.memory.residual is off; turn it on")
         share = self.source
         require(
             not isinstance(share, float) or 0 < share < 1,
@@ -321,7 +328,8 @@ class ModelConfig:
         recurrent = [f"source block {self.source}"] if m.recurrent else []
         shift = ["the previous token's embedding (token shift)"] if m.shifted else []
         window = "" if m.blocks is None else f", read by blocks {m.blocks[0]}..{m.blocks[1]}"
-        return f"{m.projection} projections, {' and '.join(recurrent + shift)}{window}"
+        way = "" if m.injection == "scaled" else f", injected as {m.injection}"
+        return f"{m.projection} projections, {' and '.join(recurrent + shift)}{window}{way}"
 
     def windows(self) -> tuple[int | None, ...]:
         """The window of every layer: positions seen including the current one, or None for all of them."""

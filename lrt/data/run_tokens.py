@@ -13,6 +13,8 @@ from lrt.data.prepare import Prepared, ReportProgress, data_fingerprint, prepare
 from lrt.data.synthetic import TaskRows
 from lrt.data.tokenizer import Tokenizer
 
+RECORDED = ("data", "shards")
+"""What `recorded` names."""
 OWN = "data"
 """Folder within a run where its token shards may lie too."""
 

@@ -3,7 +3,7 @@ from; memory is added on the way in such a way that the function is unchanged, o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrt.config.conversion import Conversion, Start
+from lrt.config.conversion import AddedMemory, Conversion, Start
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
+from lrt.data.run_tokens import RECORDED
 from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.loaded import Loaded
 from lrt.integrations import families
@@ -25,6 +26,8 @@ from lrt.utils.files import one_line, read_json, require_kind, write_json
 from lrt.utils.tensor_files import read_tensors
 
 UNCHANGED = Conversion()
+UNSTARTED: tuple[AddedMemory, ...] = ("keep", "none", "recirculation")
+"""Memory that does not wait for training."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class ConversionSource:
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
     train: TrainConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    """What a run says of its tokens: its validation split scores the new one too."""
 
 
 def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig:
@@ -47,22 +53,23 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
     config = replace(source.config, context=source.config.context if how.context is None else how.context)
     if how.memory != "keep":
         require(not config.memory.on, f"{folder} already has memory; leave --memory out, or keep")
-        config = replace(config, memory=_memory(how))
+        config = replace(config, memory=_memory(how, config.layers))
     model = LRT(config, seed=how.seed)
-    add_memory(model, source.weights, how.start, how.start_scale, how.seed)
+    start, scale = (how.start, how.start_scale) if how.memory != "recirculation" else ("small", how.share)
+    add_memory(model, source.weights, start, scale, how.seed)
     length = min(config.context, source.train.length)
     run = RunConfig(
         name=out.name,
         model=config,
-        data=DataConfig(tokenizer=str(out / "tokenizer")),
+        data=replace(source.data, tokenizer=str(out / "tokenizer")),
         train=replace(
             source.train, schedule=_schedule(source, config), length=length, device="auto", dtype="auto", init_from=None
         ),
     )
     source.tokenizer.save(out / "tokenizer")
     write_json(out / "config.json", to_dict(run))
-    origin = {"converted_from": folder.name, "start": how.start if how.memory != "keep" else None}
-    checkpoint.save(out, 0, run, model, {}, origin, keep=1)
+    origin = {"converted_from": folder.name, "start": how.start if how.memory not in UNSTARTED else None}
+    checkpoint.save(out, 0, run, model, {}, origin | source.tokens, keep=1)
     return config
 
 
@@ -73,9 +80,13 @@ def _schedule(source: ConversionSource, config: ModelConfig) -> str:
     return source.train.schedule if source.config.memory.recurrent else TrainConfig().schedule
 
 
-def _memory(how: Conversion) -> MemoryConfig:
+def _memory(how: Conversion, layers: int) -> MemoryConfig:
     if how.memory == "none":
         return MEMORY_OFF
+    if how.memory == "recirculation":
+        source = (layers + 1) // 2 if how.memory_source is None else how.memory_source
+        block = max(1, layers // 4) if how.memory_block is None else how.memory_block
+        return MemoryConfig(projection="none", source=source, blocks=(block, block), injection=how.mixture)
     projection = "none" if how.memory == "residual" else how.memory
     assert projection != "keep"
     return MemoryConfig(projection=projection, source=how.memory_source)
@@ -118,7 +129,8 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
         loaded = checkpoint.load_model(folder)
         words = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
         weights = dict(loaded.model.state_dict())
-        return ConversionSource(loaded.model.config, weights, words, loaded.config.train)
+        tokens = {name: loaded.extra[name] for name in RECORDED if name in loaded.extra and not tokenizer}
+        return ConversionSource(loaded.model.config, weights, words, loaded.config.train, loaded.config.data, tokens)
     facts = read_json(folder / "config.json", "model description")
     words = load_tokenizer(tokenizer or folder)
     if tokenizer and words.config.eos is None:  # the checkpoint still says what ends a text

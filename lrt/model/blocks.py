@@ -6,6 +6,7 @@ docs/method.md#injection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lrt.config.model import ModelConfig
 from lrt.model.attention import Mask, Rope, apply_rope, attend
-from lrt.model.ops import relu_squared, rms_norm, weighted_sum
+from lrt.model.ops import relu_squared, rms, rms_norm, weighted_sum
 from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
 from lrt.model.state import LayerKV
 
@@ -92,7 +93,8 @@ def projected(memories: Memories, projections: tuple[nn.Module | None, nn.Module
 class ResidualInjection(nn.Module):
     """x <- alpha x + beta x0 + gamma m_{t-1}: learned scalars of one block; absent terms have no parameter.
 
-    A token shift has a gamma of its own, for the embedding of token t-1.
+    A token shift has a gamma of its own, for the embedding of token t-1. Where `memory.injection` is not `scaled`, y =
+    alpha x + beta x0 takes in gamma |y| m, or moves by gamma from y towards |y| m; |y| is its root mean square.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -102,16 +104,28 @@ class ResidualInjection(nn.Module):
         self.beta = nn.Parameter(torch.empty(())) if config.residual_scalars else None
         self.gamma = nn.Parameter(torch.empty(())) if reads and memory.recurrent else None
         self.shift_gamma = nn.Parameter(torch.empty(())) if reads and memory.shifted else None
+        self.way, self.eps = memory.injection, config.backbone.norm_eps
 
     def forward(self, x: StreamBND, context: BlockContext) -> StreamBND:
         pairs = ((self.gamma, context.memories.recurrent), (self.shift_gamma, context.memories.shift))
         added = [(gamma, m) for gamma, m in pairs if gamma is not None and m is not None]
+        if self.way == "scaled" or not added:
+            return self._sum(x, context.x0, added)
+        y = self._sum(x, context.x0, [])
+        return y + sum(gamma * self._change(y, m) for gamma, m in added)
+
+    def _sum(self, x: StreamBND, x0: StreamBND, added: Sequence[tuple[Tensor, StreamBND]]) -> StreamBND:
         if self.alpha is None or self.beta is None:
             for gamma, m in added:
                 x = torch.addcmul(x, gamma, m)
             return x
         gammas, terms = zip(*added, strict=True) if added else ((), ())
-        return weighted_sum((self.alpha, self.beta, *gammas), (x, context.x0, *terms))
+        return weighted_sum((self.alpha, self.beta, *gammas), (x, x0, *terms))
+
+    def _change(self, y: StreamBND, m: StreamBND) -> StreamBND:
+        """What gamma is the share of: |y| m, or the way there from y; nothing where there is no memory."""
+        there = rms(y, self.eps) * m
+        return there if self.way == "matched" else there - y * (m != 0).any(-1, keepdim=True)
 
 
 class Attention(nn.Module):

@@ -135,6 +135,12 @@ def rms_norm(x: Tensor, eps: float = EPS) -> Tensor:
     return _RMSNorm.apply(x, eps)  # pyright: ignore[reportReturnType]
 
 
+def rms(x: Tensor, eps: float = EPS) -> Tensor:
+    """What `rms_norm` divides by, [.., 1]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide.square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
+
+
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2 (Primer, So et al. 2021)."""
     if not torch.is_grad_enabled():

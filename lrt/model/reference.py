@@ -101,9 +101,7 @@ def _token(
         name = f"blocks.{layer % config.depth}."
         if config.residual_scalars:
             x = w[name + "injection.alpha"] * x + w[name + "injection.beta"] * x0
-        for which, m in read.items():
-            if name + f"injection.{which}gamma" in w:
-                x = x + w[name + f"injection.{which}gamma"] * m
+        x = x + sum((_injected(w, config, name + f"injection.{which}gamma", x, m) for which, m in read.items()), 0 * x)
         a = _learned(w, name + "attention_norm", x, back.norm_eps)
         x = x + _attention(w, config, layer % config.depth, a, token, t, read, past[layer])
         a = _learned(w, name + "mlp_norm", x, back.norm_eps)
@@ -117,6 +115,16 @@ def _token(
         if layer + 1 == config.source:
             written = _norm(x, back.norm_eps)
     return x, written
+
+
+def _injected(w: dict[str, Tensor], config: ModelConfig, gamma: str, x: Tensor, m: Tensor) -> Tensor:
+    """What the stream takes in of one memory."""
+    if gamma not in w or not m.any():
+        return torch.zeros_like(x)
+    if config.memory.injection == "scaled":
+        return w[gamma] * m
+    long = torch.sqrt((x * x).mean() + config.backbone.norm_eps) * m
+    return w[gamma] * (long if config.memory.injection == "matched" else long - x)
 
 
 def _attention(
