@@ -47,7 +47,6 @@ PAGES = {
 STATUSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503)
 }
-NOT_OFFERED = ("embeddings", "responses", "moderations", "images/generations", "audio/speech", "rerank", "score")
 
 
 async def _respond(going: Completion | Chat, request: Request) -> Any:
@@ -129,11 +128,6 @@ def _openai(served: Served) -> APIRouter:
         served.named(name)
         return _card(served)
 
-    async def not_offered() -> None:
-        raise ApiError(404, "this is not offered here: the model writes text, see /openapi.json for what there is")
-
-    for name in NOT_OFFERED:
-        routes.add_api_route(f"/{name}", not_offered, methods=["GET", "POST"], include_in_schema=False)
     return routes
 
 

@@ -12,7 +12,7 @@ from lrt.inference.batch import Emission
 from lrt.serve.calls import Call, Choice, head, usage
 from lrt.serve.grammar import CallReader, GrammarConstraint
 from lrt.serve.http import ApiError
-from lrt.serve.messages import Message, NamedTool, Tool
+from lrt.serve.messages import Message, Tool
 from lrt.serve.schemas import ChatRequest
 from lrt.serve.served import Served
 from lrt.serve.text import Listing
@@ -34,15 +34,9 @@ class ReadyChat(NamedTuple):
         """From a body's JSON; no part of it needs the event loop. ApiError: what is wrong with it."""
         body = served.parsed(ChatRequest, data)
         served.check(body, 1, body.max_completion_tokens or body.max_tokens)
-        form, tools = served.constraint(body, body.response_format, body.tools, _choice(body))
+        form, tools = served.constraint(body, body.response_format, *body.callable())
         prompt, stop = conversation(served, body.messages, body.tools, body.chat_template_kwargs)
         return ReadyChat(body, prompt, stop, form, tools)
-
-
-def _choice(body: ChatRequest) -> str | None:
-    if isinstance(body.tool_choice, NamedTool):
-        return body.tool_choice.function.name
-    return body.tool_choice or ("auto" if body.tools else None)
 
 
 def conversation(

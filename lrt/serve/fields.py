@@ -17,6 +17,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 MOST_FIELDS = 100
 """Most fields of one object."""
@@ -38,6 +39,11 @@ class Strict(BaseModel):
         if len(data) > MOST_FIELDS:
             raise ValueError(f"it has {len(data)} fields; give at most {MOST_FIELDS}")
         return {name: value for name, value in data.items() if value is not None}
+
+
+def refused(name: str, message: str, code: str | None = None) -> PydanticCustomError:
+    """An error that names its field, from where a whole object is looked at."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": name, "code": code})
 
 
 def at_most(count: int) -> BeforeValidator:

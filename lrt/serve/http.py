@@ -54,9 +54,15 @@ def handle_errors(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def http(_: Request, error: Exception) -> JSONResponse:
+    async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+        headers, asked = dict(error.headers or {}), f"{request.method} {request.url.path[:100]}"
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"{asked} is not offered here; /openapi.json says what is"
+        elif error.status_code == 405:
+            message = f"{asked} is not offered here; use {headers.get('Allow', 'another method')}"
+        return ApiError(error.status_code, message, headers=headers).response()
 
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         return ApiError(500, "the server failed on this request; its log says why").response()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Discriminator, FailFast, Field, Tag, model_validator
 
 from lrt.serve.fields import Strict, at_most
 
@@ -63,6 +63,50 @@ class NamedTool(Strict):
     type: Literal["function"] = "function"
     function: NamedFunction
 
+    def names(self) -> list[str]:
+        """The tool's name."""
+        return [self.function.name]
+
+    def mode(self) -> str:
+        """It is called in any case."""
+        return "required"
+
+
+class Subset(Strict):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], FailFast(), Field(min_length=1), at_most(MOST_TOOLS)]
+
+
+class AllowedTools(Strict):
+    """The tools that may be called, out of those that the model is told of."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Subset
+
+    def names(self) -> list[str]:
+        """Their names."""
+        return [tool.function.name for tool in self.allowed_tools.tools]
+
+    def mode(self) -> str:
+        """`auto` or `required`."""
+        return self.allowed_tools.mode
+
+
+def _choice(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "<word>"
+    return "<some>" if value.get("type") == "allowed_tools" else "<one>"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")]
+    | Annotated[NamedTool, Tag("<one>")]
+    | Annotated[AllowedTools, Tag("<some>")],
+    Discriminator(_choice),
+]
+
 
 class FunctionCall(Strict):
     """What the model asked for: a name, and arguments as JSON text."""
@@ -81,36 +125,58 @@ class ToolCall(Strict):
 
 
 class Part(Strict):
-    """A piece of a message."""
+    """A piece of a message: a text, or a refusal's."""
 
     type: Literal["text", "refusal"]
-    text: str = ""
-    refusal: str = ""
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Part:
+        other = "refusal" if self.type == "text" else "text"
+        if getattr(self, self.type) is None or getattr(self, other) is not None:
+            raise ValueError(f"a part of type {self.type} holds {self.type}, and no {other}")
+        return self
+
+    @property
+    def said(self) -> str:
+        """What it says."""
+        return (self.text or "") + (self.refusal or "")
+
+
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<parts>")],
+    Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<text>"),
+    at_most(MOST_PARTS),
+]
 
 
 class Message(Strict):
     """One message of a conversation; an answer of this server may be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | list[Part], at_most(MOST_PARTS)] = ""
+    content: Content | None = None
     name: str | None = None
     """Taken, and not used."""
     refusal: str | None = None
-    """Taken, and not used."""
+    """What the message says, where it has no content."""
+    reasoning_content: Literal[""] | None = None
     annotations: Annotated[list[Any], at_most(0)] = []  # noqa: RUF012
     tool_calls: Annotated[list[ToolCall], FailFast(), at_most(MOST_TOOLS)] = []  # noqa: RUF012
     tool_call_id: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _said(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("content") is None and not data.get("tool_calls"):
+    @model_validator(mode="after")
+    def _whole(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls belong to the assistant's messages; this one is of the role {self.role}")
+        if self.content is None and self.refusal is None and not self.tool_calls:
             raise ValueError("content is missing: give a text")
-        return data
+        return self
 
     def plain(self) -> dict[str, Any]:
         """What a template sees."""
-        text = self.content if isinstance(self.content, str) else "".join(p.text or p.refusal for p in self.content)
+        content = self.refusal or "" if self.content is None else self.content
+        text = content if isinstance(content, str) else "".join(part.said for part in content)
         message: dict[str, Any] = {"role": self.role, "content": text}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in self.tool_calls]

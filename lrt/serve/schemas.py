@@ -9,24 +9,42 @@ from pydantic import BaseModel, FailFast, Field, PlainValidator, WithJsonSchema,
 from pydantic.json_schema import models_json_schema
 
 from lrt.config.decoding import PENALTIES, SamplingParams
-from lrt.serve.fields import MOST_TOKENS, Bias, Prompt, Stop, Strict, at_most, id_list
-from lrt.serve.messages import MOST_MESSAGES, MOST_TOOLS, Message, NamedTool, ResponseFormat, Tool
+from lrt.serve.fields import MOST_TOKENS, Bias, Prompt, Stop, Strict, at_most, id_list, refused
+from lrt.serve.messages import MOST_MESSAGES, MOST_TOOLS, Message, ResponseFormat, Tool, ToolChoice
 
+BY_FORMAT = "; ask for a form by response_format"
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
     "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "add_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "add_generation_prompt": (True,), "continue_final_message": (False,),
     "truncate_prompt_tokens": (-1,), "priority": (0,), "functions": ([],), "function_call": ("none",),
-    "modalities": (["text"],), "reasoning_effort": ("none",), "verbosity": ("medium",),
-    "service_tier": ("auto", "default"), "typical_p": (1,), "bad_words": ([],), "allowed_token_ids": ([],),
-    "documents": ([],), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,),
+    "modalities": (["text"],), "reasoning_effort": ("none", "medium"), "verbosity": ("medium",),
+    "typical_p": (1,), "bad_words": ([],), "allowed_token_ids": ([],), "logits_processors": ([],), "vllm_xargs": ({},),
+    "documents": ([],), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "echo": (False,),
+    "tools": ([],), "top_logprobs": (0,), "mm_processor_kwargs": ({},), "include_reasoning": (True, False),
+    "enable_thinking": (False,), "thinking": ({"type": "disabled"},), "detokenize": (True,), "prompt_logprobs": (),
+    "chat_template": (), "web_search_options": (), "audio": (), "moderation": (), "prompt_embeds": (),
+    "kv_transfer_params": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
+    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "structured_outputs": (),
 }  # fmt: skip
 """Settings that are not honoured, and the values by which they change nothing: those are taken."""
-UNUSED = (
-    "user", "store", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id",
-    "parallel_tool_calls",
-)  # fmt: skip
-"""Settings that no answer depends on: taken, and not used."""
+
+
+class Unused(Strict):
+    """Settings that no answer depends on: taken, and not used."""
+
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    request_id: str | None = None
+    parallel_tool_calls: bool | None = None
+    """An answer makes at most one call."""
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    prediction: dict[str, Any] | None = None
+    """What the client expects: it would save time and change nothing."""
 
 
 class StreamOptions(Strict):
@@ -39,7 +57,7 @@ class StreamOptions(Strict):
     """Taken, and not used."""
 
 
-class Generation(Strict):
+class Generation(Unused):
     """What both endpoints take."""
 
     model: str | None = None
@@ -75,18 +93,19 @@ class Generation(Strict):
         """Leave out what changes nothing. ValueError: a setting that is not honoured."""
         if not isinstance(data, dict):
             return data
-        for name in NEUTRAL.keys() & data.keys():
+        neutral = [name for name in data if name in NEUTRAL and name not in cls.model_fields]
+        for name in neutral:
             if data[name] is not None and not any(_same(data[name], value) for value in NEUTRAL[name]):
-                fine = " or ".join(map(repr, NEUTRAL[name]))
-                raise ValueError(f"{name} is not supported: leave it out, or give {fine}")
-        return {name: value for name, value in data.items() if name not in NEUTRAL and name not in UNUSED}
+                raise refused(name, _not_honoured(name), "unsupported_parameter")
+        return {name: value for name, value in data.items() if name not in neutral}
 
     @model_validator(mode="after")
     def _supported(self) -> Generation:
         if self.best_of is not None and self.best_of != self.n:
-            raise ValueError(f"best_of is {self.best_of} and n is {self.n}: choosing the best is not supported")
+            message = f"best_of is {self.best_of} and n is {self.n}: choosing the best is not supported"
+            raise refused("best_of", message, "unsupported_parameter")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options need stream to be true")
+            raise refused("stream_options", "stream_options need stream to be true")
         return self
 
     def sampling(self, most: int, stop: tuple[str, ...], stop_tokens: tuple[int, ...]) -> SamplingParams:
@@ -100,6 +119,12 @@ class Generation(Strict):
             frequency_penalty=self.frequency_penalty, logit_bias=self.logit_bias, seed=seed,
             stop=(*self.stop, *stop), stop_tokens=tuple(dict.fromkeys((*ends, *self.stop_token_ids))),
         )  # fmt: skip
+
+
+def _not_honoured(name: str) -> str:
+    fine = "".join(f", or give {value!r}" for value in NEUTRAL[name])
+    by_format = name.startswith("guided_") or name == "structured_outputs"
+    return f"{name} is not supported: leave it out{fine}{BY_FORMAT if by_format else ''}"
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -121,7 +146,7 @@ class CompletionRequest(Generation):
     @model_validator(mode="after")
     def _something_to_do(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens is 0: nothing would be generated; ask for at least 1, or for echo")
+            raise refused("max_tokens", "max_tokens is 0: nothing would be generated; ask for at least 1, or for echo")
         return self
 
 
@@ -136,7 +161,7 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], FailFast(), at_most(MOST_TOOLS)] = []  # noqa: RUF012
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     """By default auto where there are tools."""
     chat_template_kwargs: Annotated[dict[str, Any], at_most(32)] = {}  # noqa: RUF012
     """Variables for the model's chat template."""
@@ -144,13 +169,22 @@ class ChatRequest(Generation):
     @model_validator(mode="after")
     def _choosable(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs need logprobs to be true")
-        names = [tool.function.name for tool in self.tools]
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is none of the tools")
-        if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice is required, but there are no tools")
+            raise refused("top_logprobs", "top_logprobs need logprobs to be true")
+        names = {tool.function.name for tool in self.tools}
+        choice = self.tool_choice
+        unknown = () if choice is None or isinstance(choice, str) else sorted(set(choice.names()) - names)
+        if unknown:
+            raise refused("tool_choice", f"tool_choice names {unknown[0]!r}, which is none of the tools")
+        if choice == "required" and not names:
+            raise refused("tool_choice", "tool_choice is required, but there are no tools")
         return self
+
+    def callable(self) -> tuple[list[Tool], str | None]:
+        """The tools that the answer may call, and whether it may, must (`required`) or must not."""
+        choice = self.tool_choice or ("auto" if self.tools else None)
+        if choice is None or isinstance(choice, str):
+            return self.tools, choice
+        return [tool for tool in self.tools if tool.function.name in choice.names()], choice.mode()
 
 
 class InspectRequest(Strict):
@@ -175,7 +209,7 @@ class TokenizeRequest(Strict):
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (not self.messages):
-            raise ValueError("give a prompt or messages")
+            raise refused("prompt", "give a prompt or messages, one of them")
         return self
 
 

@@ -26,6 +26,11 @@ from lrt.serve.settings import Settings
 from lrt.serve.text import Vocabulary
 
 B = TypeVar("B", bound=BaseModel)
+WRONG = {
+    "extra_forbidden": ("is not known here: leave it out", "unknown_parameter"),
+    "missing": ("is missing", "missing_required_parameter"),
+}
+"""What is said of fields that are too many or too few, and OpenAI's codes for it."""
 READ_SECONDS = 10.0
 """How long a body that has arrived may take to become tokens."""
 
@@ -131,7 +136,8 @@ class Served:
             form = answer_form(format_, tools, choice)
             made = None if form is None else self.grammars.of(form.lark)
         except ValueError as error:
-            raise ApiError(400, str(error), param="tools" if tools else "response_format") from None
+            asked = format_ is not None and format_.type != "text"
+            raise ApiError(400, str(error), param="response_format" if asked else "tools") from None
         if made is not None and (body.ignore_eos or body.min_tokens):
             raise ApiError(400, "an answer of a given form ends with it: leave out ignore_eos and min_tokens")
         return made, () if form is None else form.tools
@@ -140,9 +146,13 @@ class Served:
 def _invalid(error: ValidationError) -> ApiError:
     """The first error as one sentence that names its field."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(x) for x in first["loc"])
+    path = [str(part) for part in first["loc"] if not str(part).startswith("<")]  # a union's tag is no field
+    where, known = ".".join(path), first.get("ctx", {})
+    param, code = known.get("param", path[0] if path else None), known.get("code")
     message = first["msg"].removeprefix("Value error, ")
-    param = str(first["loc"][0]) if first["loc"] else None
+    if first["type"] in WRONG:
+        says, code = WRONG[first["type"]]
+        return ApiError(400, f"{where} {says}", param=param, code=code)
     if where and message.startswith("it "):
         return ApiError(400, f"{where} {message.removeprefix('it ')}", param=param)
-    return ApiError(400, f"{where}: {message}" if where else message, param=param)
+    return ApiError(400, f"{where}: {message}" if where else message, param=param, code=code)

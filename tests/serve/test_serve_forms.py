@@ -10,7 +10,7 @@ import pytest
 from serving import Server, make_run
 
 from lrt.serve.grammar import CallReader
-from lrt.serve.schemas import NEUTRAL, UNUSED
+from lrt.serve.schemas import NEUTRAL, CompletionRequest, Unused
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TALK = [{"role": "user", "content": "the quick"}]
@@ -62,13 +62,17 @@ def test_null_is_as_good_as_absent(server):
 
 def test_values_that_change_nothing_are_taken_and_others_refused(server):
     plain = text(server)
-    for name, values in NEUTRAL.items():
-        for value in values:
-            assert text(server, **{name: value}) == plain, name
+    foreign = {name: values for name, values in NEUTRAL.items() if name not in CompletionRequest.model_fields}
+    for i in range(max(map(len, foreign.values()))):
+        assert text(server, **{name: values[i] for name, values in foreign.items() if i < len(values)}) == plain
+    for name in foreign:
         refused = post(server, "/v1/completions", {"prompt": "def", name: {"other": 1}})
-        assert refused.status_code == 400 and name in refused.json()["error"]["message"]
-    unused = {"user": "u", "store": True, "metadata": {"a": "b"}, "parallel_tool_calls": False}
-    assert text(server, **dict.fromkeys(UNUSED, "x") | unused) == plain
+        error = refused.json()["error"]
+        assert refused.status_code == 400 and name in error["message"]
+        assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    unused = {"store": True, "metadata": {"a": "b"}, "parallel_tool_calls": False, "service_tier": "flex"}
+    unused |= {"prediction": {"type": "content", "content": "x"}}
+    assert text(server, **dict.fromkeys(Unused.model_fields, "x") | unused) == plain
     extra = {"best_of": 1, "logit_bias": {}, "top_k": -1, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": False,
              "response_format": {"type": "text"}, "presence_penalty": 0, "stop": []}  # fmt: skip
     assert text(server, **extra) == plain
