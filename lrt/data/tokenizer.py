@@ -39,6 +39,7 @@ class Tokenizer(ABC):
 
     Attributes:
         positions: positions of a row that a token of text takes.
+        space_in_front: whether a document's first token spells a space that the document does not have.
         lossless: whether every text comes back from its ids, whatever it is; otherwise `Spelling` compares.
         vocab_size: number of ids V; every id is in [0, V).
         bos: the id put in front of each document; text alone never encodes to it.
@@ -48,6 +49,7 @@ class Tokenizer(ABC):
     """
 
     positions = 1
+    space_in_front = False
     lossless = False
 
     def __init__(self, *, spellings: list[bytes], bos: int, canonical: str) -> None:
@@ -184,8 +186,7 @@ class BPETokenizer(Tokenizer):
         # Matches nothing but the place inside a written-out special token, after its first character.
         inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in specials.values() if len(text) > 1)
         self._inside_special = re.compile("|".join(inside))
-        self._space_in_front = False
-        self._space_in_front = self.decode(self.encode(PROBE)).startswith(" ")
+        self.space_in_front = super().decode(self.encode(PROBE)).startswith(" ")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         batch = self._core_ids(texts)
@@ -198,7 +199,7 @@ class BPETokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         text = super().decode(ids)
-        return text.removeprefix(" ") if self._space_in_front else text
+        return text.removeprefix(" ") if self.space_in_front else text
 
     def content(self) -> dict[str, Any]:
         return json.loads(self._core.to_str())
@@ -242,6 +243,7 @@ class PausingTokenizer(Tokenizer):
 
     def __init__(self, inner: ByteTokenizer | BPETokenizer) -> None:
         self._inner, self.pause, self.lossless = inner, inner.vocab_size, inner.lossless
+        self.space_in_front = inner.space_in_front
         self._content = {"type": "pausing", "version": 1, "inner": inner.content(), "bos": inner._bos_name()}
         spellings = [*inner.spellings(), b""]
         super().__init__(spellings=spellings, bos=inner.bos, canonical=json.dumps(self._content, sort_keys=True))

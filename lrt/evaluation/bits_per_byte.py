@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.run import DataConfig
-from lrt.data import Mixture, RowSource, TaskRows, batches
+from lrt.data import Mixture, RowSource, TaskRows, Tokenizer, batches
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
@@ -106,19 +106,20 @@ class BPB:
         return asdict(self) | {"live_gap": self.live_gap}
 
 
-def validation_rows(
-    stream: RowSource | Mixture | TaskRows, token_bytes: np.ndarray, *, rows: int, length: int, bos: int
-) -> Rows:
+def validation_rows(stream: RowSource | Mixture | TaskRows, tokenizer: Tokenizer, *, rows: int, length: int) -> Rows:
     """`rows` fixed rows spread over the validation split, or as many as there are.
 
-    Each answer of a task counts as one byte: its BPB is bits per answer.
+    Each answer of a task counts as one byte: its BPB is bits per answer. A space that the tokenizer puts in front of a
+    document is no byte of it, and is not counted unless its token spells nothing else.
     """
     if isinstance(stream, TaskRows):
         batch = stream.batch(rows, length)
         return Rows(batch.tokens, batch.targets, batch.starts, (batch.targets != IGNORE).long())
     most = stream.most_rows(length) if isinstance(stream, Mixture) else max(1, (len(stream) - 1) // length)
-    batch = batches(stream, batch=min(rows, most), length=length, bos=bos, seed=0).batch(0)
-    sizes = torch.from_numpy(token_bytes.astype(np.int64))[batch.targets.clamp(min=0)]
+    batch = batches(stream, batch=min(rows, most), length=length, bos=tokenizer.bos, seed=0).batch(0)
+    sizes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))[batch.targets.clamp(min=0)]
+    if tokenizer.space_in_front:
+        sizes -= ((batch.tokens == tokenizer.bos) & (sizes > 1)).long()
     return Rows(batch.tokens, batch.targets, batch.starts, sizes.masked_fill(batch.targets == IGNORE, 0))
 
 

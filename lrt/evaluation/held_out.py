@@ -63,7 +63,7 @@ def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:
     prepared = tokens.find(loaded.run, d, tokenizer)
     if isinstance(prepared.val, TokenStream):
         prepared.val.verify(checksum=True)
-    chosen = validation_rows(prepared.val, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    chosen = validation_rows(prepared.val, tokenizer, rows=rows, length=length)
     return of_split(prepared.val, chosen, _name(d, tokens.changed(d)), prepared.normalised)
 
 
@@ -78,7 +78,7 @@ def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool
     stream, spelling, read = _read(tokenizer, documents(source, text_column=d.text_column, max_bytes=enough))
     if not normalised:
         spelling.require_same()
-    sample = validation_rows(stream, tokenizer.token_bytes(), rows=rows, length=length, bos=tokenizer.bos)
+    sample = validation_rows(stream, tokenizer, rows=rows, length=length)
     sizes = (len(text_of(doc).encode()) for doc in documents(source, text_column=d.text_column))
     cut, whole = any(size > read for size in itertools.accumulate(sizes)), source_bytes(source)
     part = sample.tokens.numel() / (len(stream) - 1)

@@ -42,8 +42,10 @@ def likelihoods(
     """One `Likelihood` for each candidate, in their order, batches of like length at a time.
 
     A candidate longer than the model's context and one token loses its beginning.
-    ValueError: more scored tokens than the context holds.
+    ValueError: more scored tokens than the context holds, or nothing before them.
     """
+    alone = "a continuation has no token before it, so its first cannot be scored: put BOS in front"
+    require(all(c.scored < len(c.ids) for c in candidates), alone)
     context = model.config.context
     longest = max((c.scored for c in candidates), default=0)
     require(

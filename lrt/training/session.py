@@ -77,8 +77,7 @@ class Session:
         self.loader = batches(
             prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size
         )
-        sizes = prepared.tokenizer.token_bytes()
-        rows = validation_rows(prepared.val, sizes, rows=t.eval_rows, length=t.length, bos=bos)
+        rows = validation_rows(prepared.val, prepared.tokenizer, rows=t.eval_rows, length=t.length)
         self.held_out = of_split(prepared.val, rows, held_out_name(config.data), prepared.normalised)
         with torch.device("meta"):
             self.model = LRT(config.model)

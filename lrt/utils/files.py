@@ -61,15 +61,15 @@ def expand_home(path: Path | str) -> Path:
 
 def read_bytes(path: Path | str, what: str, most: int = MOST_JSON) -> bytes:
     """The content of a regular file of at most `most` bytes. ValueError: there is none, or it is something else."""
-    with _open(path, what) as file, _readable(path, what):
+    with open_regular(path, what) as file, _readable(path, what):
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"{what} {path} is larger than {most:,} bytes; {RESTORE}")
     return content
 
 
-def _open(path: Path | str, what: str) -> io.BufferedReader:
-    """A regular file, opened without waiting for a writer."""
+def open_regular(path: Path | str, what: str) -> io.BufferedReader:
+    """A regular file, opened without waiting for a writer. ValueError: there is none, or it is something else."""
     with _readable(path, what):
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         mode = os.fstat(number).st_mode
@@ -124,7 +124,7 @@ def read_jsonl(
 
     torn: whether a last line without its end is left out too, since its writer was killed.
     """
-    with _open(path, what) as file:
+    with open_regular(path, what) as file:
         done = 0
         for number in itertools.count(1):
             with _readable(path, what):

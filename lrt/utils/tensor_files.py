@@ -1,14 +1,31 @@
-"""Tensors that somebody else may have stored: safetensors from regular files alone, with errors of one line."""
+"""Tensors that somebody else may have stored: safetensors from regular files alone, with errors of one line.
+
+The library maps such a file into memory. If that is then shortened or overwritten in place, the process is killed or
+goes on with other numbers, minutes later. So what is read here is read once, and belongs to this process.
+"""
 
 from __future__ import annotations
 
+import io
+import math
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrt.utils.files import RESTORE, one_line
+from lrt.utils.files import MOST_JSON, RESTORE, one_line, open_regular, parse_json, require_fields, require_kind
+
+TYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+"""Number types by their names in the format."""
+ABOUT = "__metadata__"
+FIELDS = {"dtype": str, "shape": list, "data_offsets": list}
 
 
 class StoredTensors(NamedTuple):
@@ -20,14 +37,65 @@ class StoredTensors(NamedTuple):
 
 
 def read_tensors(path: Path | str, what: str, device: str | torch.device = "cpu") -> StoredTensors:
-    """A safetensors file. ValueError: it does not exist, is a pipe or a device, or is damaged."""
-    from safetensors import safe_open
+    """A safetensors file. ValueError: it does not exist, is a pipe or a device, is damaged, or changes meanwhile."""
+    with open_regular(path, what) as file:
+        try:
+            return _stored(file, device)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch finds no memory
+            reason = one_line(error, 120)
+            raise ValueError(f"{what} {path} cannot be read as safetensors ({reason}); {RESTORE}") from None
 
-    if not Path(path).is_file():
-        raise ValueError(f"{what} {path} cannot be read: it is no regular file; {RESTORE}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return StoredTensors(tensors, file.metadata() or {})
-    except Exception as error:  # the library raises SafetensorError, OSError, KeyError for types that torch lacks, ..
-        raise ValueError(f"{what} {path} cannot be read as safetensors ({one_line(error, 120)}); {RESTORE}") from None
+
+def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensors:
+    """8 bytes, the length of a header; the header, in JSON; then the tensors' bytes without gaps."""
+    before = os.fstat(file.fileno())
+    length = int.from_bytes(_bytes(file, 8), "little")
+    if length > min(MOST_JSON, before.st_size - 8):
+        raise ValueError("its header is longer than the file, or than any")
+    header = require_kind(parse_json(_bytes(file, length), "its header"), dict, "its header")
+    about = require_kind(header.pop(ABOUT, None) or {}, dict, ABOUT)
+    for name, text in about.items():
+        require_kind(text, str, f"{ABOUT}: {one_line(name, 40)}")
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: _begin(*item)):
+        tensors[name], end = _tensor(file, name, entry, end).to(device), entry["data_offsets"][1]
+    if 8 + length + end != before.st_size:
+        raise ValueError(f"its tensors need {8 + length + end:,} bytes, it has {before.st_size:,}")
+    after = os.fstat(file.fileno())
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise ValueError("it was written to while it was read")
+    return StoredTensors({name: tensors[name] for name in header}, about)
+
+
+def _begin(name: str, entry: Any) -> int:
+    """Where a tensor's bytes begin. ValueError: its entry in the header is none."""
+    where = one_line(name, 40)
+    require_fields(require_kind(entry, dict, where), FIELDS, where)
+    for number in (*entry["shape"], *entry["data_offsets"]):
+        if require_kind(number, int, where) < 0:
+            raise ValueError(f"{where}: {number} is negative")
+    if len(entry["data_offsets"]) != 2 or entry["dtype"] not in TYPES:
+        raise ValueError(f"{where}: the type {one_line(entry['dtype'], 20)} or the place is unknown")
+    return entry["data_offsets"][0]
+
+
+def _tensor(file: io.BufferedReader, name: str, entry: dict[str, Any], begin: int) -> Tensor:
+    """The tensor of an entry, whose bytes come next and begin where the last one's ended."""
+    (first, end), shape, dtype = entry["data_offsets"], entry["shape"], TYPES[entry["dtype"]]
+    if first != begin or end - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{one_line(name, 40)}: its place in the file does not fit its shape")
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if end - first > left:
+        raise ValueError(f"{one_line(name, 40)}: {end - first:,} bytes, of which {left:,} are there")
+    raw = torch.empty(end - first, dtype=torch.uint8)
+    if file.readinto(raw.numpy().data) != len(raw):
+        raise ValueError("it was shortened while it was read")
+    return raw.view(dtype).view(shape)
+
+
+def _bytes(file: io.BufferedReader, count: int) -> bytes:
+    """The next so many bytes."""
+    content = file.read(count)
+    if len(content) != count:
+        raise ValueError("it ends inside its header")
+    return content

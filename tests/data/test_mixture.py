@@ -47,7 +47,7 @@ def test_rows_come_from_each_source_as_often_as_its_weight_says_and_no_source_en
     for step in (0, 7):
         parts = [loader(data.train, rank=rank, world=2).batch(step).tokens for rank in (0, 1)]
         assert torch.equal(torch.cat(parts), loader(data.train).batch(step).tokens)
-    rows = validation_rows(data.val, data.tokenizer.token_bytes(), rows=8, length=16, bos=256)
+    rows = validation_rows(data.val, data.tokenizer, rows=8, length=16)
     assert letters(rows.tokens).count("b") == 2
     assert of_split(data.val, rows, held_out_name(config(texts, "a.txt@3,b.txt@1"))).text.name.endswith("b.txt@1")
 
@@ -112,7 +112,7 @@ def test_a_validation_source_is_held_out_and_all_of_the_source_is_trained_on(tex
     data = prepare(own)
     assert data.tokenizer.decode(data.train.read(0, len(data.train))) == (texts / "a.txt").read_text()
     assert data.tokenizer.decode(data.val.read(0, len(data.val))) == (texts / "b.txt").read_text()
-    rows = validation_rows(data.val, data.tokenizer.token_bytes(), rows=8, length=16, bos=256)
+    rows = validation_rows(data.val, data.tokenizer, rows=8, length=16)
     assert of_split(data.val, rows, held_out_name(own)).text.name == str(texts / "b.txt")
     (texts / "c.txt").write_text("c" * 900)
     mixed = prepare(replace(config(texts, "a.txt@1,c.txt@1"), validation_source=str(texts / "b.txt")))

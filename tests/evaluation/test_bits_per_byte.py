@@ -8,11 +8,13 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from helpers import CORNERS, SCHEDULES, config, fixed, label, outcome, packed, passes
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from lrt.data import ByteTokenizer, open_split, write_shards
+from lrt.data import BPETokenizer, ByteTokenizer, open_split, write_shards
 from lrt.evaluation.bits_per_byte import (
     BPB,
     SWEEPS,
@@ -206,20 +208,40 @@ def test_as_plain_data():
 # Rows.
 
 
-def test_validation_rows_are_fixed_and_know_their_bytes(tmp_path):
+def test_validation_rows_are_fixed_and_know_their_bytes(tmp_path, monkeypatch):
     tokenizer = ByteTokenizer()
     folder = tmp_path / "shards"
     write_shards([f"document {i} é" for i in range(60)], tokenizer, folder, validation=0.5)
     stream = open_split(folder, "val")
     sizes = tokenizer.token_bytes()
-    rows = validation_rows(stream, sizes, rows=4, length=16, bos=tokenizer.bos)
-    again = validation_rows(stream, sizes, rows=4, length=16, bos=tokenizer.bos)
+    rows = validation_rows(stream, tokenizer, rows=4, length=16)
+    again = validation_rows(stream, tokenizer, rows=4, length=16)
     assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
     assert rows.tokens.shape == (4, 16)
     assert torch.equal(rows.bytes, (rows.targets != tokenizer.bos).long())  # a byte each, BOS none
     assert torch.equal(rows.starts, rows.tokens == tokenizer.bos)
     assert torch.equal(rows.tokens[:, 1:], rows.targets[:, :-1])
     every = (len(stream) - 1) // 16
-    assert len(validation_rows(stream, sizes, rows=10**6, length=16, bos=tokenizer.bos).tokens) == every
-    doubled = validation_rows(stream, np.where(sizes > 0, 3, 0), rows=4, length=16, bos=tokenizer.bos)
-    assert torch.equal(doubled.bytes, 3 * rows.bytes)
+    assert len(validation_rows(stream, tokenizer, rows=10**6, length=16).tokens) == every
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda: np.where(sizes > 0, 3, 0))
+    tripled = validation_rows(stream, tokenizer, rows=4, length=16)
+    assert torch.equal(tripled.bytes, 3 * rows.bytes)
+
+
+def test_a_space_that_a_tokenizer_puts_in_front_is_no_byte_of_a_document(tmp_path):
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    core.train_from_iterator(
+        ["one two"] * 9,
+        trainers.BpeTrainer(
+            special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    tokenizer = BPETokenizer(core, "<s>")
+    assert tokenizer.space_in_front and tokenizer.decode_bytes(tokenizer.encode("one")) == b" one"
+    write_shards(["one two"] * 60, tokenizer, tmp_path / "shards", validation=0.5)
+    stream = open_split(tmp_path / "shards", "val")
+    rows = validation_rows(stream, tokenizer, rows=10**6, length=6)
+    scored = stream.read(0, rows.tokens.numel() + 1)
+    documents = np.split(scored, np.flatnonzero(scored == tokenizer.bos))
+    assert len(documents) > 20 and int(rows.bytes.sum()) == sum(len(tokenizer.decode(doc)) for doc in documents)

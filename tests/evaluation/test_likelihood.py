@@ -52,6 +52,8 @@ def test_what_fits_no_context_is_refused():
     model = randomised(config(context=40))
     with pytest.raises(ValueError, match="a continuation has 41 tokens, the model's context 40"):
         likelihoods(model, [Candidate([0, 1], 1), Candidate([1] * 60, 41)], "exact")
+    with pytest.raises(ValueError, match="no token before it"):
+        likelihoods(model, [Candidate([0, 1], 1), Candidate([1, 2], 2)], "exact")
     assert likelihoods(model, [], "exact") == []
 
 

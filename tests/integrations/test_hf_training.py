@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import config, outcome, randomised
@@ -210,6 +212,36 @@ def test_a_flattening_collator_is_understood():
     alone = [torch.tensor([row["input_ids"]]) for row in rows]
     parts = [model(row, labels=row, num_items_in_batch=15).loss for row in alone]
     close(model(**batch).loss, sum(parts))
+    told = transformers.DataCollatorWithFlattening(
+        return_tensors="pt", return_position_ids=False, return_flash_attn_kwargs=True
+    )
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q.*reads from position_ids"):
+        model(**told(rows))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_loss_cannot_be_of_is_refused(training: bool):
+    model, ids = wrapped(FULL, schedule="interleaved-2").train(training), ids_of(3, 9)
+    masks = {"7 columns for 9": ids.new_ones(3, 7), "1 rows for 3": ids.new_ones(1, 9), r"holds \[2\]": ids * 0 + 2}
+    masks[r"holds \[-inf\]"] = torch.zeros(3, 9).masked_fill(ids == 3, -torch.inf)
+    for words, mask in masks.items():
+        with pytest.raises(ValueError, match=words):
+            model(ids, mask)
+    for labels in (ids[:, 1:], torch.cat((ids, ids), dim=1), ids[:1], ids[0], ids[..., None]):
+        for name in ("labels", "shift_labels"):
+            with pytest.raises(ValueError, match=r"labels of shape .* for tokens of \[3, 9\]"):
+                model(ids, **{name: labels})
+    with pytest.raises(ValueError, match="labels are torch.float64"):
+        model(ids, labels=ids.double())
+    for items in (0, -3, math.nan, torch.tensor(0), torch.tensor([24, 24])):
+        with pytest.raises(ValueError, match="num_items_in_batch"):
+            model(ids, labels=ids, num_items_in_batch=items)
+    model.model.steps = 0
+    expected = model(ids, labels=ids).loss
+    for same in ({}, {"num_items_in_batch": torch.tensor([24])}, {"num_items_in_batch": 24.0}):
+        model.model.steps = 0
+        close(model(ids, ids.new_ones(3, 9).bool(), labels=ids.short(), **same).loss, expected)
+    assert model(ids, labels=ids * 0 - 100, num_items_in_batch=0).loss == 0
 
 
 # Vectors in place of tokens.

@@ -65,6 +65,20 @@ def rows_of(mask: Tensor | None, positions: PositionsN | None, like: TokensBN) -
     return [unpacked(mask, like)]
 
 
+def require_mask(mask: Tensor | None, like: TokensBN) -> None:
+    """ValueError: a padding mask that is not one of `like` [B, N] and what came before, or holds more than 0 and 1."""
+    if mask is None:
+        return
+    rows = f"the attention_mask has {len(mask)} rows for {len(like)} of tokens; give one for each"
+    require(len(mask) == len(like), rows)
+    odd = mask[(mask != 0) & (mask != 1)]
+    require(
+        odd.numel() == 0,
+        f"the attention_mask holds {odd[:1].tolist()}; put 1 for a token and 0 for padding (documents that share a row "
+        "are told by position_ids)",
+    )
+
+
 def unpacked(mask: Tensor | None, like: TokensBN) -> DocumentRows:
     """Every row of a batch [B, T] as one document, its tokens brought to the left."""
     rows, columns = like.shape

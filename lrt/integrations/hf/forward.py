@@ -13,7 +13,7 @@ from lrt.config.decoding import PrefillOptions
 from lrt.config.model import require
 from lrt.integrations.hf.cache import Gained, Kept, Layer, memory_layer, state_of, store
 from lrt.integrations.hf.config import LRTConfig
-from lrt.integrations.hf.documents import DocumentRows, pick, places, rows_of, unpacked
+from lrt.integrations.hf.documents import DocumentRows, pick, places, require_mask, rows_of, unpacked
 from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fold, in_order, recording, settled
 from lrt.integrations.hf.objective import least_length, token_weights
 from lrt.model.kv_cache import KVCache
@@ -56,7 +56,9 @@ class Outcome(NamedTuple):
 def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outcome:
     """The schedule's passes over every document, with their gradient; each position as the last pass leaves it."""
     schedule = Curriculum.parse(config.schedule).stages[-1][0].draw(config.seed, step)
-    groups = rows_of(inputs.mask, inputs.positions, inputs.tokens)
+    require_mask(inputs.mask, inputs.tokens)
+    mask = None if inputs.mask is None else _cut(inputs.mask, inputs.tokens.shape[1])
+    groups = rows_of(mask, inputs.positions, inputs.tokens)
     _require_unpacked(inputs, groups)
     hidden, states, scored = None, PassStates(), []
     for rows in groups:
@@ -105,6 +107,7 @@ def _several(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     tokens, cache = inputs.tokens, inputs.cache
     n = tokens.shape[1]
     used = 0 if cache is None else int(cache.get_seq_length())
+    require_mask(inputs.mask, tokens)
     mask = inputs.mask if inputs.mask is None else _cut(inputs.mask, used + n)
     if used:
         seen = tokens.new_ones(len(tokens), used + n) if mask is None else mask

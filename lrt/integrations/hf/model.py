@@ -22,6 +22,9 @@ from lrt.integrations.hf.pretrained import LRTPreTrainedModel
 from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
 
+PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
+"""What other models are told documents in one row by."""
+
 
 @dataclass
 class LRTModelOutput(BaseModelOutputWithPast):
@@ -91,6 +94,11 @@ class LRTModel(LRTPreTrainedModel):
         require(not (scheduled and cached), without)
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not scheduled
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, one of them")
+        told = [name for name in PACKED_BY if kwargs.get(name) is not None]
+        unread = (
+            f"{told} say where documents begin, which LRT reads from position_ids: have the collator return them too"
+        )
+        require(position_ids is not None or not told, unread)
         rest = (attention_mask, position_ids, past_key_values, use_cache, wanted)
         if input_ids is not None:
             out = self._run(Inputs(input_ids, *rest), scheduled)

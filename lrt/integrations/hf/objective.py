@@ -61,7 +61,17 @@ def objective(
     Args:
         labels: int64 [B, T]; `shifted` ones stand where they are to be predicted, else one place later.
         items: targets of the whole step; None: of this batch.
+
+    Raises:
+        ValueError: labels that are not one whole number a token, or no number of targets.
     """
+    batch, columns = scored[0][0].batch, scored[0][0].columns
+    shape = (
+        f"labels of shape {list(labels.shape)} for tokens of [{batch}, {columns}]; give one a token, {IGNORE} for none"
+    )
+    require(labels.shape == (batch, columns), shape)
+    require(not labels.is_floating_point(), f"labels are {labels.dtype}; give whole numbers, as int64")
+    labels = labels.long()
     hidden, aims, weights, kept = [], [], [], 0
     for rows, passes in scored:
         targets = rows.targets(labels, shifted)
@@ -72,7 +82,19 @@ def objective(
             hidden.append(one.hidden)
             aims.append(targets[:, one.positions.start : one.positions.stop : one.positions.step])
             weights.append(one.weight)
-    count = torch.as_tensor(kept if items is None else items, device=labels.device).clamp(min=1)
+    count = _count(kept if items is None else items, kept)
     scales = torch.tensor(weights, dtype=torch.float64, device="cpu")
     scales = scales.to(labels.device, widest(labels.device), non_blocking=True) / count
     return summed_nats(core, hidden, aims, scales)[0]
+
+
+def _count(items: Any, kept: Any) -> Tensor:
+    """What the loss is a mean over, at least 1. ValueError: no such number; on a GPU its value is not looked at."""
+    count = torch.as_tensor(items, device=kept.device)
+    require(count.numel() == 1, f"num_items_in_batch holds {count.numel()} numbers; give one, of the whole step")
+    if count.device.type == "cpu":
+        least = min(1, int(kept))
+        require(
+            bool(count >= least), f"num_items_in_batch is {count.item()} for {int(kept)} targets in this batch alone"
+        )
+    return count.reshape(()).clamp(min=1)
