@@ -355,6 +355,29 @@ def test_transformers_generate(device: torch.device):
     assert torch.equal(found[0], found[1])
 
 
+def test_transformers_loss(device: torch.device):
+    """The loss of the transformers class, padded on the left; and a count of targets that is none."""
+    pytest.importorskip("transformers")
+    from lrt.config.run import to_dict
+    from lrt.integrations.hf import LRTConfig, LRTForCausalLM
+
+    losses = []
+    for on in (torch.device("cpu"), device):
+        model = LRTForCausalLM(LRTConfig(lrt=to_dict(CONFIG), schedule="settled-1", pad_token_id=0)).train()
+        model.model.core.load_state_dict(small().state_dict())
+        model, ids = model.to(on, torch.float32), torch.tensor([[0, 0, 4, 1, 5], [3, 1, 4, 1, 5]], device=on)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        losses.append(model(**batch, num_items_in_batch=torch.tensor(6, device=on)).loss.item())
+        if on.type == "cpu":
+            with pytest.raises(ValueError, match="num_items_in_batch is 0 for 6 targets"):
+                model(**batch, num_items_in_batch=torch.tensor(0))
+        else:
+            assert model(**batch, num_items_in_batch=torch.tensor(0, device=on)).loss.isfinite()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 # Training.
 
 
