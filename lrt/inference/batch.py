@@ -46,6 +46,8 @@ class Emission(NamedTuple):
     """The most probable tokens in its place, as many as the request asked for."""
     fault: str | None = None
     """What went wrong, where `finish` is `error`; token and text then mean nothing."""
+    unkept: bool = False
+    """Whether that was the request's own form, which cannot be kept (a constraint's ValueError)."""
 
 
 class Constraint(Protocol):
@@ -84,6 +86,8 @@ class Request:
     """Tokens emitted so far."""
     fault: str | None = None
     """What went wrong."""
+    unkept: bool = False
+    """Whether that was its form."""
 
     def __post_init__(self) -> None:
         self.uniforms: np.ndarray = uniforms(self.sampling.seed, self.sample, self.left)
@@ -107,9 +111,13 @@ class Request:
             try:
                 return self.emit(token, logprob, top)
             except Exception as error:
-                self.fault = f"its answer failed: {error}"
+                self.fails(f"its answer failed: {error}", error)
         self.running = False
-        return Emission(self.row, token, float("nan"), "", "error", fault=self.fault)
+        return Emission(self.row, token, float("nan"), "", "error", fault=self.fault, unkept=self.unkept)
+
+    def fails(self, fault: str, error: Exception) -> None:
+        """Note what went wrong; a ValueError of a constraint is the request's own."""
+        self.fault, self.unkept = fault, self.constraint is not None and isinstance(error, ValueError)
 
     def forbidden(self, vocabulary: int) -> Tensor | None:
         """Tokens that may not come next, boolean [V] on the host; None if any may."""
@@ -204,7 +212,7 @@ class RunningBatch:
             try:
                 mask = r.forbidden(self.model.config.vocab_size)
             except Exception as error:
-                r.fault = f"its constraint failed: {error}"
+                r.fails(f"its constraint failed: {error}", error)
                 continue
             if mask is not None:
                 masks[r.row] = mask

@@ -44,11 +44,15 @@ def conversation(
 ) -> tuple[list[int], tuple[str, ...]]:
     """A conversation as a prompt, and the texts that end its answer. ApiError: it does not fit."""
     plain = [m.plain() for m in messages]
-    least = sum(len(m["content"].encode()) for m in plain) // served.words.longest_token
-    if least > served.longest_prompt:  # before any of it is made tokens
-        served.too_long(f"at least {least}", "messages")
+
+    def fits(least: int) -> None:
+        if least > served.longest_prompt:
+            served.too_long(f"at least {least}", "messages")
+
+    fits(served.words.least(m["content"] for m in plain))  # before any of it is rendered
     try:
-        rendered = served.words.conversation(plain, [t.model_dump(exclude_none=True) for t in tools], variables)
+        described = [t.model_dump(exclude_none=True) for t in tools]
+        rendered = served.words.conversation(plain, described, variables, fits)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from None
     served.fits(rendered[0], "messages")

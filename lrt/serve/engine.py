@@ -312,8 +312,9 @@ class Engine:
     def _emitted(self, answer: Answer, emission: Emission) -> None:
         now = time.monotonic()
         if emission.fault is not None:
-            log.error("an answer ended: %s", emission.fault)
-            self._post(answer, Ended.FAILED)
+            if not emission.unkept:
+                log.error("an answer ended: %s", emission.fault)
+            self._post(answer, ValueError(emission.fault) if emission.unkept else Ended.FAILED)
             self._free(emission.row)
             return
         if not answer.made:

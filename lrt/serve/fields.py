@@ -23,6 +23,8 @@ MOST_FIELDS = 100
 """Most fields of one object."""
 MOST_PROMPTS, MOST_TOKENS = 1024, 1_000_000
 """Most prompts, and tokens of one, where no server says what it allows."""
+MOST_LISTS, MOST_VALUES = 16_384, 32_768
+"""Most lists and objects of a body, and commas between values; a server whose prompts need more takes more commas."""
 MOST_BIASES, STOP_TEXTS, STOP_LENGTH = 1024, 16, 200
 
 
@@ -44,6 +46,29 @@ class Strict(BaseModel):
 def refused(name: str, message: str, code: str | None = None) -> PydanticCustomError:
     """An error that names its field, from where a whole object is looked at."""
     return PydanticCustomError("refused", "{message}", {"message": message, "param": name, "code": code})
+
+
+def too_many(body: bytes, values: int = MOST_VALUES) -> str | None:
+    """What a body has too many of, before it is parsed: each list and each value holds the interpreter a while.
+
+    Texts are left out, as they may be long; counting takes a millisecond or two for a body of a megabyte.
+    """
+    least = 2 * values + 4 * MOST_LISTS
+    if body.count(b"[") + body.count(b"{") <= MOST_LISTS and body.count(b",") < values:
+        return None
+    if body.replace(b'\\"', b"").count(b'"') > 2 * least:  # each would take a while to look past
+        return f"more than {least} texts"
+    lists, commas = counted(body)
+    if lists > MOST_LISTS:
+        return f"{lists} lists and objects, and at most {MOST_LISTS} are taken"
+    return f"{commas + 1} values, and at most {values} are taken" if commas >= values else None
+
+
+def counted(body: bytes) -> tuple[int, int]:
+    """The lists and objects of a body, and the commas between their values; what its texts hold is left out."""
+    texts = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b"".join(texts.split(b'"')[::2])
+    return outside.count(b"[") + outside.count(b"{"), outside.count(b",")
 
 
 def at_most(count: int) -> BeforeValidator:

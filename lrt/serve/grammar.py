@@ -14,8 +14,8 @@ from lrt.data import Tokenizer
 from lrt.serve.messages import ResponseFormat, Tool
 from lrt.utils.files import one_line
 
-MOST_SCHEMA = 65_536
-"""Most characters of a schema."""
+MOST_SCHEMA, MOST_SCHEMAS = 65_536, 131_072
+"""Most characters of a schema, and of all that a request gives."""
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written as Python writes it: where white space is free, a small model may write nothing else."""
 LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
@@ -49,8 +49,11 @@ class Grammars:
         if self.tokenizer.positions > 1:
             raise ValueError("a tokenizer with pauses cannot keep answers to a form: ask for text")
         matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(lark), log_level=0)
-        if matcher.is_error():
-            raise ValueError(f"the schema cannot be kept: {_reason(matcher.get_error())}; leave that out")
+        trial = matcher.deep_copy()
+        if not trial.is_error():  # what fails at its first token fails here, and not while others decode
+            trial.compute_logit_bias()
+        if trial.is_error():
+            raise ValueError(f"the schema cannot be kept: {_reason(trial.get_error())}; leave that out")
         return GrammarConstraint(matcher)
 
 
@@ -83,7 +86,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the form could not be kept: {self._matcher.get_error()}")
+            raise ValueError(f"the form could not be kept: {_reason(self._matcher.get_error())}")
 
 
 class _Spellings:
@@ -126,6 +129,8 @@ def answer_form(format_: ResponseFormat | None, tools: Sequence[Tool], choice: s
         head = json.dumps(CALL_HEAD.format(tool.function.name))
         rules += [f'call{i}: {head} arguments{i} "}}"', f"arguments{i}: {_json_rule(tool.function.parameters)}"]
     rules += ['text: /[^{](.|\\n)*/ | ""'] if content is None else [f"content: {_json_rule(content)}"]
+    if sum(map(len, rules)) > MOST_SCHEMAS:
+        raise ValueError(f"the schemas have more than {MOST_SCHEMAS} characters together; give fewer tools")
     return AnswerForm("\n".join(rules), tuple(t.function.name for t in named))
 
 

@@ -1,7 +1,8 @@
 """Bodies on their way in: read within limits, and made ready in threads of their own, so that the event loop goes on.
 
-What a thread does holds the interpreter for milliseconds: JSON is parsed one body at a time, lengths are looked at
-before contents, the first thing wrong ends it (lrt/serve/fields.py), and tokenising releases the interpreter.
+What a thread does holds the interpreter for milliseconds: values are counted before JSON is parsed, one body at a
+time; lengths are looked at before contents, the first thing wrong ends it (lrt/serve/fields.py), and tokenising
+releases the interpreter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fastapi import Request
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
+from lrt.serve.fields import too_many
 from lrt.serve.http import ApiError, too_large
 
 T = TypeVar("T")
@@ -33,9 +35,13 @@ CLOSING = "the server is shutting down; ask again later"
 class Intake:
     """The bodies of a server's requests."""
 
-    def __init__(self, max_body: int, body_seconds: float, seconds: float):
-        """`body_seconds` is the time that a body may take to arrive, `seconds` that it may take to be made ready."""
+    def __init__(self, max_body: int, body_seconds: float, seconds: float, values: int):
+        """`body_seconds` is the time that a body may take to arrive, `seconds` that it may take to be made ready.
+
+        `values` is the most that a body may hold.
+        """
         self.max_body, self.body_seconds, self.seconds = max_body, body_seconds, seconds
+        self.values = values
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="lrt-json")
         self._workers = {
             name: ThreadPoolExecutor(2, thread_name_prefix=f"lrt-{name}")
@@ -115,7 +121,7 @@ class Intake:
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            data = await loop.run_in_executor(self._parser, _json, b"".join(parts))
+            data = await loop.run_in_executor(self._parser, _json, b"".join(parts), self.values)
             return await loop.run_in_executor(self._workers[worker], prepare, data)
         finally:
             self._waiting -= 1
@@ -148,8 +154,10 @@ def _busy() -> ApiError:
     return ApiError(503, "too many requests are being read; try again in 1 s", headers={"retry-after": "1"})
 
 
-def _json(body: bytes) -> Any:
+def _json(body: bytes, values: int) -> Any:
     """Parse; the collector waits, or it would look at every new list again and again."""
+    if said := too_many(body, values):
+        raise ApiError(400, f"the body has {said}; send less at a time")
     gc.disable()
     try:
         return from_json(body, allow_inf_nan=False)

@@ -14,6 +14,7 @@ from lrt.inference.loaded import Loaded
 from lrt.inference.prefill import next_logits
 from lrt.model.recurrence import OneToken
 from lrt.serve.engine import Engine
+from lrt.serve.fields import MOST_VALUES
 from lrt.serve.grammar import GrammarConstraint, Grammars, answer_form
 from lrt.serve.http import ApiError
 from lrt.serve.inspect import trained_without_memory
@@ -48,8 +49,9 @@ class Served:
         self.prompts = prompts_of(loaded.run, self.config.data.source)
         self.metrics = Metrics()
         self.engine = Engine(self.model, settings, loaded.tokenizer.decode_bytes, self.metrics, run)
-        self.intake = Intake(settings.max_body, settings.body_seconds, READ_SECONDS)
         self.context = self.model.config.context
+        values = settings.max_choices * self.longest_prompt + MOST_VALUES
+        self.intake = Intake(settings.max_body, settings.body_seconds, READ_SECONDS, values)
         self.vocabulary = self.model.config.vocab_size
         self.grammars = Grammars(loaded.tokenizer, self.vocabulary)
         self.mode = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
@@ -110,7 +112,7 @@ class Served:
 
     def opened(self, text: str, param: str = "prompt") -> list[int]:
         """A text as the beginning of a document. ApiError: it is too long, which its bytes may tell already."""
-        least = 1 + len(text.encode()) // self.words.longest_token
+        least = 1 + self.words.least([text])
         if least > self.longest_prompt:
             self.too_long(f"at least {least}", param)
         ids = self.words.opened(text)

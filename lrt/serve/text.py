@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -53,30 +53,42 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def conversation(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), variables: Mapping[str, Any] = NOTHING
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        variables: Mapping[str, Any] = NOTHING,
+        fits: Callable[[int], None] = lambda _: None,
     ) -> tuple[list[int], tuple[str, ...]]:
         """A conversation as a prompt, and the texts that end its answer; `variables` are the template's.
 
-        ValueError: the template refuses it.
+        `fits` is told how many tokens there are at least, before any is made. ValueError: the template refuses it.
         """
         if self.template is None:
             if variables:
                 raise ValueError("the model has no chat template: leave out chat_template_kwargs")
-            return self._plain(messages, tools), (NEXT, CALLED) if tools else (NEXT,)
+            return self._plain(messages, tools, fits), (NEXT, CALLED) if tools else (NEXT,)
         reserved = {"messages", "tools", "documents", "add_generation_prompt", *self.template.specials}
         if wrong := [name for name in variables if name in reserved or not name.isidentifier()]:
             raise ValueError(f"chat_template_kwargs may not name {wrong[0][:40]!r}")
-        ids = self.template.encode(messages, tools, **variables)
+        text, own = self.template.render(messages, tools, **variables)
+        fits(self.least([text]))
+        ids = [token for token, _ in self.template.tokens(text, own)]
         if not ids:
             raise ValueError("the model's chat template makes nothing of these messages: send some text")
         return ids, ()
 
-    def _plain(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+    def least(self, texts: Iterable[str]) -> int:
+        """The least number of tokens that texts of these lengths make."""
+        return sum(len(text.encode("utf-8", "replace")) for text in texts) // self.longest_token
+
+    def _plain(self, messages: Sequence[Message], tools: Sequence[Tool], fits: Callable[[int], None]) -> list[int]:
         """As `lrt chat` writes it; every message is encoded by itself, so that an answer keeps its tokens."""
         ids = [self.tokenizer.bos]
         if messages[-1]["role"] == "assistant":
             raise ValueError("messages end with the assistant's; the last one must be the user's")
-        return [*ids, *(i for text in plain_pieces(messages, tools) for i in self.tokenizer.encode(text))]
+        pieces = list(plain_pieces(messages, tools))
+        fits(self.least(pieces))
+        return [*ids, *(i for text in pieces for i in self.tokenizer.encode(text))]
 
 
 @final

@@ -13,14 +13,17 @@ import time
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import Server
 
 from lrt.serve.connections import ConnectionLimits, OpenConnections
+from lrt.serve.fields import counted
 from lrt.serve.keys import ApiKeys, HostNames
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BODY = {"prompt": "def", "max_tokens": 2, "temperature": 0}
-N = 180_000
+N, MORE = 15_000, 180_000
 
 
 @pytest.fixture(scope="module")
@@ -155,22 +158,22 @@ def message(**fields) -> dict:
 
 
 LARGE = {
-    "mixed prompt": ("completions", {"prompt": ["a", *[1] * N]}, "prompt has 180001 prompts"),
-    "nulls": ("completions", {"prompt": [None] * N}, "prompt has 180000 prompts"),
-    "ids": ("completions", {"prompt": [1] * N}, "the prompt has 180000 tokens; at most 255 fit here"),
+    "mixed prompt": ("completions", {"prompt": ["a", *[1] * N]}, "prompt has 15001 prompts"),
+    "nulls": ("completions", {"prompt": [None] * N}, "prompt has 15000 prompts"),
+    "ids": ("completions", {"prompt": [1] * N}, "the prompt has 15000 tokens; at most 255 fit here"),
     "texts": ("completions", {"prompt": ["a"] * N}, "at most 64 at a time"),
     "lists": ("completions", {"prompt": [[1]] * N}, "at most 64 at a time"),
     "wrong late": ("completions", {"prompt": ["a"] * 63 + [1]}, "prompt must be a text"),
     "words": ("completions", {"prompt": "the quick brown fox " * 45_000}, "tokens; at most 255 fit here"),
-    "fields": ("completions", {f"k{i}": 1 for i in range(60_000)}, "it has 60000 fields"),
+    "fields": ("completions", {f"k{i}": 1 for i in range(15_000)}, "it has 15000 fields"),
     "stop": ("completions", {"prompt": "a", "stop": [1] * N}, "stop must be"),
-    "bias": ("completions", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(60_000)}}, "logit_bias must be"),
-    "messages": ("chat/completions", {"messages": [1] * N}, "messages has 180000 entries"),
+    "bias": ("completions", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(15_000)}}, "logit_bias must be"),
+    "messages": ("chat/completions", {"messages": [1] * N}, "messages has 15000 entries"),
     "wrong messages": ("chat/completions", {"messages": [{}] * 4000}, "messages.0: content is missing"),
-    "content": ("chat/completions", message(content=[1] * N), "messages.0.content has 180000 entries"),
+    "content": ("chat/completions", message(content=[1] * N), "messages.0.content has 15000 entries"),
     "parts": ("chat/completions", message(content=[{}] * 250), "messages.0.content"),
-    "unknown": ("chat/completions", message(**{f"k{i}": 1 for i in range(60_000)}), "messages.0 has 60002 fields"),
-    "tools": ("chat/completions", message() | {"tools": [1] * N}, "tools has 180000 entries"),
+    "unknown": ("chat/completions", message(**{f"k{i}": 1 for i in range(15_000)}), "messages.0 has 15002 fields"),
+    "tools": ("chat/completions", message() | {"tools": [1] * N}, "tools has 15000 entries"),
     "long talk": ("chat/completions", message(content="the quick brown fox " * 45_000), "tokens; at most 255 fit here"),
 }
 
@@ -182,6 +185,42 @@ def test_large_wrong_bodies_are_told_the_first_thing_wrong(server, name):
     assert found.status_code == 400
     assert says in found.json()["error"]["message"], found.text
     assert len(found.text) < 800
+
+
+COUNTED = {
+    "numbers": ("completions", {"prompt": [1] * MORE}, "180000 values"),
+    "lists": ("completions", {"prompt": [[1]] * MORE}, "180002 lists and objects"),
+    "texts": ("completions", {"prompt": ['"'] * MORE}, "more than"),
+    "names": ("completions", {f"k{i}": 1 for i in range(60_000)}, "60000 values"),
+    "messages": ("chat/completions", {"messages": [{}] * MORE}, "180002 lists and objects"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_bodies_of_too_many_values_are_not_parsed(server, monkeypatch, name):
+    path, body, says = COUNTED[name]
+    monkeypatch.setattr("lrt.serve.intake.from_json", None)
+    found = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60)
+    assert found.status_code == 400 and f"the body has {says}" in found.json()["error"]["message"]
+
+
+@given(st.recursive(
+    st.none() | st.integers(0, 9) | st.text('a"\\\\,[{]}é\n', max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('a"\\\\,[{', max_size=3), inner, max_size=4),
+    max_leaves=30,
+))  # fmt: skip
+def test_values_are_counted_as_they_are_parsed(data):
+    """Beside a count of the parsed body; texts and names count for nothing, whatever they hold."""
+    lists, commas, waiting = 0, 0, [data]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, (list, dict)):
+            lists, commas = lists + 1, commas + max(0, len(one) - 1)
+            waiting += one if isinstance(one, list) else one.values()
+    for spaces in ((",", ":"), (" , ", " : ")):
+        for plain in (True, False):
+            body = json.dumps(data, separators=spaces, ensure_ascii=plain).encode()
+            assert counted(body) == (lists, commas)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 from serving import Server, make_run
 
-from lrt.serve.grammar import CallReader
+from lrt.serve.grammar import CallReader, GrammarConstraint
 from lrt.serve.schemas import NEUTRAL, CompletionRequest, Unused
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -221,3 +222,82 @@ def test_kept_states_are_apart_by_salt_and_metrics_do_not_tell(server):
     shown = httpx.get(server.url + "/metrics").text
     for name in ("reused", "swept", "steps", "kept"):
         assert f"lrt_{name}" not in shown
+
+
+def formed(schema: dict) -> dict:
+    return {"prompt": "a", "seed": 1, "max_tokens": 4,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}  # fmt: skip
+
+
+def doubled(kind: str) -> dict:
+    """A schema that is 2 ** 24 times as large once its references are written out."""
+    two = {f"d{i}": {kind: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(24)}
+    return {"$defs": two | {"d24": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+HOSTILE = {
+    "itself": {"$ref": "#"},
+    "circle": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    "many": {"anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "string"}}} for i in range(800)]},
+    "every": {"allOf": [{"type": "object", "properties": {f"p{i}": {"type": "string"}}} for i in range(800)]},
+    "anyOf doubled": doubled("anyOf"),
+    "allOf doubled": doubled("allOf"),
+    "backtracking": {"type": "string", "pattern": "^(a|aa)*b{1,5000}$"},
+    "states": {"type": "string", "pattern": ".*[ab].{20}"},
+    "repeated": {"type": "string", "pattern": "^((a{0,100}){0,100}){0,100}$"},
+    "look ahead": {"type": "string", "pattern": "^(?=.*a)(?=.*b).*$"},
+    "long": {"type": "string", "minLength": 100_000, "maxLength": 2**31},
+    "items": {"type": "array", "items": {"type": "string"}, "minItems": 2**40},
+    "digits": {"type": "integer", "minimum": -(10**300), "maximum": 10**300},
+    "multiple": {"type": "integer", "multipleOf": 999_999_937},
+    "one text": {"enum": ["x" * 60_000]},
+    "no value": {"properties": {"a": False}, "required": ["a"]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_schemas_are_kept_or_refused_and_touch_nobody(server, name, caplog):
+    honest = {"prompt": "the quick", "max_tokens": 8, "seed": 7}
+    alone = post(server, "/v1/completions", honest).json()["choices"][0]["text"]
+    with ThreadPoolExecutor(4) as pool:
+        hostile = pool.submit(post, server, "/v1/completions", formed(HOSTILE[name]))
+        beside = [pool.submit(post, server, "/v1/completions", honest) for _ in range(3)]
+        assert {r.result().json()["choices"][0]["text"] for r in beside} == {alone}
+        found = hostile.result()
+    assert found.status_code in (200, 400), found.text
+    if found.status_code == 400:
+        assert "kept" in found.json()["error"]["message"] and len(found.text) < 800
+    assert caplog.text == ""
+
+
+def test_a_form_that_fails_on_its_way_is_the_requests_own_fault(server, caplog, monkeypatch):
+    """Before anything has been sent it is 400, afterwards the stream's last event; it is logged as nobody's error."""
+    many = formed(HOSTILE["many"]) | {"max_tokens": 60}  # alternatives begin alike: llguidance gives up at the quote
+    found = post(server, "/v1/completions", many)
+    assert (found.status_code, "kept" in found.json()["error"]["message"]) == (400, True)
+    take = GrammarConstraint.take
+
+    def until_the_third(self: GrammarConstraint, token: int) -> None:
+        taken.append(token)
+        if len(taken) == 3:
+            raise ValueError("the form could not be kept")
+        take(self, token)
+
+    taken: list[int] = []
+    monkeypatch.setattr(GrammarConstraint, "take", until_the_third)
+    body = formed({"type": "string", "minLength": 40}) | {"max_tokens": 60, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", timeout=60, json=body) as stream:
+        events = [line for line in stream.iter_lines() if line]
+    assert stream.status_code == 200 and "kept" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+    assert caplog.text == ""
+
+
+def test_tools_are_measured_together_and_before_anything_is_tokenised(server, monkeypatch):
+    many = [{"type": "function", "function": {"name": f"f{i}", "description": "x" * 400}} for i in range(128)]
+    monkeypatch.setattr(server.served.words.tokenizer, "encode", None)
+    found = post(server, "/v1/chat/completions", {"messages": TALK, "tools": many, "tool_choice": "none"})
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "context_length_exceeded")
+    wide = {"type": "object", "properties": {f"property{i}": {"type": "string"} for i in range(100)}}
+    many = [{"type": "function", "function": {"name": f"f{i}", "parameters": wide}} for i in range(128)]
+    found = post(server, "/v1/chat/completions", {"messages": TALK, "tools": many})
+    assert found.status_code == 400 and "schemas have more than" in found.json()["error"]["message"]
