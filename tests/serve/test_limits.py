@@ -169,7 +169,7 @@ LARGE = {
     "stop": ("completions", {"prompt": "a", "stop": [1] * N}, "stop must be"),
     "bias": ("completions", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(15_000)}}, "logit_bias must be"),
     "messages": ("chat/completions", {"messages": [1] * N}, "messages has 15000 entries"),
-    "wrong messages": ("chat/completions", {"messages": [{}] * 4000}, "messages.0: content is missing"),
+    "wrong messages": ("chat/completions", {"messages": [{}] * 4000}, "messages.0.role is missing"),
     "content": ("chat/completions", message(content=[1] * N), "messages.0.content has 15000 entries"),
     "parts": ("chat/completions", message(content=[{}] * 250), "messages.0.content"),
     "unknown": ("chat/completions", message(**{f"k{i}": 1 for i in range(15_000)}), "messages.0 has 15002 fields"),
