@@ -65,6 +65,8 @@ class Guard:
             challenge = {"www-authenticate": "Bearer"}
             raise ApiError(401, "an API key is needed: send it as Authorization: Bearer KEY", code="invalid_api_key",
                            headers=challenge)  # fmt: skip
+        if b"content-length" in headers and b"transfer-encoding" in headers:  # a proxy may have believed the other one
+            raise ApiError(400, "the body has a length and chunks: send one of them", headers={"connection": "close"})
         length = headers.get(b"content-length", b"0")
         if len(length) > 18 or int(length) > self.max_body:  # h11 takes digits alone
             raise too_large(self.max_body)

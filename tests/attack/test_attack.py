@@ -25,6 +25,8 @@ from serving import make_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 SECONDS, HONEST, ABUSERS, SILENT = 60.0, 4, 8, 1100
+SLOWER = 20
+"""Times as long as without abuse that an honest client's median may take, within one run."""
 JSON = {"content-type": "application/json"}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 N = 180_000
@@ -43,6 +45,13 @@ BODIES: list[tuple[str, dict]] = [
     ("chat/completions", {"messages": [1] * N}),
     ("chat/completions", {"messages": [{"role": "user", "content": [1] * N}]}),
     ("chat/completions", {"messages": [{"role": "user", "content": "the quick " * 90_000}]}),
+    ("completions", {"prompt": [["a"]] * N}),
+    (
+        "completions",
+        LAW | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 60_000]}}}},
+    ),
+    ("completions", LAW | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}),
+    ("completions", LAW | {"stop": ["x" * 200] * 16, "logit_bias": {str(i): 100 for i in range(290)}}),
     ("completions", LAW | {"temperature": 1e-310}),
     ("completions", LAW | {"temperature": 100, "top_p": 5e-324}),
     ("completions", LAW | {"repetition_penalty": 5e-324}),
@@ -179,4 +188,5 @@ def test_everything_at_once_for_a_minute(tmp_path):
     assert [a for a in answers if a[2] != alone[a[0]]] == []
     assert all(status < 500 or status == 503 for status in statuses), statuses
     assert "Traceback" not in log.read_text()
+    assert at(0.5, [a[3] for a in answers]) < SLOWER * at(0.5, [a[3] for a in quiet])
     assert left <= 4 and more < 60 * 2**20
