@@ -25,8 +25,19 @@ def _leave(number: int, _: "FrameType | None") -> NoReturn:
         os._exit(128 + number)
 
 
+def _open_streams() -> None:
+    """Open on nothing what was closed: else the next file takes its number, and what is printed goes into that."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def start() -> None:
     """Run the command line."""
+    _open_streams()
     signal.signal(signal.SIGINT, _interrupted)
     try:
         from lrt.cli.main import main

@@ -229,6 +229,16 @@ def test_a_reader_that_leaves_and_a_full_disk_are_no_traceback():
         assert (done.returncode, "Traceback" in done.stderr, "Exception" in done.stderr) == (code, False, False)
 
 
+def test_closed_streams_are_open_on_nothing(random_run: Path, tmp_path: Path):
+    """Also the numbers are taken: a file that got number 1 would be printed into."""
+    for ask in (f"chat {random_run} <&-", f"schedule interleaved-2 --out {tmp_path / 'x.svg'} <&- >&-"):
+        done = subprocess.run(["bash", "-c", f"{sys.executable} -m lrt {ask}"], capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (tmp_path / "x.svg").read_text().rstrip().endswith("</svg>")
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m lrt info {tmp_path} 2>&-"], capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")  # an error is no output
+
+
 def test_numbers_that_no_machine_holds_are_refused(capsys):
     for arguments in (
         ["sample", "RUN", "--seed", str(10**20)], ["demo", "--seed", str(10**20)], ["train", "--train.seed", "1" * 40],
