@@ -108,7 +108,7 @@ OPS = {
     "rms_norm": lambda a, b, c: rms_norm(a),
     "relu_squared": lambda a, b, c: relu_squared(a),
     "weighted_sum": lambda a, b, c: weighted_sum([a[0, 0, 0], b[..., :1]], [b, c]),
-    "rotate": lambda a, b, c: rotate(a, b[..., :8].detach(), c[..., :8].detach()),
+    "rotate": lambda a, b, c: rotate(a, b.detach(), torch.cat((c[..., :8], -c[..., :8]), -1).detach()),
     "split": lambda a, b, c: split(a, 1, (slice(0, 6, 2), slice(1, 6, 2)))[1],
 }
 

@@ -26,6 +26,7 @@ from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import compiled, decode_step, next_logits
+from lrt.inference.weights import by_columns
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import Effort, OneToken, advance, solve
@@ -82,12 +83,13 @@ def _trained(
     result: dict[str, Any],
     tell: Callable[[str], None],
 ) -> ModelConfig:
-    """Measure prefill and scoring on the run's held-out text; returns its model's configuration."""
+    """Measure prefill and scoring on the run's held-out text, or another; returns its model's configuration."""
     from lrt.evaluation.held_out import held_out_rows
     from lrt.training.checkpoint import load_model
 
     loaded = load_model(folder, device)
-    prompts = held_out_rows(loaded, None, rows=settings.prompts, length=max(settings.lengths)).tokens.to(device)
+    rows = held_out_rows(loaded, settings.source, rows=settings.prompts, length=max(settings.lengths))
+    prompts = rows.tokens.to(device)
     for length in settings.lengths:
         for cell in prefill_times(loaded.model, prompts[:, :length], MODES):
             result["prefill"].append(cell)
@@ -102,9 +104,9 @@ def against_transformers(
 ) -> dict[str, Any]:
     """Greedy tokens per second of one row after a prompt of 16, in turns with transformers' nanochat of the same sizes.
 
-    Ours is timed uncompiled, as transformers' is, and compiled too if `compile`; median of `repeats`.
+    Ours decodes as `lrt sample` does, uncompiled like transformers', and compiled too if `compile`; medians.
     """
-    model, other = LRT(config, device), nanochat(config, device).eval()
+    model, other = by_columns(LRT(config, device)), nanochat(config, device).eval()
     prompt = list(range(1, 17))
     greedy = SamplingParams(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
 

@@ -8,6 +8,7 @@ loop reached, whether or not the server keeps up.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,8 @@ PROMPTS = (
     "def area(self, width, height):\n", "class Reader:\n    def __init__(self", "import os\nimport sys\n\n",
     "    for key, value in items", "# Return the", "try:\n    import", "    def test_", "    if not isinstance(",
 )  # fmt: skip
-START_SECONDS = 300
+ROW = ("shared", "prompt", "clients")
+"""What rows are ordered by, after the loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,47 @@ class LoadBenchmark:
     """Arrival rate of the open loop, as a share of the closed loop's."""
     rounds: int = 1
     """Rounds over all numbers of clients, in turns; the median of each figure is reported."""
+    prompts: tuple[int, ...] = ()
+    """Lengths of prompts in tokens: streams of these in a closed loop, in place of short prompts in both loops."""
+    shared: tuple[int, ...] = (0,)
+    """Tokens, the same for all, that stand before such prompts."""
+    keep_mb: int = 256
+    """Memory of the server for kept states, in MB; 0 keeps none, so that every prompt is taken in whole."""
 
     def __post_init__(self) -> None:
+        sizes = (*self.prompts, *(n + 1 for n in self.shared))
+        require(min(sizes) >= 1, "--prompts take numbers from 1 on, --shared from 0 on")
         require(bool(self.clients) and min(self.clients) >= 1, f"--clients are {self.clients}; give numbers from 1 on")
         require(self.seconds > 0 and self.tokens >= 1 and self.rounds >= 1, "give positive seconds, tokens and rounds")
         require(self.load > 0, f"--load is {self.load}; give a positive share")
+
+
+class Load(NamedTuple):
+    """What a measurement asks of the server."""
+
+    clients: int
+    stream: bool = False
+    rate: float | None = None
+    """Requests per second of an open loop; None: the loop is closed."""
+    prompt: int = 0
+    """Tokens of each prompt; 0: the texts of `PROMPTS`."""
+    shared: int = 0
+    """Tokens that stand before each."""
+
+    @property
+    def loop(self) -> str:
+        """closed or open."""
+        return "closed" if self.rate is None else "open"
+
+    def body(self, number: int, tokens: int, words: Sequence[int]) -> dict[str, Any]:
+        """Request `number`, for `tokens` tokens; prompts of a length are parts of `words`, no two of the same."""
+        prompt: Any = PROMPTS[number % len(PROMPTS)]
+        if self.prompt:
+            start = self.shared + number * 97 % (len(words) - self.shared - self.prompt)
+            prompt = [*words[: self.shared], *words[start : start + self.prompt]]
+        usage = {"stream_options": {"include_usage": True}} if self.stream else {}
+        law = {"max_tokens": tokens, "temperature": 0.8, "seed": number}
+        return {"prompt": prompt, "stream": self.stream} | law | usage
 
 
 class RequestTiming(NamedTuple):
@@ -62,9 +101,12 @@ class RequestTiming(NamedTuple):
 
 def measure(folder: Path, settings: LoadBenchmark) -> dict[str, Any]:
     """All cells; the result is plain data."""
-    command = [sys.executable, "-m", "lrt", "serve", str(folder), "--port", "0", "--rows", str(max(settings.clients))]
+    flags = ["--port", "0", "--rows", str(max(settings.clients)), "--keep-mb", str(settings.keep_mb)]
+    words = _words(folder, settings)
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+        subprocess.Popen(
+            [sys.executable, "-m", "lrt", "serve", str(folder), *flags], stdout=subprocess.PIPE, text=True
+        ) as server,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):
         try:
@@ -72,60 +114,88 @@ def measure(folder: Path, settings: LoadBenchmark) -> dict[str, Any]:
             announced = server.stdout.readline()
             require(" at http://" in announced, f"the server of {folder} did not start: see what it says above")
             host, _, port = announced.strip().rpartition("//")[2].partition(":")
-            run = lambda *cell: pool.submit(_cell, host, int(port), settings.tokens, *cell).result()  # noqa: E731
-            run(max(settings.clients), min(3.0, settings.seconds), False, None)  # warm up
+            clients = Clients(host, int(port), settings.tokens, words)
+            run = lambda load, seconds: pool.submit(_in_process, clients, load, seconds).result()  # noqa: E731
+            run(Load(max(settings.clients)), min(3.0, settings.seconds))  # warm up
             rows = _rounds(settings, run)
         finally:
             server.terminate()
     return {"run": str(folder), "tokens": settings.tokens, "seconds": settings.seconds, "rounds": settings.rounds,
-            "load": settings.load, "cores": os.cpu_count(), "rows": rows}  # fmt: skip
+            "load": settings.load, "keep_mb": settings.keep_mb, "cores": os.cpu_count(), "rows": rows}  # fmt: skip
 
 
-def _rounds(settings: LoadBenchmark, run: Any) -> list[dict[str, Any]]:
-    cells: dict[tuple[int, bool, str], list[dict[str, float]]] = {}
+def _words(folder: Path, settings: LoadBenchmark) -> tuple[int, ...]:
+    """Tokens of a text that every machine has, the manual of Python's help(). ValueError: prompts do not fit."""
+    if not settings.prompts:
+        return ()
+    from pydoc_data.topics import topics
+
+    from lrt.training.checkpoint import load_model
+
+    loaded = load_model(folder)
+    needed, context = max(settings.prompts) + max(settings.shared) + settings.tokens, loaded.config.model.context
+    require(needed <= context, f"--prompts, --shared and --tokens come to {needed}; the context is {context} tokens")
+    return tuple(loaded.tokenizer.encode("\n".join(topics[name] for name in sorted(topics))))
+
+
+def _rounds(settings: LoadBenchmark, run: Callable[[Load, float], dict[str, float]]) -> list[dict[str, Any]]:
+    cells: dict[Load, list[dict[str, float]]] = {}
+    long = [Load(c, True, None, n, s) for n in settings.prompts for s in settings.shared for c in settings.clients]
+    short = [Load(c, stream) for stream in (False, True) for c in settings.clients]
     for _ in range(settings.rounds):
-        for stream in (False, True):
-            for clients in settings.clients:
-                closed = run(clients, settings.seconds, stream, None)
-                cells.setdefault((clients, stream, "closed"), []).append(closed)
+        for load in long or short:
+            closed = run(load, settings.seconds)
+            cells.setdefault(load, []).append(closed)
+            if not long:
                 rate = settings.load * closed["tokens_per_second"] / settings.tokens
-                cells.setdefault((clients, stream, "open"), []).append(run(clients, settings.seconds, stream, rate))
+                again = run(load._replace(rate=rate), settings.seconds)
+                cells.setdefault(load._replace(rate=-1.0), []).append(again)
     rows = []
-    for (clients, stream, loop), rounds in cells.items():
-        base = cells[settings.clients[0], stream, "closed"]
+    for load, rounds in cells.items():
+        base = cells[load._replace(clients=settings.clients[0], rate=None)]
         ratios = [f["tokens_per_second"] / b["tokens_per_second"] for f, b in zip(rounds, base, strict=True)]
         figures = {key: median(f[key] for f in rounds) for key in rounds[0]}
-        rows.append({"clients": clients, "stream": stream, "loop": loop, "ratio": median(ratios)} | figures)
+        about = {"clients": load.clients, "stream": load.stream, "loop": load.loop, "ratio": median(ratios)}
+        rows.append(about | ({"prompt": load.prompt, "shared": load.shared} if long else {}) | figures)
     return rows
 
 
-def _cell(host: str, port: int, tokens: int, clients: int, seconds: float, stream: bool, rate: float | None):
+class Clients(NamedTuple):
+    """Who asks, and for what."""
+
+    host: str
+    port: int
+    tokens: int
+    """Of every answer."""
+    words: Sequence[int] = ()
+    """What prompts of a length are made of."""
+
+
+def _in_process(clients: Clients, load: Load, seconds: float) -> dict[str, float]:
     """One measurement, in the clients' process. Requests under way at the end count with the tokens they have made."""
-    return asyncio.run(_measure(host, port, tokens, clients, seconds, stream, rate))
+    return asyncio.run(_measure(clients, load, seconds))
 
 
-async def _measure(
-    host: str, port: int, tokens: int, clients: int, seconds: float, stream: bool, rate: float | None
-) -> dict[str, float]:
+async def _measure(clients: Clients, load: Load, seconds: float) -> dict[str, float]:
     done: list[RequestTiming] = []
-    begin, chance, number = time.perf_counter(), random.Random(0), 0
+    begin, chance, numbers = time.perf_counter(), random.Random(0), itertools.count(1)
+
+    def one() -> Coroutine[Any, Any, RequestTiming]:
+        return ask(clients.host, clients.port, load.body(next(numbers), clients.tokens, clients.words))
 
     async def client() -> None:
-        nonlocal number
         while time.perf_counter() - begin < seconds:
-            number += 1
-            done.append(await ask(host, port, number, tokens, stream))
+            done.append(await one())
 
     async def arrivals(rate: float) -> None:
-        nonlocal number
         under_way = set()
         while time.perf_counter() - begin < seconds:
             await asyncio.sleep(chance.expovariate(rate))
-            number += 1
-            under_way.add(asyncio.create_task(ask(host, port, number, tokens, stream)))
+            under_way.add(asyncio.create_task(one()))
         done.extend(await asyncio.gather(*under_way))
 
-    await (asyncio.gather(*(client() for _ in range(clients))) if rate is None else arrivals(rate))
+    closed = asyncio.gather(*(client() for _ in range(load.clients))) if load.rate is None else None
+    await (arrivals(load.rate or 1.0) if closed is None else closed)
     took, firsts = time.perf_counter() - begin, sorted(t.first for t in done)
     return {
         "tokens_per_second": sum(t.tokens for t in done) / took, "requests": len(done), "seconds": took,
@@ -134,12 +204,9 @@ async def _measure(
     }  # fmt: skip
 
 
-async def ask(host: str, port: int, number: int, tokens: int, stream: bool) -> RequestTiming:
+async def ask(host: str, port: int, asked: dict[str, Any]) -> RequestTiming:
     """One request over a connection of its own; the leanest client there is, since it shares the machine."""
-    body = json.dumps({
-        "prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": tokens, "temperature": 0.8, "seed": number,
-        "stream": stream, **({"stream_options": {"include_usage": True}} if stream else {}),
-    }).encode()  # fmt: skip
+    body = json.dumps(asked).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     begin = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, port)
@@ -162,11 +229,14 @@ async def ask(host: str, port: int, number: int, tokens: int, stream: bool) -> R
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as a table for people."""
     out = ["{run}: answers of {tokens} tokens, {cores} cores, {seconds:g} s a cell".format(**result)]
-    names = f"{'clients':>7} {'loop':<7}{'stream':<7}{'tokens/s':>9}{'x one':>7}"
-    out.append(names + f"{'first ms':>10}{'95 %':>8}{'answer ms':>11}")
-    for r in sorted(result["rows"], key=lambda r: (r["loop"], r["stream"], r["clients"])):
+    long = any("prompt" in row for row in result["rows"])
+    names = f"{'clients':>7} {'loop':<7}{'stream':<7}" + (f"{'prompt':>7}{'shared':>7}" if long else "")
+    out.append(names + f"{'tokens/s':>9}{'x one':>7}{'first ms':>10}{'95 %':>8}{'answer ms':>11}")
+    for r in sorted(result["rows"], key=lambda r: (r["loop"], r["stream"], *(r[k] for k in ROW if k in r))):
         out.append(
-            f"{r['clients']:>7} {r['loop']:<7}{'yes' if r['stream'] else 'no':<7}{r['tokens_per_second']:>9.0f}"
-            f"{r['ratio']:>7.2f}{r['first_ms']:>10.1f}{r['first_p95_ms']:>8.1f}{r['answer_ms']:>11.1f}"
+            f"{r['clients']:>7} {r['loop']:<7}{'yes' if r['stream'] else 'no':<7}"
+            + (f"{r['prompt']:>7}{r['shared']:>7}" if long else "")
+            + f"{r['tokens_per_second']:>9.0f}{r['ratio']:>7.2f}{r['first_ms']:>10.1f}{r['first_p95_ms']:>8.1f}"
+            + f"{r['answer_ms']:>11.1f}"
         )
     return out

@@ -63,12 +63,12 @@ def main(args: list[str]) -> int:
 
     from lrt.data.chat_template import chat_template_of
     from lrt.inference.chat import Conversation, TemplatedConversation
-    from lrt.inference.weights import with_weights
+    from lrt.inference.weights import by_columns, with_weights
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
     loaded = load_model(flags.run, resolve_device(flags.decoding.device))
-    with_weights(loaded.model, flags.decoding.weights)
+    by_columns(with_weights(loaded.model, flags.decoding.weights))
     own, mode, sampling = chat_template_of(loaded.tokenizer), flags.decoding.prefill, flags.decoding.sampling
     drafts = flags.decoding.drafts
     if flags.template is None and own is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from lrt.config.decoding import DEFAULT_MODE, SamplingParams
+from lrt.config.decoding import DEFAULT_MODE, SamplingParams, Weights
 from lrt.config.run import Device
 
 
@@ -22,7 +22,7 @@ class DecodingFlags:
     """How the prompt is taken in: exact, jacobi or interleaved-G."""
     drafts: int = 0
     """Most tokens guessed ahead where the text repeats itself, and checked together; the text stays the same."""
-    weights: Literal["full", "int8"] = "full"
-    """Large matrices as they are, or in 8 bits: faster steps, slightly worse text."""
+    weights: Weights = "full"
+    """Large matrices as they are, or in 8 bits: faster steps; docs/decoding.md says what it costs."""
     device: Device = "auto"
     """cpu, cuda, mps (untested) or auto."""

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.cli.suites import SuiteRequest, score_suite
-from lrt.config.decoding import DEFAULT_MODE
+from lrt.config.decoding import DEFAULT_MODE, Weights
 from lrt.config.model import require, require_at_least
 from lrt.config.run import Device
 from lrt.schedule import Curriculum
@@ -59,6 +59,8 @@ class EvalFlags:
     interleaved-8."""
     limit: int | None = None
     """Examples of each task."""
+    weights: Weights = "full"
+    """Large matrices as they are, or in 8 bits, as `lrt sample`, `chat` and `serve` decode with; for bits per byte."""
     device: Device = "auto"
     """cpu, cuda, mps (untested) or auto."""
     json: bool = False
@@ -76,15 +78,19 @@ def main(args: list[str]) -> int:
     require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")
     of_suites = {"suite-data": flags.suite_data, "lengths": flags.lengths, "arm": flags.arm, "out": flags.out}
     lonely = [f"--{name}" for name, value in of_suites.items() if value and not flags.suite]
+    whole = flags.weights == "full" or not (flags.tasks or flags.suite)
+    require(whole, "--weights int8 is for bits per byte; leave it out with --suite and --tasks")
     require(not lonely, f"{', '.join(lonely)} belongs to a suite; name it with --suite, or leave that out")
 
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
     from lrt.evaluation.held_out import held_out
+    from lrt.inference.weights import with_weights
     from lrt.training.checkpoint import load_model
     from lrt.utils.distributed import join
 
     with join(flags.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(flags.run, world.device)
+        with_weights(loaded.model, flags.weights)
         if flags.tasks or flags.suite:
             require(world.size == 1, "--suite and --tasks are scored by one process; start them without torchrun")
             print(score_suite(loaded, _request(flags), as_json=flags.json) if flags.suite else _tasks(flags, loaded))
@@ -97,8 +103,9 @@ def main(args: list[str]) -> int:
         sample = held_out(loaded, flags.source, rows=flags.rows, length=length, normalised=normalised)
         bpb = score_rows(loaded.model, curriculum, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
+    where |= {"dtype": "float32", "weights": flags.weights}
     if world.first:
-        print(to_json(where | {"dtype": "float32"} | bpb.as_dict()) if flags.json else _eval_text(where, bpb))
+        print(to_json(where | bpb.as_dict()) if flags.json else _eval_text(where, bpb))
     return 0
 
 
@@ -144,9 +151,9 @@ def _tasks(flags: EvalFlags, loaded: Loaded) -> str:
 
 
 def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
-    figures = bpb.as_dict()
+    figures, weights = bpb.as_dict(), ", matrices in 8 bits" if where["weights"] == "int8" else ""
     lines = [
-        f"{where['run']} step {where['step']}, {share_text(figures)}, {where['length']} tokens each, float32, "
+        f"{where['run']} step {where['step']}, {share_text(figures)}, {where['length']} tokens each, float32{weights}, "
         f"{unit(figures)}"
     ]
     passes = "  ".join(f"{x:.4f}" for x in bpb.passes[:8]) + ("  ..." if len(bpb.passes) > 8 else "")

@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from lrt.cli.parse import parse
+from lrt.config.decoding import Weights
 from lrt.config.model import require, require_at_least
 from lrt.config.run import Device
 from lrt.serve.settings import Settings
@@ -42,6 +43,8 @@ class ServeFlags:
     """Seconds that running answers have left after SIGTERM."""
     threads: int | None = None
     """Threads of a step; by default one core less than there are, which is the web side's."""
+    weights: Weights = "full"
+    """Large matrices as they are, or in 8 bits: faster steps; docs/decoding.md says what it costs."""
     compile: bool = False
     """Compile the step; it takes a minute or so, once."""
     device: Device = "auto"
@@ -68,6 +71,7 @@ def main(args: list[str]) -> int:
     import torch
 
     from lrt.inference.prefill import compiled, next_logits
+    from lrt.inference.weights import with_weights
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
 
@@ -75,6 +79,7 @@ def main(args: list[str]) -> int:
     torch.set_num_threads(flags.threads or max(1, (os.cpu_count() or 2) - 1))
     sys.setswitchinterval(SWITCH_INTERVAL)
     loaded = load_model(flags.run, resolve_device(flags.device))
+    with_weights(loaded.model, flags.weights)
     served = Served(loaded, flags.settings, flags.name, compiled() if flags.compile else next_logits)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with _listen(flags.host, flags.port) as listener:

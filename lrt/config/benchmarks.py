@@ -76,6 +76,8 @@ class DecodingBenchmark:
     """Prompt lengths."""
     prompts: int = 4
     """Prompts of each length, from the run's held-out text."""
+    source: str | None = None
+    """Take the prompts from this text source instead."""
     steps: int = 15
     """Timed pairs per latency figure; the median is reported."""
     compile: bool = True

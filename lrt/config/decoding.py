@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lrt.passes import Pass, no_grad_pass
 
+Weights = Literal["full", "int8"]
+"""Large matrices as they are, or in 8 bits (docs/decoding.md#weights-in-8-bits)."""
 DEFAULT_MODE = "interleaved-8"
 """The fastest that agrees with exact decoding on trained models: measured in docs/decoding.md."""
 DEFAULT_TOLERANCE = 1e-4

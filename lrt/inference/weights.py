@@ -6,15 +6,16 @@ bfloat16. What it costs in quality and gives in speed: docs/decoding.md#weights-
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from lrt.config.decoding import Weights
+from lrt.config.model import require_choice
 from lrt.model.lrt import LRT
 from lrt.utils.compiling import int8_matmul
 
-Weights = Literal["full", "int8"]
 LEAST = 2**17
 """Numbers of the smallest matrix that is worth it."""
 ALIGNED = 32
@@ -45,13 +46,24 @@ def int8_product(x: Tensor, whole: Tensor, scale: Tensor) -> Tensor:
     return ((x.float() @ whole.float().T) * scale.float()).to(x.dtype)
 
 
+def by_columns(model: LRT) -> LRT:
+    """The model itself, its matrices stored column by column on a CPU, their values and shapes as they were.
+
+    A product with one row then takes half to nine tenths of the time; with four and more the layout does not matter
+    (docs/decoding.md#matrices-by-columns). For a model that decodes: files take contiguous tensors alone.
+    """
+    for linear in model.modules():
+        if type(linear) is nn.Linear and linear.weight.device.type == "cpu":
+            linear.weight.data = linear.weight.data.T.contiguous().T
+    return model
+
+
 def with_weights(model: LRT, weights: Weights) -> LRT:
     """The model itself, its large matrices (head and blocks, not embeddings) in 8 bits where that is asked for.
 
     ValueError: another kind of weights.
     """
-    if weights not in ("full", "int8"):
-        raise ValueError(f"weights {weights!r} are unknown: use full or int8")
+    require_choice("weights", weights, Weights)
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m.bias is None}
     for name, linear in linears.items() if weights == "int8" else ():
         if linear.weight.numel() >= LEAST and linear.in_features % ALIGNED == 0:

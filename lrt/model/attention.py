@@ -20,7 +20,7 @@ BLOCK = 256
 SHORT = 2**18
 """Queries times keys up to which a CPU computes attention in bfloat16 as plain products: 512 positions."""
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines, each [.., N, E/2], with a heads axis where rows differ."""
+"""Cosines and sines at both channels of every pair, the second sine negated: [.., N, E], or [B, 1, N, E]."""
 
 
 class QueryBlock(NamedTuple):
@@ -57,8 +57,9 @@ def rope_at(
     speeds = theta ** (-channels / width)
     speeds = speeds if scaling is None or scaling.kind == "none" else slowed(speeds, scaling)
     angles = positions[..., None].to(exact) * speeds
-    angles = angles[:, None] if angles.dim() == 3 else angles  # [B, 1, N, E/2] broadcasts over heads
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = angles[:, None] if angles.dim() == 3 else angles  # [B, 1, N, ..] broadcasts over heads
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
 def slowed(speeds: Tensor, scaling: RopeScaling) -> Tensor:

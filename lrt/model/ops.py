@@ -34,7 +34,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.float32 if x.dtype.itemsize < 4 else None
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return (size.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
 
 
@@ -102,9 +103,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    y = x * torch.cat((cos, cos), dim=-1)
-    return y.addcmul_(torch.cat((b, a), dim=-1), torch.cat((sin, -sin), dim=-1), value=way)
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=way)
 
 
 class _Split(torch.autograd.Function):
@@ -159,7 +158,10 @@ def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (channel i, channel i + E/2) of the last axis by an angle given as its cosine and sine."""
+    """Turn each pair (channel i, channel i + E/2) of the last axis by an angle.
+
+    Its cosine and sine stand at both channels, the sine with the other sign at the second.
+    """
     if not torch.is_grad_enabled():
         return _rotate(x, cos, sin, 1)
     return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]

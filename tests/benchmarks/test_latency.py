@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 from helpers import PLAIN_OPTIONS, config, randomised, tokens
+from serving import make_run
 
 from lrt.benchmarks import convergence
 from lrt.benchmarks import latency as bench
 from lrt.cli.bench_decode import main as bench_decode
+from lrt.cli.main import main
 from lrt.config.model import MEMORY_OFF
 from lrt.evaluation.contraction import exact_states
 
@@ -38,6 +40,18 @@ def test_the_bench_measures_every_part(tmp_path):
     assert points[-1].greedy_agree == 1
     convergence.draw({"random": {"jacobi": points}}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_prompts_come_from_another_text_where_one_is_named(tmp_path, capsys):
+    run, text = make_run(tmp_path / "run"), tmp_path / "text.txt"
+    text.write_text("a quite different text, a little of it\n" * 40, encoding="utf-8")
+    flags = f"--checkpoint {run} --lengths 16 --prompts 2 --batches 1 --contexts 8 --steps 1 --no-compile --json"
+    assert main(["bench", "decode", *flags.split()]) == 2
+    assert "--source" in capsys.readouterr().err
+    assert main(["bench", "decode", *flags.split(), "--source", str(text)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {cell["length"] for cell in found["prefill"]} == {16}
+    assert found["score"]["rows"] == 2
 
 
 def test_the_bench_decodes_beside_transformers():

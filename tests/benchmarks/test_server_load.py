@@ -15,9 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 def test_clients_count_the_servers_tokens(tmp_path):
     with Server(make_run(tmp_path / "run")) as server:
-        for stream, rate in ((False, None), (True, None), (True, 30.0)):
+        clients = bench.Clients(*server.address, 5, tuple(range(1, 60)))
+        for load in (bench.Load(3), bench.Load(3, True), bench.Load(3, True, 30.0), bench.Load(3, True, None, 20, 10)):
             before = server.metric("lrt_generated_tokens_total")
-            found = asyncio.run(bench._measure(*server.address, 5, 3, 0.4, stream, rate))
+            found = asyncio.run(bench._measure(clients, load, 0.4))
             made = server.metric("lrt_generated_tokens_total") - before
             assert 1 <= made <= 5 * found["requests"]
             assert 0 < found["first_ms"] <= found["answer_ms"] * 1.5
@@ -29,8 +30,8 @@ def test_ratios_are_within_a_round_and_the_table_shows_them():
     settings = bench.LoadBenchmark(clients=(1, 4), rounds=2, tokens=8)
     speeds = iter([10.0, 7.0, 30.0, 20.0, 5.0, 3.0, 20.0, 10.0] * 2)
 
-    def cell(clients, seconds, stream, rate):
-        assert rate is None or rate > 0
+    def cell(load, seconds):
+        assert load.rate is None or load.rate > 0
         figures = dict.fromkeys(("requests", "first_ms", "first_p95_ms", "answer_ms"), 1.0)
         return {"tokens_per_second": next(speeds)} | figures
 
@@ -42,6 +43,42 @@ def test_ratios_are_within_a_round_and_the_table_shows_them():
     assert any(line.split()[:5] == ["4", "closed", "yes", "20", "4.00"] for line in bench.lines(result))
 
 
-def test_wrong_flags_are_named(capsys):
+def test_prompts_of_a_length_share_their_beginning_and_nothing_else():
+    words = range(1000, 2000)
+    bodies = [bench.Load(1, True, None, 30, 10).body(number, 8, words) for number in range(1, 9)]
+    assert {tuple(b["prompt"][:10]) for b in bodies} == {tuple(range(1000, 1010))}
+    assert {len(b["prompt"]) for b in bodies} == {40}
+    assert len({b["prompt"][10] for b in bodies}) == len(bodies)
+    assert bodies[0]["stream"] and bodies[0]["max_tokens"] == 8
+    assert isinstance(bench.Load(1).body(3, 8, ())["prompt"], str)
+
+
+def test_long_prompts_are_streams_in_a_closed_loop():
+    settings = bench.LoadBenchmark(clients=(1, 4), tokens=8, prompts=(16, 256), shared=(0, 512))
+    asked = []
+
+    def cell(load, seconds):
+        asked.append(load)
+        return dict.fromkeys(
+            ("tokens_per_second", "requests", "first_ms", "first_p95_ms", "answer_ms"), 2.0 * load.clients
+        )
+
+    rows = bench._rounds(settings, cell)
+    assert {(x.clients, x.prompt, x.shared) for x in asked} == {
+        (c, n, s) for c in (1, 4) for n in (16, 256) for s in (0, 512)
+    }
+    assert all(x.stream and x.rate is None for x in asked) and len(asked) == 8
+    assert [r["ratio"] for r in rows if r["clients"] == 4] == [4.0] * 4
+    shown = bench.lines({"run": "r", "tokens": 8, "cores": 2, "seconds": 1.0, "rows": rows})
+    assert shown[1].split()[:5] == ["clients", "loop", "stream", "prompt", "shared"]
+    assert shown[2].split()[:5] == ["1", "closed", "yes", "16", "0"]
+
+
+def test_wrong_flags_are_named(capsys, tmp_path):
     assert main(["bench", "serve", "nowhere", "--clients", "0"]) == 2
     assert "--clients are (0,)" in capsys.readouterr().err
+    assert main(["bench", "serve", "nowhere", "--prompts", "0"]) == 2
+    assert "--prompts take numbers from 1 on" in capsys.readouterr().err
+    run = make_run(tmp_path / "run")
+    assert main(["bench", "serve", str(run), "--prompts", "900"]) == 2
+    assert "come to 964; the context is" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lrt.cli.main import COMMANDS, main
+from lrt.inference.weights import Int8Linear
 
 SMALL = (
     "--model.depth 2 --model.width 32 --model.heads 2 --model.context 64 --train.length 32 --train.batch 4 "
@@ -172,6 +173,26 @@ def test_eval_reports_every_mode(run, capsys):
     assert main(["eval", str(run), "--rows", "2", "--source", str(run.parent / "text.txt"), "--length", "16"]) == 0
     out = capsys.readouterr().out
     assert "decoded (exact)" in out and "sweeps contract by" in out and "argmax agrees" in out
+
+
+def test_matrices_in_8_bits_are_scored_and_served(run, capsys, monkeypatch):
+    monkeypatch.setattr("lrt.inference.weights.LEAST", 32 * 32)
+    scored = {}
+    for weights in ("full", "int8"):
+        assert main(["eval", str(run), "--rows", "2", "--json", "--weights", weights]) == 0
+        scored[weights] = json.loads(capsys.readouterr().out)
+        assert scored[weights]["weights"] == weights
+    assert scored["int8"]["decoded"] != scored["full"]["decoded"]
+    assert scored["int8"]["decoded"] == pytest.approx(scored["full"]["decoded"], rel=0.01)
+    assert main(["eval", str(run), "--rows", "2", "--weights", "int8"]) == 0
+    assert "float32, matrices in 8 bits" in capsys.readouterr().out
+    fails(capsys, f"eval {run} --suite parity --weights int8", "--weights int8", "leave it out")
+    served = []
+    monkeypatch.setattr("lrt.serve.server.run", lambda server, listener: served.append(server.served))
+    monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)
+    for weights in ("full", "int8"):
+        assert main(shlex.split(f"serve {run} --port 0 --threads 1 --weights {weights}")) == 0
+    assert [isinstance(one.model.head, Int8Linear) for one in served] == [False, True]
 
 
 def test_sample_is_a_function_of_the_seed(run, capsys):

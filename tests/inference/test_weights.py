@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import config
+from helpers import close, config, randomised, tokens
 from torch import nn
 
 from lrt.config.decoding import DEFAULT_TOLERANCE
 from lrt.inference import weights
 from lrt.inference.prefill import decode_step, prefill
-from lrt.inference.weights import Int8Linear, int8_product, with_weights
+from lrt.inference.weights import Int8Linear, by_columns, int8_product, with_weights
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import ROUNDING, prefill_options
 
@@ -74,6 +74,22 @@ def test_a_model_decodes_nearly_the_same(monkeypatch):
     assert 0 < (probabilities[0] - probabilities[1]).abs().sum(-1).max() < 0.2
 
 
+@torch.no_grad()
+def test_matrices_by_columns_are_the_same_matrices():
+    cfg = config()
+    rows, columns = randomised(cfg), by_columns(randomised(cfg))
+    for (name, a), b in zip(rows.named_parameters(), columns.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.is_contiguous()
+        assert b.T.is_contiguous() if a.ndim == 2 and "embedding" not in name else b.is_contiguous()
+    ids = tokens(cfg, 2, 12)
+    results = []
+    for model in (rows, columns):
+        start = prefill(model, ids[:, :11])
+        results.append(decode_step(model, ids[:, 11], start.cache)[0])
+    close(*results)
+
+
 def test_other_weights_are_refused():
-    with pytest.raises(ValueError, match="weights 'int4' are unknown"):
+    with pytest.raises(ValueError, match="weights is 'int4'; choose one of full, int8"):
         with_weights(LRT(config()), "int4")  # pyright: ignore[reportArgumentType]

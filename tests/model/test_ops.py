@@ -83,9 +83,10 @@ def test_turning_back_is_the_gradient_of_turning():
     angles = drawn(4, 3, seed=1)
     cos, sin = angles.cos(), angles.sin()
     a, b = x.chunk(2, dim=-1)
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
-    torch.testing.assert_close(rotate(rotate(x, cos, sin), cos, -sin), x)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x)
+    both, signed = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+    torch.testing.assert_close(rotate(x, both, signed), torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
+    torch.testing.assert_close(rotate(rotate(x, both, signed), both, -signed), x)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, both, signed), x)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -139,9 +140,10 @@ def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_alone():
 def test_rotary_per_row_and_rounding():
     positions = torch.tensor([[0, 5], [2, 9]])
     cos, sin = rope_at(positions, 4, 100.0, torch.float64)
-    assert cos.shape == sin.shape == (2, 1, 2, 2)
+    assert cos.shape == sin.shape == (2, 1, 2, 4)
     assert math.isclose(sin[1, 0, 1, 1], math.sin(9 * 100.0**-0.5))
-    assert math.isclose(cos[1, 0, 1, 0], math.cos(9))
+    assert math.isclose(sin[1, 0, 1, 3], -math.sin(9 * 100.0**-0.5))
+    assert math.isclose(cos[1, 0, 1, 0], math.cos(9)) and cos[1, 0, 1, 2] == cos[1, 0, 1, 0]
     shared, _ = rope_at(positions[1], 4, 100.0, torch.float64)
     assert torch.equal(shared, cos[1, 0])
     far = torch.tensor([4095])  # angles are not rounded to bfloat16, only their cosines

@@ -32,7 +32,7 @@ RUNS += [("interleaved-2", Execution(recompute=True))]
 
 
 def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
+    (a, b), (cos, _), (sin, _) = (y.chunk(2, dim=-1) for y in (x, cos, sin))
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
