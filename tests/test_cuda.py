@@ -33,7 +33,7 @@ from lrt.config.run import OptimConfig
 from lrt.experiments.runner import at_once
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import compiled, next_logits, prefill
-from lrt.inference.weights import Int8Linear
+from lrt.inference.weights import Int8Linear, by_columns
 from lrt.model.attention import Mask, attend, attention_mask
 from lrt.model.cross_entropy import head_loss
 from lrt.model.flex import block_mask
@@ -290,6 +290,21 @@ def test_int8_weights(device: torch.device):
     small = Int8Linear(linear)
     whole, scale = (small.get_buffer(name).double() for name in ("whole", "scale"))
     require_near(small.to(device)(x.to(device)), x.double() @ (whole * scale[:, None]).T, FLOATS["bfloat16"][1])
+
+
+def test_matrices_by_columns(device: torch.device):
+    """A layout for a CPU: elsewhere matrices stay as they lie, and logits are the same in any case."""
+    model, tokens = small().to(device), packed(CONFIG, 2, 12).to(device)
+    before = prefill(model, tokens).logits
+    by_columns(model)
+    laid = [
+        p.T.is_contiguous()
+        for block in model.blocks
+        for name, p in block.named_parameters()
+        if p.ndim == 2 and "embed" not in name
+    ]
+    assert set(laid) == {device.type == "cpu"}
+    require_near(prefill(model, tokens).logits, before, FLOATS["float32"][1])
 
 
 def test_sampling_is_the_same_on_every_device(device: torch.device):
