@@ -12,9 +12,11 @@ from pathlib import Path
 import httpx
 import torch
 
+from lrt.config.decoding import NEXT, SamplingParams
 from lrt.config.model import MemoryConfig, ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import train_bpe
+from lrt.data import Tokenizer, train_bpe
+from lrt.inference.generate import generate
 from lrt.model.lrt import LRT
 from lrt.serve.keys import ApiKeys, HostNames
 from lrt.serve.served import Served
@@ -25,9 +27,9 @@ from lrt.training import checkpoint
 WORDS = "def area(self, width, height):\n    return width * height\n# the quick brown fox jumps over the lazy dog é\n"
 
 
-def make_run(folder: Path, context: int = 256, **memory) -> Path:
+def make_run(folder: Path, context: int = 256, tokenizer: Tokenizer | None = None, **memory) -> Path:
     """A run of a random model whose memory matters and whose sweeps settle; nothing is trained."""
-    tokenizer = train_bpe([WORDS * 20], 300)
+    tokenizer = tokenizer or train_bpe([WORDS * 20], 300)
     model = ModelConfig(
         depth=2, width=32, heads=2, context=context, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos,
         memory=MemoryConfig(**memory),
@@ -104,3 +106,11 @@ def post(server: Server, path: str, body, **options) -> httpx.Response:
 def opened(server: Server, text: str) -> list[int]:
     """The tokens of a document that begins with `text`."""
     return [server.loaded.tokenizer.bos, *server.loaded.tokenizer.encode(text)]
+
+
+def spelled(server: Server, prompt: list[int]) -> str:
+    """The eight most probable tokens behind a prompt, decoded by the package itself."""
+    law = SamplingParams(max_new_tokens=8, temperature=0, stop=(NEXT,))
+    decode = server.loaded.tokenizer.decode_bytes
+    steps = generate(server.loaded.model, [prompt], law, mode="exact", decode_bytes=decode)
+    return "".join(e.text for step in steps for e in step.emissions)

@@ -84,8 +84,12 @@ class Tokenizer(ABC):
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer into `folder` (made if need be), so that `load_tokenizer(folder)` gives its equal."""
-        _write_json(Path(folder) / "tokenizer.json", self.content())
+        _write_json(Path(folder) / "tokenizer.json", self.filed())
         self.config.write(Path(folder), self._bos_name())
+
+    def filed(self) -> dict[str, Any]:
+        """What tokenizer.json holds: where the library can say it, its own form, which other tools read too."""
+        return self.content()
 
     def encode(self, text: str) -> list[int]:
         """Encode one document without BOS; special tokens written out in the text are text."""
@@ -148,6 +152,9 @@ class ByteTokenizer(Tokenizer):
 
     def content(self) -> dict[str, Any]:
         return self._content
+
+    def filed(self) -> dict[str, Any]:
+        return json.loads(self.fast().to_str())
 
     def fast(self) -> tokenizers.Tokenizer:
         core = tokenizers.Tokenizer(models.BPE(byte_of_character(), []))
@@ -306,8 +313,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def _load(file: Path, content: dict[str, Any]) -> Tokenizer:
-    if content.get("type") == "bytes":
+    if content.get("type") == "bytes":  # as earlier versions wrote it
         return _load_bytes(file, content)
+    if content == ByteTokenizer().filed():
+        return ByteTokenizer()
     if content.get("type") == "pausing":
         return PausingTokenizer(_load_inner(file, content))
     return _load_core(file, content, None)

@@ -1,6 +1,7 @@
 """Trackers of others as sinks: TensorBoard, Weights & Biases, Trackio and MLflow get the figures of metrics.jsonl.
 
-Each is imported when it is asked for. One that fails while training goes on is told, and left out from then on.
+Each is imported when it is asked for. One that fails while training goes on is told, and left out from then on. A
+resumed training goes on in the same run, and does not tell again what it does again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, final
 
 from lrt.config.run import TrackerName
 from lrt.training.logging import Event, Sink, tell
-from lrt.utils.files import one_line, read_json, read_text, write_text
+from lrt.utils.files import one_line, read_json, write_json
 
 PROJECT = "lrt"
 """Project or experiment that runs are listed under, where their tracker has such."""
@@ -40,6 +41,8 @@ class Tracker(ABC):
     """One of them: made without effect, begun with a training, ended with it. ValueError: its package is missing."""
 
     package: str
+    rewinds = False
+    """Whether the library itself hides what was recorded after the step that a training goes on from."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -52,9 +55,25 @@ class Tracker(ABC):
                 f"pip install 'latent-recurrent-transformer[{name}]', or leave it out"
             ) from None
 
+        self.file = run / f"{self.package.rpartition('.')[2]}-run.json"
+        """The library's name of the run, and the last step of each kind that it has."""
+        self.known: dict[str, Any] = {}
+
+    def open(self, name: str, config: dict[str, Any], step: int) -> None:
+        """Open the run that a resumed training goes on in, or a new one."""
+        self.known = read_json(self.file, "tracker's run") if step and self.file.is_file() else {}
+        self.known["id"] = self.begin(name, config, step, self.known.get("id"))
+
+    def record(self, kind: str, step: int, figures: Figures) -> None:
+        """Record figures of a step, but those that the library has already."""
+        if self.rewinds or step > self.known.get(kind, -1):
+            self.log(step, figures)
+            self.known[kind] = step
+            write_json(self.file, self.known)
+
     @abstractmethod
-    def begin(self, name: str, config: dict[str, Any], step: int) -> None:
-        """Open the run called `name`, which goes on from `step`."""
+    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
+        """Open the run `known`, or else a new one called `name`; what the library knows it by."""
 
     @abstractmethod
     def log(self, step: int, figures: Figures) -> None:
@@ -70,10 +89,12 @@ class TensorBoard(Tracker):
     """Event files in the run's folder; what was recorded after the step it goes on from is hidden."""
 
     package = "torch.utils.tensorboard"
+    rewinds = True
 
-    def begin(self, name: str, config: dict[str, Any], step: int) -> None:
+    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
         self.writer = self.library.SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1 if step else None)
         self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in flat(config).items()), step)
+        return name
 
     def log(self, step: int, figures: Figures) -> None:
         for name, value in figures.items():
@@ -85,19 +106,17 @@ class TensorBoard(Tracker):
 
 @final
 class WandB(Tracker):
-    """A run of the project; its id lies in the folder: a resumed training goes on in it, a new one does not."""
+    """A run of the project."""
 
     package = "wandb"
 
-    def begin(self, name: str, config: dict[str, Any], step: int) -> None:
+    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
         self.run.mkdir(parents=True, exist_ok=True)
-        kept = self.run / "wandb-id"
-        if not (step and kept.is_file()):
-            write_text(kept, uuid.uuid4().hex[:16])
-        which = read_text(kept, "the W&B run's id").strip()
+        which = known or uuid.uuid4().hex[:16]
         self.opened = self.library.init(
             project=PROJECT, name=name, config=config, dir=str(self.run), id=which, resume="allow"
         )
+        return which
 
     def log(self, step: int, figures: Figures) -> None:
         self.opened.log(dict(figures), step=step)
@@ -108,12 +127,14 @@ class WandB(Tracker):
 
 @final
 class Trackio(Tracker):
-    """A run of the project in Trackio's own database."""
+    """A run of the project in Trackio's database, which knows it by its name: the run's, and a number."""
 
     package = "trackio"
 
-    def begin(self, name: str, config: dict[str, Any], step: int) -> None:
-        self.library.init(project=PROJECT, name=name, config=flat(config), resume="allow")
+    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
+        which = known or f"{name}-{uuid.uuid4().hex[:8]}"
+        self.library.init(project=PROJECT, name=which, config=flat(config), resume="must" if known else "never")
+        return which
 
     def log(self, step: int, figures: Figures) -> None:
         self.library.log(dict(figures), step=step)
@@ -128,10 +149,12 @@ class MLflow(Tracker):
 
     package = "mlflow"
 
-    def begin(self, name: str, config: dict[str, Any], step: int) -> None:
+    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
         self.library.set_experiment(PROJECT)
-        self.library.start_run(run_name=name)
-        self.library.log_params({key: str(value)[:500] for key, value in flat(config).items()})
+        opened = self.library.start_run(run_id=known) if known else self.library.start_run(run_name=name)
+        if not known:  # parameters of a run never change there
+            self.library.log_params({key: str(value)[:500] for key, value in flat(config).items()})
+        return opened.info.run_id
 
     def log(self, step: int, figures: Figures) -> None:
         self.library.log_metrics(dict(figures), step=step)
@@ -166,9 +189,9 @@ class Trackers:
         if event["kind"] == "start":
             config = read_json(self.run / "config.json", "configuration")
             self.running = self.idle.copy()
-            self._each(lambda tracker: tracker.begin(event["name"], config, event["step"]))
+            self._each(lambda tracker: tracker.open(event["name"], config, event["step"]))
         elif figures := figures_of(event):
-            self._each(lambda tracker: tracker.log(event["step"], figures))
+            self._each(lambda tracker: tracker.record(event["kind"], event["step"], figures))
 
     def close(self) -> None:
         """End those that run."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from serving import Server, make_run
 
+from lrt.data.tokenizer import ByteTokenizer
 from lrt.inference.generate import score
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # lm-eval and what it imports
@@ -31,12 +32,13 @@ DOCUMENTS = [
 ]
 
 
-def test_local_completions_agree_with_exact_scoring(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["bpe", pytest.param("bytes", marks=pytest.mark.slow)])
+def test_local_completions_agree_with_exact_scoring(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     simple_evaluate = pytest.importorskip("lm_eval").simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    run = make_run(tmp_path / "tiny")
+    run = make_run(tmp_path / "tiny", tokenizer=ByteTokenizer() if kind == "bytes" else None)
     documents = tmp_path / "documents.jsonl"
     documents.write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS), encoding="utf-8")
     (tmp_path / "task.yaml").write_text(TASK.format(file=documents), encoding="utf-8")

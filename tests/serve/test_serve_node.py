@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from serving import Server, opened
+from serving import Server, opened, spelled
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")]
 
@@ -59,17 +59,6 @@ def answers(script: str, packages: list[str], server: Server, folder: Path) -> d
     ran = subprocess.run(["node", "client.mjs", server.url], cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
-
-
-def spelled(server: Server, prompt: list[int]) -> str:
-    """The eight most probable tokens behind a prompt, decoded by the package itself."""
-    from lrt.config.decoding import NEXT, SamplingParams
-    from lrt.inference.generate import generate
-
-    law = SamplingParams(max_new_tokens=8, temperature=0, stop=(NEXT,))
-    decode = server.loaded.tokenizer.decode_bytes
-    steps = generate(server.loaded.model, [prompt], law, mode="exact", decode_bytes=decode)
-    return "".join(e.text for step in steps for e in step.emissions)
 
 
 def test_the_openai_package_of_npm(server: Server, tmp_path: Path):

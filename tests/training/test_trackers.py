@@ -57,11 +57,67 @@ def test_wandb_records_offline(source: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_wandb_goes_on_in_a_resumed_run_and_begins_anew_in_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ids: list[str] = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: ids.append(how["id"])))
-    for step in (0, 3, 0):
-        trackers.WandB(tmp_path).begin("name", {}, step)
+    told: list[int] = []
+    run = SimpleNamespace(log=lambda figures, step: told.append(step))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: ids.append(how["id"]) or run))
+    for begun, steps in ((0, (0, 4, 8)), (4, (4, 8, 12)), (0, (4,))):  # stopped after 8, resumed from 4
+        tracker = trackers.WandB(tmp_path)
+        tracker.open("name", {}, begun)
+        for step in steps:
+            tracker.record("train", step, {"loss": 1.0})
     first, resumed, new = ids
     assert first == resumed != new
+    assert told == [0, 4, 8, 12, 4]
+
+
+def stopped_and_resumed(source: Path, run: Path, name: str) -> dict[tuple[str, int], float]:
+    """A training that is killed at its step 8, and does step 6 again from its checkpoint of step 4; its figures."""
+    config = short(source, name, save_every=4, log_every=2)
+
+    class Killed(BaseException):
+        """Nothing ends with it."""
+
+    def kill(event) -> None:
+        if event["kind"] == "train" and event["step"] == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, run, sinks=[Jsonl(run / "metrics.jsonl"), kill])
+    train(config, run, resume=True, sinks=[Jsonl(run / "metrics.jsonl")])
+    return recorded(run)
+
+
+@pytest.mark.slow
+def test_mlflow_goes_on_in_the_same_run_and_has_each_step_once(source, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    wanted = stopped_and_resumed(source, tmp_path / "run", "mlflow")
+    client = mlflow.MlflowClient()
+    (kept,) = client.search_runs([client.get_experiment_by_name("lrt").experiment_id])
+    assert kept.info.status == "FINISHED" and kept.data.params["train.seed"] == "0"
+    shown = [
+        (name, m.step, m.value) for name in kept.data.metrics for m in client.get_metric_history(kept.info.run_id, name)
+    ]
+    check(shown, wanted)
+
+
+@pytest.mark.slow
+def test_trackio_goes_on_in_the_same_run_and_has_each_step_once(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    SQLiteStorage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    wanted = stopped_and_resumed(source, tmp_path / "run", "trackio")
+    (kept,) = SQLiteStorage.get_runs("lrt")
+    logs = SQLiteStorage.get_logs("lrt", kept)
+    check([(name, e["step"], v) for e in logs for name, v in e.items() if "/" in name], wanted)
+
+
+def check(shown: list[tuple[str, int, float]], wanted: dict[tuple[str, int], float]) -> None:
+    """Each figure once, as it was recorded; but for seconds, which a resumed training spends again."""
+    assert len(shown) == len(wanted) == len({(name, step) for name, step, _ in shown}) > 30
+    for name, step, value in shown:
+        if not name.endswith(("seconds", "per_second", "mfu")):
+            assert value == pytest.approx(wanted[name, step], rel=1e-6, nan_ok=True), (name, step)
 
 
 def test_trackers_are_off_by_default_and_unknown_ones_named():
@@ -87,8 +143,9 @@ class Failing(Tracker):
     package = "json"
     ended = logged = 0
 
-    def begin(self, name, config, step):
-        assert name == "cpu_demo" and config["train"]["seed"] == 0 and step == 0
+    def begin(self, name, config, step, known):
+        assert name == "cpu_demo" and config["train"]["seed"] == 0 and step == 0 and known is None
+        return name
 
     def log(self, step, figures):
         Failing.logged += 1
