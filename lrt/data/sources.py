@@ -214,8 +214,8 @@ def _python_files(*, with_packages: bool) -> list[Path]:
 def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
     """Every file under a folder, sorted, without hidden ones and byte code.
 
-    Links to folders are not followed, and what this package has written there is no text: both are told. ValueError: a
-    folder that cannot be read.
+    Links to folders are not followed, what this package has written there is no text, and pipes, devices and links that
+    lead nowhere hold none: all are told. ValueError: a folder that cannot be read.
     """
     for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in ("__pycache__", *left_out))
@@ -227,8 +227,12 @@ def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
                 logger.warning("%s: left out, since it is %s", inner, why)
         for name in sorted(names):
             file = Path(parent, name)
-            if name[0] != "." and file.is_file():
+            if name[0] == ".":
+                continue
+            if file.is_file():
                 yield file
+            else:
+                logger.warning("%s: left out, since it is no regular file, or leads to none", file)
 
 
 def _unreadable(error: OSError) -> None:

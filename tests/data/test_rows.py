@@ -116,7 +116,12 @@ def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.Log
     write_shards([f"document {i}" for i in range(30)], ByteTokenizer(), tmp_path / "runs" / "data", validation=0.1)
     (tmp_path / "runs" / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, target in {"lost.txt": "nowhere", "circle.txt": "circle.txt", "zeros.txt": "/dev/zero"}.items():
+        (tmp_path / name).symlink_to(target)
     assert list(documents(str(tmp_path))) == ["a text", "c text"]
+    for name in ("pipe", "lost", "circle", "zeros"):
+        assert f"{name}.txt: left out, since it is no regular file" in caplog.text
     assert "skipped 2 of 4 files" in caplog.text and "b.zip, half.txt" in caplog.text
     assert "link: left out, since it is a link to a folder" in caplog.text
     assert "data: left out, since it is written by lrt" in caplog.text
