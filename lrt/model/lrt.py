@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
@@ -10,8 +11,10 @@ from lrt.config.model import require
 from lrt.model.recurrence import check_tokens, states
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.state import PassInput
 from lrt.model.transformer import Transformer
 from lrt.schedule import Schedule
+from lrt.utils.compiling import outside_graphs
 
 
 class LRT(Transformer):
@@ -39,21 +42,30 @@ class LRT(Transformer):
         """
         graded = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         mode = mode or ("exact" if graded else DEFAULT_MODE)
-        how = mode if mode == "zero_memory" else PrefillOptions.parse(mode, tolerance)
+        how = PrefillOptions.parse("exact" if mode == "zero_memory" else mode, tolerance)
         parallel = mode == "zero_memory" or not self.config.memory.recurrent
         require(
             not graded or parallel or mode == "exact",
             f"no gradient flows through prefill mode {mode}: call the model under torch.no_grad(), take mode='exact' "
             "(T passes with gradient), or train with ScheduledLoss",
         )
-        if not graded:
-            parts = states(self, tokens, "zero_memory" if parallel else how)
-            return self.logits(torch.cat([hidden for _, hidden, _ in parts], dim=1))
-        check_tokens(self, tokens)
-        return self.logits(self._graded(tokens, "parallel" if parallel else "sequential"))
+        return self.logits(self._parallel(tokens) if parallel else self._recurrent_states(tokens, how, graded))
 
-    def _graded(self, tokens: TokensBN, schedule: str) -> StreamBND:
-        """The head's input at every position by the passes of a schedule, differentiable."""
-        passes = Schedule.parse(schedule).passes(tokens.shape[1])
+    def _parallel(self, tokens: TokensBN) -> StreamBND:
+        """The head's input at every position by one pass that reads no recurrent memory: one graph for any length."""
+        check_tokens(self, tokens)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        read = PassInput(places, previous=F.pad(tokens[:, :-1], (1, 0), value=-1))
+        hidden = self.forward_pass(tokens, read, self.starts(tokens)).hidden
+        assert hidden is not None
+        return hidden
+
+    @outside_graphs  # one would hold every step, and cannot say how many sweeps settle
+    def _recurrent_states(self, tokens: TokensBN, how: PrefillOptions, graded: bool) -> StreamBND:
+        """The head's input at every position by the recurrence; differentiable where `graded`."""
+        if not graded:
+            return torch.cat([hidden for _, hidden, _ in states(self, tokens, how)], dim=1)
+        check_tokens(self, tokens)
+        passes = Schedule.parse("sequential").passes(tokens.shape[1])
         hidden = [written.hidden for _, written, _ in run_passes(self, tokens, passes, self.starts(tokens))]
         return torch.cat([h for h in hidden if h is not None], dim=1)

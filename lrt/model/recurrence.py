@@ -22,6 +22,7 @@ from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import Buffer
 from lrt.model.transformer import Transformer
 from lrt.passes import Pass, exact_prefix, no_grad_pass
+from lrt.utils.compiling import outside_graphs
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Relative change of the memory below which rounding hides it, by the type that the stream is computed in."""
@@ -290,6 +291,7 @@ def total(parts: list[tuple[int, Effort]]) -> Effort:
     )
 
 
+@outside_graphs  # it looks at values
 def check_tokens(model: Transformer, tokens: TokensBN) -> None:
     """ValueError unless `tokens` are [B, T] of the model's vocabulary, and at least one."""
     if tokens.dim() != 2 or tokens.numel() == 0:

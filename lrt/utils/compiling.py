@@ -1,9 +1,19 @@
-"""The calls into torch that are private to it, in one place: marks that a compiler reads, and a product in 8 bits."""
+"""What a compiler is told, and the calls into torch that are private to it, in one place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def outside_graphs(function: F) -> F:
+    """The function, which a compiler does not trace: it runs between two graphs."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType] - its types are looser
 
 
 def mark_dynamic(x: Tensor, axis: int) -> None:

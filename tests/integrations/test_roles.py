@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lrt.cli.main import main
 from lrt.data import ByteTokenizer, load_tokenizer, train_bpe
@@ -201,3 +201,15 @@ def test_a_collator_masks_pads_and_leaves_the_ends(tmp_path: Path):
     assert (batch["labels"][1, :-short] == -100).all()  # on the left
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.pad_token_id == model.generation_config.pad_token_id == words.pad_token_id
+
+
+def test_a_trained_bpe_cuts_text_as_gpt_2_does():
+    """What a converter that asks for the name of a pre-tokenizer is to be told: `gpt-2`."""
+    expression = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    ours = train_bpe(["it's 12 fine, we'll   see\n\n" * 20], 300).fast()
+    spelt = Tokenizer.from_str(ours.to_str())
+    spelt.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(expression), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    ])  # fmt: skip
+    for text in ("it's  12 x", "we'll\n\n  see ٣٤ é漢字 🙂!?", "\t a  ", "I'M 'd", " \u3000x\u00a0y", "_a-b_12c"):
+        assert ours.encode(text).ids == spelt.encode(text).ids, text

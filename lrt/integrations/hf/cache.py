@@ -30,26 +30,32 @@ class Kept(NamedTuple):
 
 
 class _Memory:
-    """What each row holds beside what the other base keeps; None before the first token."""
+    """What each row holds beside what the other base keeps; nothing before the first token."""
 
-    kept: Kept | None = None
+    held: list[Tensor] | None = None
+    """The fields of `Kept`; a list, which the library's exporters can take apart and put together."""
     is_croppable = False
+
+    @property
+    def kept(self) -> Kept | None:
+        """What is held."""
+        return None if self.held is None else Kept(*self.held)
 
     def keep(self, new: Kept) -> None:
         """Take in the newest of all, in place where some are held: a compiled step knows their addresses."""
-        if self.kept is None:
-            self.kept = Kept(*(x.detach().clone() for x in new))
+        if self.held is None:
+            self.held = [x.detach().clone() for x in new]
             if not torch.compiler.is_compiling():
-                for x in self.kept:
+                for x in self.held:
                     mark_in_place(x)
         else:
-            for mine, x in zip(self.kept, new, strict=True):
+            for mine, x in zip(self.held, new, strict=True):
                 mine.copy_(x.detach())
 
     def reset(self) -> None:
         super().reset()  # pyright: ignore[reportAttributeAccessIssue]
-        if self.kept is not None:
-            for x, nothing in zip(self.kept, (0, -1, 0), strict=True):
+        if self.held is not None:
+            for x, nothing in zip(self.held, (0, -1, 0), strict=True):
                 x.fill_(nothing)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -60,8 +66,8 @@ class _Memory:
         self._map(lambda x: x[rows.to(x.device)])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.kept is not None:
-            self.kept = Kept(*(change(x) for x in self.kept))
+        if self.held is not None:
+            self.held = [change(x) for x in self.held]
 
 
 class MemoryDynamicLayer(_Memory, DynamicLayer):
@@ -71,11 +77,11 @@ class MemoryDynamicLayer(_Memory, DynamicLayer):
     is_croppable = False
 
     def keep(self, new: Kept) -> None:
-        self.kept = Kept(*(x.clone() for x in new))  # with their gradient, as keys and values here
+        self.held = [x.clone() for x in new]  # with their gradient, as keys and values here
 
     def reset(self) -> None:
         super().reset()
-        self.kept = None
+        self.held = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: an earlier position's memory is not kept."""
@@ -103,7 +109,8 @@ def memory_layer(cache: Any, depth: int) -> MemoryDynamicLayer | MemoryStaticLay
     if last is None or last._layer_type != MEMORY_LAYER:  # not isinstance: remote code brings classes of its own
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} without a layer for the memory: build it from the model's "
-            "own config, DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=..)"
+            "own config, DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=..); for "
+            "PEFT's prefix tuning, whose cache has none, take prompt tuning"
         )
     return last
 

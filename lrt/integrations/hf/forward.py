@@ -52,7 +52,6 @@ class Outcome(NamedTuple):
     cache: Cache | None = None
 
 
-@torch.compiler.disable  # so many passes as were drawn
 def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outcome:
     """The schedule's passes over every document, with their gradient; each position as the last pass leaves it."""
     schedule = Curriculum.parse(config.schedule).stages[-1][0].draw(config.seed, step)
@@ -95,13 +94,16 @@ def _reaching(core: LRT, passes: Passes, folded: Folded) -> Folded:
 def decoded(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     """The decoded model: one step on a cache that holds memory, or several tokens by the configured prefill."""
     cache = inputs.cache
-    known = cache is not None and memory_layer(cache, core.config.layers).kept is not None
-    if cache is not None and known and inputs.tokens.shape[1] == 1:
+    if cache is not None and is_step(config, inputs.tokens, cache):
         return _step(core, config, inputs, cache)
-    return _several(core, config, inputs)  # pyright: ignore[reportCallIssue] - its decorator
+    return _several(core, config, inputs)
 
 
-@torch.compiler.disable  # sweeps until rows have settled: a graph cannot say how many
+def is_step(config: LRTConfig, tokens: Tensor, cache: Cache) -> bool:
+    """Whether `tokens` [B, N, ..] are one a row, on top of a cache that holds memory."""
+    return memory_layer(cache, config.num_hidden_layers).kept is not None and tokens.shape[1] == 1
+
+
 def _several(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     """Several tokens a row, or the first one: documents by the configured prefill."""
     tokens, cache = inputs.tokens, inputs.cache

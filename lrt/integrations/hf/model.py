@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,11 +18,34 @@ from lrt.config.model import require
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.embeds import as_tokens
 from lrt.integrations.hf.fold import Wanted
-from lrt.integrations.hf.forward import Inputs, Outcome, by_schedule, decoded
+from lrt.integrations.hf.forward import Inputs, Outcome, by_schedule, decoded, is_step
 from lrt.integrations.hf.objective import objective
 from lrt.integrations.hf.pretrained import LRTPreTrainedModel
 from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
+from lrt.utils.compiling import outside_graphs
+
+
+def steps_in_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a compiler trace steps on a cache alone; any other forward runs outside of its graphs, as a whole.
+
+    A graph cannot say how many sweeps settle, nor how many passes are drawn; states and losses look at values.
+    """
+    outside = outside_graphs(forward)
+
+    @wraps(forward)
+    def run(self: LRTPreTrainedModel, input_ids: TokensBN | None = None, *args: Any, **kwargs: Any) -> Any:
+        cache: Any = kwargs.get("past_key_values")
+        graphed = cache is not None and not args and all(kwargs.get(name) is None for name in OUTSIDE)
+        if graphed and input_ids is not None and is_step(self.config, input_ids, cache):
+            return forward(self, input_ids, **kwargs)
+        return outside(self, input_ids, *args, **kwargs)
+
+    return run
+
+
+OUTSIDE = ("labels", "shift_labels", "output_hidden_states", "output_attentions", "inputs_embeds")
+"""Arguments of a forward that no graph takes in."""
 
 PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
 """What other models are told documents in one row by."""
@@ -34,6 +59,14 @@ class LRTModelOutput(BaseModelOutputWithPast):
     """`Outcome.scored`."""
 
 
+class StepCounter(nn.Module):
+    """A count kept with the weights; a module, since maps of devices place modules and parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+
+
 class LRTModel(LRTPreTrainedModel):
     """The backbone: tokens to the head's input, with memory."""
 
@@ -41,18 +74,19 @@ class LRTModel(LRTPreTrainedModel):
         super().__init__(config)
         self.core = LRT(config.model_config())
         self.gradient_checkpointing = False
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        self.counter = StepCounter()
         self.post_init()
 
     @property
     def steps(self) -> int:
         """Forwards in train mode with gradient so far; ranges are drawn from it. Kept with the weights."""
-        return int(self.get_buffer("steps_done"))
+        return int(self.counter.get_buffer("steps_done"))
 
     @steps.setter
     def steps(self, count: int) -> None:
-        self.get_buffer("steps_done").fill_(count)
+        self.counter.get_buffer("steps_done").fill_(count)
 
+    @steps_in_graphs
     @can_return_tuple
     def forward(
         self,
@@ -116,7 +150,7 @@ class LRTModel(LRTPreTrainedModel):
 
     def _run(self, inputs: Inputs, scheduled: bool) -> Outcome:
         if scheduled:
-            return by_schedule(self.core, self.config, inputs, self._count())  # pyright: ignore[reportCallIssue] - its decorator
+            return by_schedule(self.core, self.config, inputs, self._count())
         return decoded(self.core, self.config, inputs)
 
     def _wanted(self, streams: bool | None, attentions: bool | None) -> Wanted:
@@ -168,6 +202,7 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
         """Refused: its paged cache has no place for the memory of rows that come and go."""
         raise ValueError("LRT has no continuous batching in transformers: use generate, or the server of this package")
 
+    @steps_in_graphs
     @can_return_tuple
     def forward(
         self,
@@ -197,8 +232,8 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         targets = labels if shift_labels is None else shift_labels
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            return_scored=targets is not None, **kwargs,
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, return_scored=targets is not None, **kwargs,
         )  # fmt: skip
         hidden, core = out.last_hidden_state, self.model.core
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep

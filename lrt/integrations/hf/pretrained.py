@@ -32,6 +32,7 @@ class LRTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 - the library's own type
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"steps_done"]  # noqa: RUF012 - folders from before it was kept
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?steps_done$"]  # noqa: RUF012 - where it was once
 
     @property
     def inner(self) -> LRT:
