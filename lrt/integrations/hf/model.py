@@ -36,8 +36,8 @@ def steps_in_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(self: LRTPreTrainedModel, input_ids: TokensBN | None = None, *args: Any, **kwargs: Any) -> Any:
         cache: Any = kwargs.get("past_key_values")
-        graphed = cache is not None and not args and all(kwargs.get(name) is None for name in OUTSIDE)
-        if graphed and input_ids is not None and is_step(self.config, input_ids, cache):
+        graphed = not args and all(kwargs.get(name) is None for name in OUTSIDE)
+        if graphed and cache is not None and input_ids is not None and is_step(self.config, input_ids, cache):
             return forward(self, input_ids, **kwargs)
         return outside(self, input_ids, *args, **kwargs)
 
