@@ -17,6 +17,7 @@ from lrt.cli.plan import planned
 from lrt.config.model import require
 from lrt.config.recipes import RECIPES, RecipeName, recipe
 from lrt.config.run import RunConfig
+from lrt.schedule import Curriculum
 from lrt.utils.files import expand_home
 
 _NAMES = f"\n{' ' * 28}".join(textwrap.wrap(", ".join(RECIPES), 50))
@@ -135,7 +136,8 @@ def _from_run(base: RunConfig, run: Path) -> RunConfig:
     tokenizer = start.folder.parent.parent / "tokenizer"
     length = min(base.train.length, start.config.model.context)
     recurrent = start.config.model.memory.recurrent  # without, sweeps would have nothing to settle
-    schedule = base.train.schedule if recurrent else "parallel"
+    last, _ = Curriculum.parse(base.train.schedule).stages[-1]  # what is trained has its plain steps behind it
+    schedule = str(last) if recurrent else "parallel"
     return replace(
         base,
         model=start.config.model,

@@ -15,8 +15,8 @@ SHIFT_MEMORY = MemoryConfig(projection="shared", source=0, start="zero")
 """The token shift: the previous token's embedding by the same injection, without recurrence."""
 LRT_MEMORY = MemoryConfig(projection="shared", source=1 / 3, shift=True, start="zero")
 """Ours: recurrence from a third of the depth, beside a token shift; the best recurrent recipe of docs/results.md."""
-LRT_SCHEDULE = "settled-1..3:p=0.8/0.1/0.1"
-"""Ours: one sweep in most steps, more of them rarely, so that sweeps keep contracting."""
+LRT_SCHEDULE = "parallel@0.85,settled-1..3:p=0.8/0.1/0.1"
+"""Ours: the recurrence comes late. Plain passes with the shift first; then one sweep in most steps, more of them rarely."""
 
 
 def cpu_demo() -> RunConfig:

@@ -15,6 +15,7 @@ from lrt.cli.main import main
 from lrt.config.conversion import Conversion
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig
+from lrt.config.recipes import LRT_SCHEDULE
 from lrt.data import train_bpe
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import prefill
@@ -198,6 +199,9 @@ def test_training_goes_on_from_it(tmp_path: Path, words, capsys):
     assert main(["train", "--resume", str(more)]) == 0
     with pytest.raises(ValueError, match="uses its memory"):
         save_family(load_model(more), tmp_path / "no", "llama")
+    again = ["train", "--init-from", str(more), "--out", str(tmp_path / "again"), *few, *data]
+    assert main([*again, "--train.horizon", "steps=1"]) == 0
+    assert load_model(tmp_path / "again").config.train.schedule == LRT_SCHEDULE.rpartition(",")[2]
 
 
 def test_a_model_of_ours_gains_memory(tmp_path: Path, words):
