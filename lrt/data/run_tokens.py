@@ -94,3 +94,9 @@ def recorded(prepared: Prepared, run: Path) -> dict[str, Any]:
     home = prepared.folder.absolute()
     places = [os.path.relpath(home, run.absolute()), str(home)]
     return {"data": prepared.train.hash, "shards": {"val": prepared.val.hash, "places": places, "text": prepared.text}}
+
+
+def without_places(extra: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, without the folders in which its shards lay."""
+    shards = extra.get("shards")
+    return extra | {"shards": shards | {"places": []}} if isinstance(shards, dict) else extra

@@ -32,6 +32,7 @@ from torch import Tensor
 from lrt.config.model import require
 from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
+from lrt.data.run_tokens import without_places
 from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.utils.dtensor import fill
@@ -307,13 +308,14 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
 def write_weights(loaded: Loaded, folder: Path) -> None:
     """Write a run folder of weights in bfloat16 and the tokenizer, without the optimizer's state.
 
-    Every command takes it but `--resume`; `--init-from` trains on from it. OSError: it cannot be written.
+    Every command takes it but `--resume`; `--init-from` trains on from it. Where the token shards lay stays out: folders
+    of this machine are nobody's business elsewhere. OSError: it cannot be written.
     """
     stored = open_checkpoint(loaded.folder, verify=False)
     weights = {name: x.to(torch.bfloat16) for name, x in loaded.model.state_dict().items()}
     shutil.copytree(loaded.run / "tokenizer", folder / "tokenizer")
     write_json(folder / "config.json", to_dict(loaded.config))
-    save(folder, loaded.step, loaded.config, weights, {}, stored.extra, keep=1)
+    save(folder, loaded.step, loaded.config, weights, {}, without_places(stored.extra), keep=1)
 
 
 def run_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -297,9 +297,11 @@ def test_weights_alone_are_half_as_large_and_the_nearest_in_bfloat16(tmp_path: P
     train_bpe(["a few words to learn from, a few"], 270).save(run / "tokenizer")
     config = replace(RUN, model=replace(RUN.model, vocab_size=300))
     model = randomised(config.model).float()
-    save(run, 7, config, model, {"x": torch.ones(1)}, EXTRA, 1)
+    lay = {"data": "1" * 64, "shards": {"val": "2" * 64, "places": ["../mine", "/home/me/mine"], "text": None}}
+    save(run, 7, config, model, {"x": torch.ones(1)}, EXTRA | lay, 1)
     write_weights(load_model(run), tmp_path / "small")
     small = load_model(tmp_path / "small")
+    assert small.extra == EXTRA | lay | {"shards": lay["shards"] | {"places": []}}
     for name, value in model.state_dict().items():
         assert torch.equal(small.model.state_dict()[name], value.bfloat16().float())
     assert (small.step, small.config, small.tokenizer.hash) == (7, config, load_model(run).tokenizer.hash)
