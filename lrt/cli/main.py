@@ -85,7 +85,14 @@ def _run(label: str, work: Callable[[], int], show_traceback: bool) -> int:
     except (ValueError, OSError) as error:
         if show_traceback:
             raise
-        return _fail(label, error)
+        return _fail(label, _reason(error))
+
+
+def _reason(error: Exception) -> object:
+    """What the system says of a file, with the file first and a remedy; of other errors, the error."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; choose another path, or mend what is there"
+    return error
 
 
 def _fail(label: str, error: object, code: int = 2) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lrt.utils.files import expand_home
+from lrt.utils.files import expand_home, require_name
 
 T = TypeVar("T")
 WIDE = "1000000"
@@ -99,6 +99,7 @@ def _first_line(box: str) -> str:
 def _checked(value: Any, name: str) -> Any:
     """`value` with `~` in its paths expanded. ValueError: an integer of more than 64 bits, or a NaN."""
     if isinstance(value, Path):
+        require_name(str(value), f"--{name}")
         return expand_home(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"--{name} is {value}; it must fit 64 bits")

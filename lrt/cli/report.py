@@ -40,6 +40,7 @@ def main(args: list[str]) -> int:
     from lrt.experiments.groups import read_groups
 
     groups = read_groups(flags.files)
+    require(bool(groups), f"{flags.files[0]} holds no records; give a file that does")
     try:
         text = _report(flags, groups)
     except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:

@@ -17,6 +17,7 @@ from lrt.config.model import (
 )
 from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
+from lrt.utils.files import require_name
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -255,6 +256,7 @@ class RunConfig:
     """The training."""
 
     def __post_init__(self) -> None:
+        require_name(self.name, "name")
         length, context = self.train.length, self.model.context
         require(
             length <= context,

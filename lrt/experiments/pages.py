@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from lrt.utils.files import read_jsonl
+from lrt.utils.files import printable, read_jsonl
 from lrt.utils.tables import Table
 
 AXES = {
@@ -141,7 +141,7 @@ def png(figure: Figure) -> bytes:
 def page(title: str, intro: str, blocks: Sequence[tuple[str, Table | Figure | str]]) -> str:
     """One self-contained HTML page of tables, pictures and texts, each under its heading (or none)."""
     parts = [f"<h2>{escape(heading)}</h2>{_html(heading or title, block)}" for heading, block in blocks]
-    return (
+    return printable(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p>{escape(intro)}</p>"
         f"{''.join(parts)}</html>\n"

@@ -15,7 +15,7 @@ from lrt.experiments.pages import MOST_ARMS, arm_colours, glossary, png
 from lrt.experiments.plots import decoded
 from lrt.experiments.suite_tables import length_table, suite_tables
 from lrt.experiments.verdict import baseline_of, next_commands, report_verdict
-from lrt.utils.files import read_text, write_text
+from lrt.utils.files import printable, read_text, write_text
 from lrt.utils.tables import Table
 
 HEADER = (
@@ -144,7 +144,7 @@ def markdown(blocks: Sequence[Block], pictures: Path, link: str) -> str:
             name = "results_" + re.sub(r"[^a-z0-9]+", "_", heading.lower()).strip("_") + ".png"
             (pictures / name).write_bytes(png(block))
             parts.append(f"![{heading}]({link}{name})")
-    return "\n\n".join(parts)
+    return printable("\n\n".join(parts))
 
 
 def replace_marked(page: Path, text: str) -> None:

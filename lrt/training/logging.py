@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lrt.config.model import require
-from lrt.utils.files import parse_json, to_json
+from lrt.utils.files import parse_json, printable, to_json
 from lrt.utils.score_names import LEGEND, unit
 
 Event = dict[str, Any]
@@ -114,14 +114,14 @@ class Live:
             self.bar.remove_task(self.tasks.pop(name)[1])
 
     def _print(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
     def _advance(self, name: str, what: str, done: float, total: float | None, note: str, always: bool) -> None:
         """Move the bar of a run, or begin another one if it does something else now; a total of None moves to and fro.
 
         Where there is no terminal: a line every now and then, or `always`.
         """
-        shown = f"{name}: {what}" if name else what
+        shown = printable(f"{name}: {what}" if name else what)
         if self.console.is_terminal:
             before, task = self.tasks.get(name, ("", None))
             if task is None or before != what:

@@ -32,6 +32,8 @@ DEPTH = 64
 """Levels of objects and lists inside one another."""
 PLAIN = (str, int, float, bool, type(None))
 SURROGATE = re.compile("[\ud800-\udfff]")
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, ends of lines, and marks that turn the direction of a text."""
 BOM = b"\xef\xbb\xbf"
 RESTORE = "restore the file, or give another"
 NAMES = {
@@ -44,9 +46,20 @@ NAMES = {
 }
 
 
+def printable(text: str) -> str:
+    """`text`, with a question mark for all that moves a cursor, colours or turns a terminal; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def require_name(name: str, where: str) -> None:
+    """ValueError if a name, which lines and pages will show, holds what steers a terminal or turns the text."""
+    if UNSHOWN.search(name):
+        raise ValueError(f"{where} is {name!a}: it holds control characters; choose a name without")
+
+
 def one_line(message: object, most: int = 300) -> str:
-    """`said` as one printable line of at most `most` characters; the middle of a longer one is left out."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
+    """`message` as one printable line of at most `most` characters; the middle of a longer one is left out."""
+    text = printable(" ".join(str(message).split()))
     half = (most - 5) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
@@ -63,6 +76,8 @@ def read_bytes(path: Path | str, what: str, most: int = MOST_JSON) -> bytes:
     """The content of a regular file of at most `most` bytes. ValueError: there is none, or it is something else."""
     with open_regular(path, what) as file, _readable(path, what):
         content = file.read(most + 1)
+        if content is None:  # some files of the kernel are called regular, and would be waited for
+            raise ValueError("gives nothing to read")
     if len(content) > most:
         raise ValueError(f"{what} {path} is larger than {most:,} bytes; {RESTORE}")
     return content
