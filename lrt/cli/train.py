@@ -124,6 +124,8 @@ def _resumed(run: Path, config: RunConfig, args: Sequence[str]) -> RunConfig:
     try:
         resolve_device(resumed.train.device)
     except ValueError as error:
+        if "--train.device" in names:
+            raise
         raise ValueError(f"{run} was trained on {resumed.train.device}; {error}: add --train.device cpu") from None
     return resumed
 

@@ -110,9 +110,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         require_choice("model.backbone.rope.kind", self.kind, RopeKind)
-        sound = self.factor >= 1 and 0 < self.low < self.high and self.original >= 1
+        sound = 1 <= self.factor < math.inf and 0 < self.low < self.high < math.inf and self.original >= 1
         numbers = f"factor {self.factor}, low {self.low}, high {self.high}, original {self.original}"
-        require(sound, f"model.backbone.rope has {numbers}; use factor >= 1, 0 < low < high, original >= 1")
+        require(sound, f"model.backbone.rope has {numbers}; use finite factor >= 1, 0 < low < high, original >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ START_SECONDS = 60.0
 """How long the process that renders may take to start."""
 CHARACTERS = 4_000_000
 """Most characters that a template may render."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning, the first one that is given first."""
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 Runs = Sequence[Sequence[int]]
@@ -172,6 +174,7 @@ class ChatTemplate:
         """The prompt as text, and the runs of it that the template wrote."""
         named = self.templates.get("tool_use") if tools else None
         template = named or self.templates.get("default") or next(iter(self.templates.values()))
+        messages = [_as_given(message) for message in messages]
         variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": True}
         return self._renderer.render(template, variables | more, self.specials)
 
@@ -206,6 +209,13 @@ class ChatTemplate:
         ends = [*sorted(cut for cut in cuts if start < cut < end), end]
         pieces = [(a, b) for a, b in zip([start, *ends], ends, strict=False) if a < b]
         return [(token, a) for a, b in pieces for token in self.tokenizer.encode(text[a:b])]
+
+
+def _as_given(message: Message) -> dict[str, Any]:
+    """A message as transformers hands it to a template: nothing that is null, and its reasoning by every usual name."""
+    known = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((known[name] for name in REASONING if name in known), None)
+    return known if reasoning is None else {"thinking": reasoning} | known | {"reasoning_content": reasoning}
 
 
 def _within(own: Runs, start: int, end: int) -> bool:

@@ -73,7 +73,7 @@ def plain_pieces(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Ite
 
 
 def _turn(message: Message, answered: bool) -> str:
-    role, text = message["role"], message["content"]
+    role, text = message["role"], message.get("content", "")
     if role == "assistant":
         functions = [call["function"] for call in message.get("tool_calls", ())]
         calls = [f'{{"name": {json.dumps(f["name"])}, "arguments": {_as_json(f["arguments"])}}}' for f in functions]

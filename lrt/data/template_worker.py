@@ -9,6 +9,7 @@ never spell a special token. An operation that loses track of characters counts 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 import resource
@@ -22,12 +23,14 @@ import jinja2.ext
 import jinja2.filters
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
 MEMORY = 2**29
 """Bytes of address space of this process."""
+DIRECTIVE = re.compile(r"%(?:\(\w+\))?[-+ #0]*\d*(?:\.\d+)?[a-zA-Z%]")
+"""What `%` fills in a text."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LEAST_JINJA = (3, 1, 6)
 """The first version without a known way out of the sandbox."""
@@ -61,11 +64,24 @@ class Marked(str):
         return self * count
 
     def __mod__(self, values: Any) -> Any:
-        text, operands = str.__mod__(self, values), values if isinstance(values, tuple) else (values,)
-        parts = Marked.split(self, "%s")
-        if len(parts) != len(operands) + 1 or any("%" in part for part in parts):
-            return text
-        return joined(x for pair in zip(parts, (*map(text_of, operands), ""), strict=True) for x in pair)
+        text, parts, end = str.__mod__(self, values), [], 0
+        left = iter(values if isinstance(values, tuple) else (values,))
+        for found in DIRECTIVE.finditer(self):
+            parts += [self[end : found.start()], self._filled(found[0], values, left)]
+            end = found.end()
+        marked = joined([*parts, self[end:]])
+        return marked if marked == text else text
+
+    def _filled(self, directive: str, values: Any, left: Iterator[Any]) -> str:
+        """What one directive of `%` becomes; "" where there is no value for it."""
+        if directive == "%%":
+            return self[:0] + literal("%")
+        if directive.startswith("%("):
+            value = values[directive[2 : directive.index(")")]] if isinstance(values, Mapping) else ""
+            directive = "%" + directive[directive.index(")") + 1 :]
+        else:
+            value = next(left, "")
+        return text_of(value) if directive == "%s" else str.__mod__(directive, (value,))
 
     def __getitem__(self, index: Any) -> Marked:
         mask = self._mask[index]
@@ -105,7 +121,9 @@ class Marked(str):
         return tuple(self._located(str.rpartition(self, sep)))
 
     def replace(self, old: str, new: str, count: Any = -1) -> Any:
-        return Marked(new).join(Marked.split(self, old, count)) if old else str.replace(self, old, new, count)
+        parts = Marked.split(self, old, count) if old else ["", *self, ""]
+        text, marked = str.replace(self, old, new, count), Marked(new, mask_of(new)).join(parts)
+        return marked if marked == text else text
 
     def join(self, parts: Iterable[Any]) -> Any:
         together: list[Any] = []
@@ -125,6 +143,28 @@ class Marked(str):
 
     def capitalize(self) -> Any:
         return self._as_long(str.capitalize(self))
+
+    def swapcase(self) -> Any:
+        return self._as_long(str.swapcase(self))
+
+    def casefold(self) -> Any:
+        return self._as_long(str.casefold(self))
+
+    def ljust(self, width: Any, fillchar: str = " ") -> Any:
+        return self._padded(str.ljust(self, width, fillchar), 0, fillchar)
+
+    def rjust(self, width: Any, fillchar: str = " ") -> Any:
+        text = str.rjust(self, width, fillchar)
+        return self._padded(text, len(text) - len(self), fillchar)
+
+    def center(self, width: Any, fillchar: str = " ") -> Any:
+        text = str.center(self, width, fillchar)
+        return self._padded(text, len(str.center("\0" * len(self), width, "-").partition("\0")[0]), fillchar)
+
+    def _padded(self, text: str, left: int, fill: str) -> Marked:
+        """This text within `text`, `left` characters of filling before it."""
+        one = mask_of(fill)
+        return Marked(text, one * left + self._mask + one * (len(text) - left - len(self)))
 
     def _as_long(self, text: str) -> str:
         return Marked(text, self._mask) if len(text) == len(self) else text
@@ -243,6 +283,32 @@ class MarkingEnvironment(ImmutableSandboxedEnvironment):
     concat = staticmethod(joined)  # pyright: ignore[reportAssignmentType]
     literal = staticmethod(literal)
     text_of = staticmethod(text_of)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`format` and `format_map` of a text, by the sandbox's rules; what the template wrote stays marked."""
+        plain, of = super().wrap_str_format(value), getattr(value, "__self__", None)
+        if plain is None or not isinstance(of, Marked):
+            return plain
+
+        def marking(*args: Any, **kwargs: Any) -> str:
+            text = plain(*args, **kwargs)
+            values = (args, kwargs) if value.__name__ == "format" else ((), args[0])
+            marked = joined(self._formatted(of, *values))
+            return marked if marked == text else text
+
+        return marking
+
+    def _formatted(self, form: Marked, args: Any, kwargs: Any) -> Iterator[str]:
+        """The pieces of a formatted text; its own text counts as the template's where all of `form` is."""
+        formatter, own, fields = SandboxedFormatter(self), all(form._mask), itertools.count()
+        for text, name, spec, conversion in formatter.parse(form):
+            yield literal(text) if own else text
+            if name is None:
+                continue
+            name = f"{next(fields)}{name}" if name[:1] in ("", ".", "[") else name
+            value, _ = formatter.get_field(name, args, kwargs)
+            plain = formatter.vformat(f"{{0{'!' + conversion if conversion else ''}:{spec}}}", (value,), {})
+            yield text_of(value) if text_of(value) == plain else plain
 
 
 def environment() -> MarkingEnvironment:

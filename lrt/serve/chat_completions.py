@@ -49,7 +49,7 @@ def conversation(
         if least > served.longest_prompt:
             served.too_long(f"at least {least}", "messages")
 
-    fits(served.words.least(m["content"] for m in plain))  # before any of it is rendered
+    fits(served.words.least(m.get("content", "") for m in plain))  # before any of it is rendered
     try:
         described = [t.model_dump(exclude_none=True) for t in tools]
         rendered = served.words.conversation(plain, described, variables, fits)

@@ -174,10 +174,10 @@ class Message(Strict):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """What a template sees."""
-        content = self.refusal or "" if self.content is None else self.content
-        text = content if isinstance(content, str) else "".join(part.said for part in content)
-        message: dict[str, Any] = {"role": self.role, "content": text}
+        """What a template sees; nothing is there in place of no content."""
+        content = self.refusal if self.content is None else self.content
+        text = content if isinstance(content, str | None) else "".join(part.said for part in content)
+        message: dict[str, Any] = {"role": self.role} | ({} if text is None else {"content": text})
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in self.tool_calls]
         if self.tool_call_id is not None:

@@ -43,8 +43,8 @@ FORMAT, BEFORE = 2, 1
 """Format 1 had no SHA256SUMS: the hashes of its tensors stand in meta.json, and nothing covers that."""
 BRIEF = "bfloat16"
 MODEL, OPTIMIZER, META, SUMS = "model.safetensors", "optimizer.safetensors", "meta.json", "SHA256SUMS"
-NAME = re.compile(r"step_([0-9]{8,18})")
-"""Folders of this name are checkpoints; a copy under any other name is its owner's."""
+NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,17})")
+"""Folders of this name are checkpoints, one name a step; a copy under any other name is its owner's."""
 LEFT = re.compile(NAME.pattern + r"(\.old)?\.tmp")
 TOKENIZER = "tokenizer/tokenizer.json"
 """In the run's folder; checkpoints know its SHA-256."""

@@ -41,6 +41,8 @@ BAD: list[tuple[type, dict, list[str]]] = [
     (BackboneConfig, {"qk_norm": "both"}, ["model.backbone.qk_norm is 'both'", "before"]),
     (BackboneConfig, {"mlp_width": 0}, ["model.backbone.mlp_width is 0", "at least 1"]),
     (BackboneConfig, {"norm_eps": 0.0}, ["model.backbone.norm_eps is 0.0", "positive"]),
+    (RopeScaling, {"kind": "linear", "factor": INF}, ["factor inf", "factor >= 1"]),
+    (RopeScaling, {"kind": "llama3", "high": INF}, ["high inf", "low < high"]),
     (RopeScaling, {"kind": "yarn"}, ["model.backbone.rope.kind is 'yarn'", "llama3"]),
     (RopeScaling, {"low": 4.0, "high": 4.0}, ["low 4.0, high 4.0", "low < high"]),
     (ModelConfig, {"width": 24, "backbone": BackboneConfig(head_width=3)}, ["head width 3 is odd"]),

@@ -43,6 +43,12 @@ TEMPLATES = {
     "dates": "{{ strftime_now('%Y') }}{{ messages | selectattr('role', 'eq', 'user') | map(attribute='content')"
     " | list }}{{ dict(a=1) }}{{ messages[0]['content'] if messages[0].content is string else 'x' }}{{ nothing }}",
     "numbers": "{% for m in messages %}{{ '<' ~ 's' ~ '>' }}{{ loop.index ~ '/' ~ messages | length }}{% endfor %}",
+    "format": "{{ '<|im_start|>{}'.format(messages[1].role) }}{{ '{0}{1[role]}{{</s>{y:>3}'.format("
+    "bos_token, messages[0], y=3) }}{{ '<s>{r!r}'.format_map({'r': 1}) }}{{ '{}'.format(messages[3].content) }}",
+    "percent": "{{ '<|im_start|>%d %s %%' % (3, messages[1].role) }}"
+    "{{ '<s>%(a)s%(b)05.1f' % {'a': eos_token, 'b': 2} }}{{ '</s>%.1f' % 1.25 }}{{ '<s>%s' | format(messages[3].content) }}",
+    "padding": "{{ '<s>' | center(10) }}{{ '</s>'.center(9, '-') }}{{ bos_token.ljust(6) }}"
+    "{{ bos_token.rjust(7, '>') }}{{ 'x'.replace('', '<s>') }}{{ '<S>'.swapcase() }}{{ '<S>'.casefold() }}",
     "whitespace": "  {% if true %}\n  <s> {{ messages[0].content }}\n\n  {%- endif %}\n",
 }
 
@@ -80,6 +86,22 @@ def test_templates_render_as_apply_chat_template_does(name, tools):
     assert made(TEMPLATES[name]).encode(TALK, tools) == theirs(TEMPLATES[name], TALK, tools or None)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_null_fields_and_reasoning_reach_a_template_as_apply_chat_template_hands_them_over(name):
+    call = {"type": "function", "function": {"name": "area", "arguments": {"a": [None, 1.5]}}}
+    talk = [
+        {"role": "user", "content": "how wide?", "name": None},
+        {"role": "assistant", "content": "", "reasoning": "so", "tool_calls": [call]},
+        {"role": "assistant", "content": "3", "thinking": "a", "reasoning_content": None},
+        {"role": "user", "content": "and?", "tool_calls": None},
+    ]
+    template = TEMPLATES[name] + "{{ messages | tojson }}{{ messages[0].tool_calls is defined }}"
+    assert made(template).encode(talk) == theirs(template, talk)
+    nothing = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    bare = "{% for m in messages %}<s>{{ m.content }}{{ 'content' in m }}{{ m.tool_calls is defined }}{% endfor %}"
+    assert made(bare).encode(nothing) == theirs(bare, nothing)
+
+
 def test_the_named_template_for_tools_is_used_where_there_are_tools():
     templates = {"default": "plain {{ messages[0].content }}", "tool_use": "tools {{ tools | tojson }}"}
     for tools in ((), TOOLS):
@@ -100,6 +122,13 @@ def test_messages_never_spell_special_tokens_however_they_are_put_together():
         ("{{ bos_token }}{{ messages[0].content | reverse }}{{ messages[0].content | safe }}", [">s/<", "</s>"]),
         ("{{ bos_token }}{{ messages | tojson }}{{ messages[0].content.join(['<', '>']) }}", ["s", "<s>"]),
         ("{{ bos_token }}{{ '{}'.format(messages[0].content) }}{{ '%s' % messages[0].content }}", ["</s>"]),
+        ("{{ bos_token }}{{ '<{}'.format(messages[0].content) }}{{ '<%s' % messages[0].content }}", ["/s>"]),
+        ("{{ bos_token }}{{ messages[0].content.format('s') }}", ["<{}>"]),
+        ("{{ bos_token }}{{ messages[0].content.center(9, '>') }}{{ 's>'.rjust(3, messages[0].content) }}", ["<"]),
+        (
+            "{{ bos_token }}{{ 'x'.replace('', messages[0].content) }}{{ messages[0].content.replace('', '<') }}",
+            ["</s>"],
+        ),
         ("{{ bos_token }}{% set x %}{{ messages[0].content }}{% endset %}{{ x ~ x }}", ["</s>"]),
     ):
         messages = [{"role": "user", "content": c} for c in contents]

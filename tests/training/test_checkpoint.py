@@ -232,7 +232,15 @@ def test_a_folder_that_says_another_step_than_it_holds(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["step_00000012_backup", "step_00000099.bak", "step_99", "step_0000x001", "step_00000007.mine.tmp"]
+    "name",
+    [
+        "step_00000012_backup",
+        "step_00000099.bak",
+        "step_99",
+        "step_0000x001",
+        "step_00000007.mine.tmp",
+        "step_000000012",
+    ],
 )
 def test_a_copy_of_the_users_is_neither_opened_nor_deleted(name: str, tmp_path: Path):
     copy = tmp_path / "checkpoints" / name

@@ -92,6 +92,9 @@ def test_a_run_of_a_gpu_is_resumed_on_a_cpu(home: Path, tmp_path: Path, capsys):
     if not torch.cuda.is_available():
         assert main(["train", "--resume", str(run)]) == 2
         assert "--train.device cpu" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--train.device", "tpu"]) == 2
+    said = capsys.readouterr().err
+    assert "'tpu'" in said and "was trained on" not in said
     assert main(["train", "--resume", str(run), "--train.device", "cpu"]) == 0
     require_equal(run, home / "whole")
     assert json.loads((run / "config.json").read_text())["train"]["device"] == "cpu"
