@@ -122,6 +122,7 @@ class SamplingParams:
             ("frequency_penalty", abs(self.frequency_penalty) <= BIAS, size),
             ("logit_bias", all(i >= 0 and abs(b) <= BIAS for i, b in self.logit_bias), f"ids with values {size}"),
             ("seed", self.seed >= 0, "at least 0"),
+            ("stop_tokens", all(i >= 0 for i in self.stop_tokens or ()), "ids, at least 0"),
             ("stop", all(self.stop), "texts of at least one character"),
         ):
             if not fine:

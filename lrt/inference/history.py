@@ -23,10 +23,10 @@ class HistoryState:
         self._bias: Tensor | None = None
 
     def join(self, row: int, params: SamplingParams, known: Sequence[int]) -> None:
-        """Begin a row anew: `known` are the tokens of its prompt. ValueError: a bias outside the vocabulary."""
-        outside = [i for i, _ in params.logit_bias if i >= self.shape[1]]
-        if outside:
-            raise ValueError(f"logit_bias names token {outside[0]}, but the vocabulary has {self.shape[1]}")
+        """Begin a row anew: `known` are the tokens of its prompt. ValueError: a token outside the vocabulary."""
+        for name, ids in (("logit_bias", [i for i, _ in params.logit_bias]), ("stop_tokens", params.stop_tokens or ())):
+            if outside := [i for i in ids if i >= self.shape[1]]:
+                raise ValueError(f"{name} names token {outside[0]}, but the vocabulary has {self.shape[1]}")
         if params.repetition_penalty != 1 and self._seen is None:
             self._seen = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         if (params.presence_penalty or params.frequency_penalty) and self._counts is None:

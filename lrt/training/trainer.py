@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lrt.config.model import require
-from lrt.config.run import DataConfig, RunConfig, require_sense
+from lrt.config.run import DataConfig, RunConfig, from_dict, require_sense
 from lrt.data import Prepared, prepare
 from lrt.data.prepare import ReportProgress
 from lrt.data.run_tokens import RunTokens
@@ -21,6 +21,7 @@ from lrt.training.run_lock import RunLock
 from lrt.training.session import Result, Session
 from lrt.training.trackers import Trackers
 from lrt.utils.distributed import World, join
+from lrt.utils.files import read_json
 from lrt.utils.hardware import resolve_device, resolve_dtype
 from lrt.utils.threads import ThreadChoice, choose_threads, threads
 
@@ -142,6 +143,8 @@ def _started(lock: RunLock, resume: bool | None, world: World, sinks: Sequence[S
         begin = resume is None and not problems
         reason = " ".join(problems) or "train it first"
         require(newest is not None or begin, f"{run} holds no valid checkpoint to resume; {reason}")
+        if newest is None and (run / "config.json").exists():  # it will be overwritten, so it must be a run's
+            from_dict(RunConfig, read_json(run / "config.json", "configuration"), str(run / "config.json"))
         brief = newest is not None and newest.stored == checkpoint.BRIEF
         require(not brief, f"{run} holds weights alone, without the optimizer's state; use --init-from {run}")
         return -1 if newest is None else checkpoint.checkpoints(run).index(newest.folder)

@@ -46,7 +46,8 @@ TEMPLATES = {
     "format": "{{ '<|im_start|>{}'.format(messages[1].role) }}{{ '{0}{1[role]}{{</s>{y:>3}'.format("
     "bos_token, messages[0], y=3) }}{{ '<s>{r!r}'.format_map({'r': 1}) }}{{ '{}'.format(messages[3].content) }}",
     "percent": "{{ '<|im_start|>%d %s %%' % (3, messages[1].role) }}"
-    "{{ '<s>%(a)s%(b)05.1f' % {'a': eos_token, 'b': 2} }}{{ '</s>%.1f' % 1.25 }}{{ '<s>%s' | format(messages[3].content) }}",
+    "{{ '<s>%(a)s%(b)05.1f' % {'a': eos_token, 'b': 2} }}{{ '</s>%.1f' % 1.25 }}"
+    "{{ '<s>%s' | format(messages[3].content) }}",
     "padding": "{{ '<s>' | center(10) }}{{ '</s>'.center(9, '-') }}{{ bos_token.ljust(6) }}"
     "{{ bos_token.rjust(7, '>') }}{{ 'x'.replace('', '<s>') }}{{ '<S>'.swapcase() }}{{ '<S>'.casefold() }}",
     "whitespace": "  {% if true %}\n  <s> {{ messages[0].content }}\n\n  {%- endif %}\n",

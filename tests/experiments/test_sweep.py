@@ -14,6 +14,7 @@ import pytest
 
 from lrt.cli.main import main
 from lrt.experiments.sweep import read_sweep
+from lrt.training.trainer import train
 
 TINY = """
 seeds = [0]
@@ -142,7 +143,12 @@ def test_a_sweep_deletes_nothing(place, capsys):
     step.mkdir(parents=True)
     (newer / "config.json").write_text("{}", encoding="utf-8")
     (step / "meta.json").write_text('{"format": 99}', encoding="utf-8")
-    before = {p: p.read_bytes() for p in (place / "o").rglob("*") if p.is_file()}
+    other = place / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"mine": 1}', encoding="utf-8")
+    before = {p: p.read_bytes() for o in ("o", "other") for p in (place / o).rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="mine"):
+        train(read_sweep(place / "tiny.toml")[0].config, other, resume=None)
     assert main(["sweep", "tiny.toml", "--out", "o", "--jobs", "1"]) == 2
     said = capsys.readouterr().err
     assert "plain-seed0 holds something else than a run" in said and "has format 99" in said

@@ -134,6 +134,10 @@ def test_penalties_and_bias_by_hand():
     assert adjusted(torch.ones(2, 5), laws, state.rows(2, {}))[1].tolist() == [3, 1, 1, 1, -99]
     with pytest.raises(ValueError, match="logit_bias names token 5, but the vocabulary has 5"):
         state.join(0, SamplingParams(logit_bias=((5, 1.0),)), [])
+    with pytest.raises(ValueError, match="stop_tokens names token 5, but the vocabulary has 5"):
+        state.join(0, SamplingParams(stop_tokens=(4, 5), min_new_tokens=2), [])
+    with pytest.raises(ValueError, match="stop_tokens"):
+        SamplingParams(stop_tokens=(-1,))
 
 
 def test_a_row_draws_the_same_beside_rows_of_other_laws():

@@ -310,7 +310,7 @@ def test_or_resume_begins_goes_on_and_refuses_other_settings(home: Path, tmp_pat
 
     with pytest.raises(Killed):
         recorded(small(home), run, sinks=[leave], resume=None)
-    with pytest.raises(ValueError, match=r"--train\.schedule is parallel.*trained with settled-1\.\.3"):
+    with pytest.raises(ValueError, match=r"--train\.schedule is parallel.*trained with parallel@0\.85,settled-1\.\.3"):
         recorded(small(home, schedule="parallel"), run, resume=None)
     recorded(small(home), run, resume=None)
     require_equal(run, home / "whole")
@@ -358,6 +358,13 @@ def test_two_trainings_in_one_folder(home: Path, tmp_path: Path):
             recorded(small(home), run, resume=True)
         process.kill()
     recorded(small(home), run, resume=True)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/null", path)])
+def test_a_lock_that_is_no_regular_file_is_named(make, tmp_path: Path):
+    make(tmp_path / ".lock")
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / ".lock"))):
+        RunLock(tmp_path).take()
 
 
 def test_resuming_a_finished_run_adds_no_lines(home: Path, tmp_path: Path):
