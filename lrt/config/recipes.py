@@ -16,7 +16,7 @@ SHIFT_MEMORY = MemoryConfig(projection="shared", source=0, start="zero")
 LRT_MEMORY = MemoryConfig(projection="shared", source=1 / 3, shift=True, start="zero")
 """Ours: recurrence from a third of the depth, beside a token shift; the best recurrent recipe of docs/results.md."""
 LRT_SCHEDULE = "parallel@0.85,settled-1..3:p=0.8/0.1/0.1"
-"""Ours: the recurrence comes late. Plain passes with the shift first; then one sweep in most steps, more of them rarely."""
+"""Ours: the recurrence comes late. Plain passes with the shift first; then one sweep in most steps, more rarely."""
 
 
 def cpu_demo() -> RunConfig:

@@ -1,6 +1,7 @@
 """`lrt demo`: four models at equal training FLOPs, trained here and now, and compared in words.
 
-A plain transformer, the same with a token shift, our LRT (the shift, and late in training the recurrence) and the paper's recipe.
+A plain transformer, the same with a token shift, our LRT (the shift, and late in training the recurrence), and the
+paper's recipe.
 """
 
 from __future__ import annotations

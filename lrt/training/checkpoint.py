@@ -308,8 +308,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
 def write_weights(loaded: Loaded, folder: Path) -> None:
     """Write a run folder of weights in bfloat16 and the tokenizer, without the optimizer's state.
 
-    Every command takes it but `--resume`; `--init-from` trains on from it. Where the token shards lay stays out: folders
-    of this machine are nobody's business elsewhere. OSError: it cannot be written.
+    Every command takes it but `--resume`; `--init-from` trains on from it. Where the token shards lay stays out:
+    folders of this machine are nobody's business elsewhere. OSError: it cannot be written.
     """
     stored = open_checkpoint(loaded.folder, verify=False)
     weights = {name: x.to(torch.bfloat16) for name, x in loaded.model.state_dict().items()}
