@@ -320,7 +320,7 @@ def test_answers_end_at_stop_tokens_stop_texts_length_and_capacity(model):
         (lambda m: next(generate(m, [[1]], [])), "0 samplings"),
         (lambda m: next(generate(m, [[1] * 70])), "70 tokens but the capacity is 64"),
         (lambda m: KVCache.empty(m, 1, 8).put(torch.tensor([0]), KVCache.empty(m, 1, 9)), "capacity 9 cannot join"),
-        (lambda m: KVCache.load("nowhere/state"), "nowhere/state cannot be read"),
+        (lambda m: KVCache.load("nowhere/state"), "nowhere/state does not exist"),
     ],
 )
 def test_errors_name_the_culprit_and_the_remedy(model, call, message):
