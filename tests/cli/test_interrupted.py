@@ -50,8 +50,7 @@ def test_an_interruption_at_any_moment_of_the_start(command: str, tmp_path: Path
             time.sleep(chance.random() * 3)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=120)
-        late = (
-            -signal.SIGINT
-        )  # the interpreter was already leaving, with its handlers gone; a shell reads 130 there too
+        # The interpreter was already leaving, with its handlers gone; a shell reads 130 there too.
+        late = -signal.SIGINT
         assert process.returncode in (0, 2, 130, late), errors
         assert "Traceback" not in errors and "Exception ignored" not in errors, errors

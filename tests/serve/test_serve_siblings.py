@@ -238,6 +238,8 @@ def test_answers_at_random_keep_their_schema(grammars, name):
         ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.01}, "at least 1 apart"),
         ({"type": "number", "minimum": 1, "exclusiveMinimum": 1, "maximum": 1.5}, "at least 1 apart"),
         ({"type": "integer", "minimum": 10**20}, "too large"),
+        ({"type": "integer", "minimum": 10**400}, "too large"),
+        ({"properties": {"default": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}}}, "at least 1 apart"),
         ({"type": "integer", "minimum": 0, "exclusiveMinimum": True}, "must be a number"),
         ({"type": "integer", "minimum": 5, "maximum": 2}, "unsatisfiable"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),

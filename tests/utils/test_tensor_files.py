@@ -44,6 +44,12 @@ def test_what_the_library_writes_comes_back_bit_for_bit(tmp_path: Path):
     assert read_tensors(tmp_path / "nothing", "weights") == ({}, {})
 
 
+def test_an_empty_tensor_may_stand_where_another_begins(tmp_path: Path):
+    path = written(tmp_path / "t", {"a": entry(), "z": entry(shape=(0,), offsets=(0, 0))}, bytes(8))
+    tensors = read_tensors(path, "weights").tensors
+    assert torch.equal(tensors["a"], torch.zeros(2)) and tensors["z"].shape == (0,)
+
+
 def test_what_was_read_stays_when_the_file_is_overwritten_in_place(tmp_path: Path):
     """A mapped file's pages would now be other numbers, and past its new end no pages at all: SIGBUS."""
     x = torch.randn(300, 300)
