@@ -101,6 +101,12 @@ def test_imports_go_down():
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_tools_of_everybody_import_no_other_room():
+    """On the lowest floor rooms may use their neighbours, but none may use one that uses it."""
+    used = {target for name, targets in arrows().items() if name.startswith("lrt.utils") for target in targets}
+    assert all(target == "lrt" or target.startswith("lrt.utils") for target in used), used
+
+
 def test_no_import_circle():
     """A module is free once all it imports is; what is never free stands in a circle, or above one."""
     waiting = {name: {t for t in targets if t != name} for name, targets in arrows().items()}

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lrt.config.model import require
 from lrt.utils.hardware import resolve_device
 
 T = TypeVar("T")
@@ -106,9 +105,8 @@ def join(device: str) -> Iterator[World]:
         return
     if chosen.type == "cuda":
         place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        require(
-            place < there, f"process {place} of this machine has no GPU: there are {there}; start no more processes"
-        )
+        if place >= there:
+            raise ValueError(f"process {place} of this machine has no GPU: there are {there}; start no more processes")
         chosen = torch.device("cuda", place)
         torch.cuda.set_device(chosen)
     try:
