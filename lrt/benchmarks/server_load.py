@@ -55,6 +55,8 @@ class LoadBenchmark:
     """Memory of the server for kept states, in MB; 0 keeps none, so that every prompt is taken in whole."""
 
     def __post_init__(self) -> None:
+        require(bool(self.shared), "--shared is empty; give numbers from 0 on")
+        require(bool(self.prompts) or self.shared == (0,), "--shared stands before prompts of a length; give --prompts")
         sizes = (*self.prompts, *(n + 1 for n in self.shared))
         require(min(sizes) >= 1, "--prompts take numbers from 1 on, --shared from 0 on")
         require(bool(self.clients) and min(self.clients) >= 1, f"--clients are {self.clients}; give numbers from 1 on")
@@ -135,7 +137,9 @@ def _words(folder: Path, settings: LoadBenchmark) -> tuple[int, ...]:
     loaded = load_model(folder)
     needed, context = max(settings.prompts) + max(settings.shared) + settings.tokens, loaded.config.model.context
     require(needed <= context, f"--prompts, --shared and --tokens come to {needed}; the context is {context} tokens")
-    return tuple(loaded.tokenizer.encode("\n".join(topics[name] for name in sorted(topics))))
+    words = tuple(loaded.tokenizer.encode("\n".join(topics[name] for name in sorted(topics))))
+    require(needed < len(words), f"--prompts and --shared come to {needed} tokens; the text here has {len(words)}")
+    return words
 
 
 def _rounds(settings: LoadBenchmark, run: Callable[[Load, float], dict[str, float]]) -> list[dict[str, Any]]:

@@ -82,3 +82,9 @@ def test_wrong_flags_are_named(capsys, tmp_path):
     run = make_run(tmp_path / "run")
     assert main(["bench", "serve", str(run), "--prompts", "900"]) == 2
     assert "come to 964; the context is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shared", "error"), [((), "--shared is empty"), ((64,), "give --prompts")])
+def test_shared_tokens_stand_before_prompts_of_a_length(shared: tuple[int, ...], error: str):
+    with pytest.raises(ValueError, match=error):
+        bench.LoadBenchmark(shared=shared)

@@ -25,6 +25,11 @@ from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.utils.compiling import outside_graphs
 
+OUTSIDE = ("labels", "shift_labels", "output_hidden_states", "output_attentions", "inputs_embeds")
+"""Arguments of a forward that no graph takes in."""
+PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
+"""What other models are told documents in one row by."""
+
 
 def steps_in_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Have a compiler trace steps on a cache alone; any other forward runs outside of its graphs, as a whole.
@@ -42,13 +47,6 @@ def steps_in_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
         return outside(self, input_ids, *args, **kwargs)
 
     return run
-
-
-OUTSIDE = ("labels", "shift_labels", "output_hidden_states", "output_attentions", "inputs_embeds")
-"""Arguments of a forward that no graph takes in."""
-
-PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
-"""What other models are told documents in one row by."""
 
 
 @dataclass
