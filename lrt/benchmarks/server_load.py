@@ -15,13 +15,14 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lrt.config.model import require
 
@@ -106,24 +107,45 @@ def measure(folder: Path, settings: LoadBenchmark) -> dict[str, Any]:
     flags = ["--port", "0", "--rows", str(max(settings.clients)), "--keep-mb", str(settings.keep_mb)]
     words = _words(folder, settings)
     with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "lrt", "serve", str(folder), *flags], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "lrt", "serve", str(folder), *flags], stdout=subprocess.PIPE, stderr=log, text=True
         ) as server,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):
         try:
-            assert server.stdout is not None
-            announced = server.stdout.readline()
-            require(" at http://" in announced, f"the server of {folder} did not start: see what it says above")
-            host, _, port = announced.strip().rpartition("//")[2].partition(":")
-            clients = Clients(host, int(port), settings.tokens, words)
+            host, port = _address(server, log)
+            clients = Clients(host, port, settings.tokens, words)
             run = lambda load, seconds: pool.submit(_in_process, clients, load, seconds).result()  # noqa: E731
             run(Load(max(settings.clients)), min(3.0, settings.seconds))  # warm up
             rows = _rounds(settings, run)
         finally:
             server.terminate()
+            sys.stderr.write(_rest(log))
     return {"run": str(folder), "tokens": settings.tokens, "seconds": settings.seconds, "rounds": settings.rounds,
             "load": settings.load, "keep_mb": settings.keep_mb, "cores": os.cpu_count(), "rows": rows}  # fmt: skip
+
+
+def _address(server: subprocess.Popen[str], log: IO[str]) -> tuple[str, int]:
+    """Where a server listens, once it does. ValueError: what it says instead, which is in its log no more."""
+    assert server.stdout is not None
+    announced = server.stdout.readline()
+    if " at http://" not in announced:
+        server.wait()
+        *before, last = _rest(log).splitlines() or ["the server ended without a word"]
+        sys.stderr.writelines(line + "\n" for line in before)
+        raise ValueError(last.removeprefix("lrt serve: "))
+    host, _, port = announced.strip().rpartition("//")[2].rpartition(":")
+    return host, int(port)
+
+
+def _rest(log: IO[str]) -> str:
+    """What a server has written so far; it is taken out of the log."""
+    log.seek(0)
+    text = log.read()
+    log.seek(0)
+    log.truncate()
+    return text
 
 
 def _words(folder: Path, settings: LoadBenchmark) -> tuple[int, ...]:

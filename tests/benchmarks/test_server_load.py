@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import tempfile
 
 import pytest
 from serving import Server, make_run
@@ -82,6 +85,18 @@ def test_wrong_flags_are_named(capsys, tmp_path):
     run = make_run(tmp_path / "run")
     assert main(["bench", "serve", str(run), "--prompts", "900"]) == 2
     assert "come to 964; the context is" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_is_told_in_its_own_line(capsys):
+    says = "import sys; print('a warning', file=sys.stderr); sys.exit('lrt serve: RUN is not a folder')"
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, "-c", says]
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+            pytest.raises(ValueError, match="^RUN is not a folder$"),
+        ):
+            bench._address(server, log)
+        assert capsys.readouterr().err == "a warning\n" and bench._rest(log) == ""
 
 
 @pytest.mark.parametrize(("shared", "error"), [((), "--shared is empty"), ((64,), "give --prompts")])
