@@ -25,7 +25,7 @@ test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile --durations=15
 
 test-slow: .venv/installed
-	$(BIN)/pytest -m slow --timeout 1200 --durations=15
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --timeout 1200 --durations=15
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -30,7 +30,8 @@ def arguments(home: Path, run: Path, steps: int, *more: str) -> list[str]:
         "--data.folder", c.data.folder, "--data.tokenizer", "bytes", "--model.depth", "2", "--model.width", "32",
         "--model.kv-heads", "1", "--model.context", "64", "--train.batch", "8", "--train.length", "32",
         "--train.horizon", f"steps={steps}", "--train.eval-every", "0", "--train.eval-rows", "4",
-        "--train.log-every", "1", "--train.save-every", "2", "--train.dtype", "float32", *more,
+        "--train.log-every", "1", "--train.save-every", "2", "--train.dtype", "float32",
+        "--train.schedule", c.train.schedule, *more,
     ]  # fmt: skip
 
 
