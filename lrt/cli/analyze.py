@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from lrt.cli.parse import parse
 from lrt.config.model import require_at_least
 from lrt.config.run import Device
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -55,5 +56,8 @@ def main(args: list[str]) -> int:
         heat_map(findings).savefig(picture, dpi=130)
     text = "\n\n".join([scored, *(f"{heading}\n\n{table.markdown()}" for heading, table in tables(findings))])
     about = {"run": str(flags.run), "step": loaded.step, "scored": scored}
-    print(json.dumps(about | findings) if flags.json else text)
+    if flags.json:
+        print(json.dumps(about | findings))
+    else:
+        show(text)
     return 0

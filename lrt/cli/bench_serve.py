@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from lrt.benchmarks.server_load import LoadBenchmark, lines, measure
 from lrt.cli.parse import parse
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -32,5 +33,7 @@ def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(BenchServeFlags, args, "bench serve")
     result = measure(flags.run, flags.settings)
-    print("\n".join([*lines(result), *([json.dumps(result)] if flags.json else [])]))
+    show("\n".join(lines(result)))
+    if flags.json:
+        print(json.dumps(result))
     return 0

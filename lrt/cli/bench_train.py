@@ -10,6 +10,7 @@ import tyro
 
 from lrt.cli.parse import parse
 from lrt.config.benchmarks import StepBenchmark
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def main(args: list[str]) -> int:
     from lrt.benchmarks.training_step import lines, measure
 
     result = measure(flags.settings)
-    print("\n".join(lines(result)))
+    show("\n".join(lines(result)))
     if flags.json:
         print(json.dumps(result))
     return 0

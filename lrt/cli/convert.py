@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.conversion import Conversion
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ def main(args: list[str]) -> int:
 
     config = convert(flags.source, flags.out, flags.conversion)
     on = "with" if config.memory.on else "without"
-    print(f"{flags.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")
+    show(f"{flags.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")
     if flags.conversion.memory == "recirculation":
-        print(f"score it with and without that memory (decoded, zero memory): lrt eval {flags.out}")
-    print(f"continue it with: lrt train --init-from {flags.out} --data.source YOUR_TEXT --out NEW_RUN")
+        show(f"score it with and without that memory (decoded, zero memory): lrt eval {flags.out}")
+    show(f"continue it with: lrt train --init-from {flags.out} --data.source YOUR_TEXT --out NEW_RUN")
     return 0

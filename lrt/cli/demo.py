@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lrt.cli.parse import parse
 from lrt.config.experiments import DemoConfig
+from lrt.utils.terminal import show
 
 FLAGS = DemoConfig
 
@@ -14,5 +15,5 @@ def main(args: list[str]) -> int:
 
     from lrt.experiments.demo import run_demo
 
-    print(run_demo(flags))
+    show(run_demo(flags))
     return 0

@@ -17,6 +17,7 @@ from lrt.config.run import Device
 from lrt.schedule import Curriculum
 from lrt.utils.files import to_json
 from lrt.utils.score_names import LEGEND, share_text, unit
+from lrt.utils.terminal import show
 
 if TYPE_CHECKING:
     from lrt.evaluation.bits_per_byte import BPB
@@ -105,7 +106,10 @@ def main(args: list[str]) -> int:
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
     where |= {"dtype": "float32", "weights": flags.weights}
     if world.first:
-        print(to_json(where | bpb.as_dict()) if flags.json else _eval_text(where, bpb))
+        if flags.json:
+            print(to_json(where | bpb.as_dict()))
+        else:
+            show(_eval_text(where, bpb))
     return 0
 
 

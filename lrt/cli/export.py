@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.model import require
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def main(args: list[str]) -> int:
     flags = parse(ExportFlags, args, "export")
     require(not flags.folder.exists(), f"{flags.folder} exists; remove it or choose another folder")
 
+    from transformers.utils.logging import disable_progress_bar
+
     from lrt.integrations.convert import save_family
     from lrt.integrations.families import FAMILIES
     from lrt.integrations.hf.export import save_export
@@ -44,13 +47,14 @@ def main(args: list[str]) -> int:
     loaded = load_model(flags.run)
     if flags.to == "run":
         write_weights(loaded, flags.folder)
-        print(f"{flags.folder}: step {loaded.step} of {flags.run}, weights in bfloat16")
+        show(f"{flags.folder}: step {loaded.step} of {flags.run}, weights in bfloat16")
         return 0
+    disable_progress_bar()  # a bar for one file says nothing
     tokenizer = fast_tokenizer(loaded)
     if flags.to in FAMILIES:
         save_family(loaded, flags.folder, flags.to)
     else:
         save_export(loaded, flags.folder, flags.prefill)
     save_tokenizer(tokenizer, flags.folder)
-    print(f"{flags.folder}: step {loaded.step} of {flags.run} as {flags.to}")
+    show(f"{flags.folder}: step {loaded.step} of {flags.run} as {flags.to}")
     return 0

@@ -14,6 +14,7 @@ from lrt.config.model import ModelConfig, require, require_at_least
 from lrt.config.recipes import RecipeName, recipe
 from lrt.utils.files import expand_home
 from lrt.utils.score_names import unit
+from lrt.utils.terminal import show
 
 if TYPE_CHECKING:
     from lrt.training.checkpoint import Checkpoint
@@ -60,7 +61,10 @@ def main(args: list[str]) -> int:
         described = {"run": str(flags.run), "step": stands.step, "source": base.data.source}
         trained = _trained(stands)
     text = "\n".join([*trained, _info_text(str(flags.run or flags.recipe), flags.model, facts)])
-    print(json.dumps(described | facts) if flags.json else text)
+    if flags.json:
+        print(json.dumps(described | facts))
+    else:
+        show(text)
     return 0
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "demo": "train four small models on this machine, compare them in a report",
-    "info": "parameters, FLOPs of every schedule, cache bytes of a recipe or a run",
+    "info": "parameters, FLOPs and cache bytes of a recipe or a run",
     "schedule": "draw a schedule as text or as a picture",
     "tokenize": "turn a text source into token shards",
     "train": "train a recipe on your text, or resume a run",
-    "eval": "bits per byte of a run in every mode, or a suite: core, blimp, parity, ..",
+    "eval": "score a run: bits per byte, or a suite (core, blimp, parity, ..)",
     "sample": "continue a prompt, decoding with memory",
     "chat": "talk to a model; its state is kept between turns",
     "export": "write a run for transformers, or as a Llama or Qwen checkpoint",
@@ -26,7 +26,7 @@ COMMANDS = {
     "core": "the CORE score of a run, with memory, from a local folder",
     "analyze": "where a run's memory acts, and how far back it reaches",
     "bench": "measure on this machine: bench train, decode, serve",
-    "plan": "memory, step time, communication and days of a recipe on a cluster",
+    "plan": "memory, step time and days of a recipe on a cluster",
     "completion": "completion of commands and flags for bash, zsh or fish",
 }
 """Each command and its line in the overview; the module of its name in this folder is imported only when it runs."""
@@ -59,14 +59,16 @@ def overview() -> str:
     """What `lrt --help` prints."""
     rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
     return (
-        "usage: lrt [--traceback] COMMAND ...\n\nThe Latent Recurrent Transformer: train it in parallel passes, "
-        f"decode it exactly with memory.\n\n{rows}\n\n"
+        "usage: lrt [--traceback] COMMAND ...\n"
+        f"Train, measure and serve language models that hand a memory from token to token.\n\n{rows}\n\n"
         "lrt help COMMAND says more. lrt --version prints the version."
     )
 
 
 def _print(text: str) -> int:
-    print(text)
+    from lrt.utils.terminal import show
+
+    show(text)
     return 0
 
 
@@ -98,9 +100,10 @@ def _reason(error: Exception) -> object:
 def _fail(label: str, error: object, code: int = 2) -> int:
     """Print one line of at most 300 printable characters, whatever the error quotes."""
     from lrt.utils.files import one_line
+    from lrt.utils.terminal import show
 
     try:
-        print(one_line(f"{label}: {error}"), file=sys.stderr, flush=True)
+        show(one_line(f"{label}: {error}"), sys.stderr)
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:  # a full disk behind one of them: the exit code says the rest

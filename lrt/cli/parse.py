@@ -8,15 +8,23 @@ import io
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lrt.utils.files import expand_home, require_name
+from lrt.utils.terminal import fitted
 
 T = TypeVar("T")
 WIDE = "1000000"
 """Columns of the terminal that tyro's message boxes are made for, so that no line in them is broken."""
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+BOX_CORNERS = ("╭", " --")
 
 
 def parse(flags: type[T], args: Sequence[str], command: str, short_help: str = "", **options: Any) -> T:
@@ -27,20 +35,47 @@ def parse(flags: type[T], args: Sequence[str], command: str, short_help: str = "
     """
     import tyro
 
+    from lrt.cli.flag_help import flag_rules
+
+    options |= {"prog": f"lrt {command}", "registry": flag_rules()}
     if {"-h", "--help", "--help-all"} & set(args):
         if short_help and "--help-all" not in args:
             print(short_help)
             raise SystemExit(0)
-        return tyro.cli(flags, args=["--help"], prog=f"lrt {command}", **options)
+        print(_help(partial(tyro.cli, flags, args=["--help"], **options)))
+        raise SystemExit(0)
     message_box = io.StringIO()
     try:
         with contextlib.redirect_stderr(message_box), _terminal_of(WIDE):
-            parsed = tyro.cli(flags, args=args, prog=f"lrt {command}", **options)
+            parsed = tyro.cli(flags, args=args, **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(f"{_first_line(message_box.getvalue())}; see lrt {command} --help") from None
     return _checked(parsed, "")
+
+
+class _Page(io.TextIOWrapper):
+    """Collects what is printed, as it would be printed on standard output: in its encoding, coloured if it is one."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8", errors="replace")
+        self.on_screen = sys.stdout.isatty()
+
+    def isatty(self) -> bool:
+        return self.on_screen
+
+
+def _help(print_help: Callable[[], object]) -> str:
+    """What tyro prints, with usage and description broken between words where the screen ends."""
+    page = _Page()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        print_help()
+    page.seek(0)
+    usage, *lines = page.read().rstrip("\n").split("\n")
+    first_box = next((i for i, line in enumerate(lines) if COLOUR.sub("", line).startswith(BOX_CORNERS)), len(lines))
+    description = "\n".join([COLOUR.sub("", usage), *lines[:first_box]])
+    return "\n".join([fitted(description, shutil.get_terminal_size().columns, 0), *lines[first_box:]])
 
 
 def names_of(args: Sequence[str]) -> list[str]:

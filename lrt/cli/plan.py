@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Annotated, Any
 
 import tyro
@@ -14,6 +15,7 @@ from lrt.config.benchmarks import Cluster
 from lrt.config.model import require
 from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig, with_vocabulary
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ def main(args: list[str]) -> int:
 
     config = planned(flags.config, args)
     facts = plan(config, flags.cluster)
-    print(json.dumps(facts) if flags.json else "\n".join(lines(flags.recipe, config, flags.cluster, facts)))
+    if flags.json:
+        print(json.dumps(facts))
+    else:
+        show("\n".join(lines(flags.recipe, config, flags.cluster, facts)))
     return 0
 
 
@@ -62,21 +67,27 @@ def lines(name: str, config: RunConfig, c: Cluster, facts: dict[str, Any]) -> It
     """The plan as a table for people."""
     m, t = config.model, config.train
     yield (
-        f"{name}: depth {m.depth}, width {m.d}, {facts['parameters']['total'] / 1e9:.3f} B parameters; "
+        f"{name}: depth {m.depth}, width {m.d}, {facts['parameters']['total']:,} parameters; "
         f"batch {t.batch} x {t.length}, {t.horizon}; {c.devices} devices of {c.memory / 1e9:.0f} GB, "
         f"{c.flops * c.efficiency / 1e12:.4g} TFLOP/s reached"
     )
     yield f"decoding: {facts['cache_bytes_per_row'] / 1e6:,.1f} MB of cache and memory for a row of {m.context} tokens"
     yield (
-        f"{'schedule':<16}{'parallel':<14}{'rows':>5}{'state GB':>10}{'activ. GB':>10}{'gathers':>8}{'sent GB':>9}"
-        f"{'step s':>18}{'comm.':>7}{'steps':>10}{'days':>9}"
+        f"  {'parallel':<12}{'rows':>4}{'state GB':>9}{'activ. GB':>10}{'gathers':>8}{'sent GB':>8}{'step s':>14}"
+        f"{'comm.':>6}{'days':>7}"
     )
-    for r in facts["rows"]:
-        low, high = r["seconds"]
-        yield (
-            f"{r['schedule']:<16}{r['parallel']:<14}{r['micro_batch'] or '-':>5}"
-            f"{sum(r['state_bytes'].values()) / 1e9:>10,.2f}{r['activation_bytes'] / 1e9:>10,.2f}{r['gathers']:>8.1f}"
-            f"{r['sent_bytes'] / 1e9:>9,.2f}{f'{low:,.3f} to {high:,.3f}':>18}{r['communication_share']:>7.0%}"
-            f"{r['steps']:>10,}{r['days']:>9,.2f}{'' if r['fits'] else '  does not fit'}"
-        )
+    for (schedule, steps), rows in groupby(facts["rows"], key=lambda r: (r["schedule"], r["steps"])):
+        yield f"{schedule}, {steps:,} steps"
+        yield from map(_row, rows)
     yield "step: communication hidden behind computing, to none hidden; days: none hidden; rows: of one micro-batch"
+
+
+def _row(r: dict[str, Any]) -> str:
+    """One way of sharing a schedule's steps among the devices."""
+    low, high = r["seconds"]
+    return (
+        f"  {r['parallel']:<12}{r['micro_batch'] or '-':>4}{sum(r['state_bytes'].values()) / 1e9:>9,.2f}"
+        f"{r['activation_bytes'] / 1e9:>10,.2f}{r['gathers']:>8.1f}{r['sent_bytes'] / 1e9:>8,.2f}"
+        f"{f'{low:.3f}-{high:.3f}':>14}{r['communication_share']:>6.0%}"
+        f"{format(r['days'], ',.2f') if r['fits'] else 'no fit':>7}"
+    )

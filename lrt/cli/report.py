@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.model import require
+from lrt.utils.terminal import show
 
 if TYPE_CHECKING:
     from lrt.experiments.groups import RunGroup
@@ -49,6 +51,7 @@ def main(args: list[str]) -> int:
             f"another kind of value ({type(error).__name__}: {error}); remove its line, or record the run again"
         ) from None
     print(text)
+    show(f"written: {flags.out / 'report.html'}", sys.stderr)
     return 0
 
 

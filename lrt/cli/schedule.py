@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from lrt.cli.parse import parse
 from lrt.config.model import require
 from lrt.schedule import Curriculum
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def main(args: list[str]) -> int:
     if flags.out is not None:
         draw.save(schedule, flags.length, flags.out)
     drawing = "\n".join(filter(None, [draw.as_text(schedule, flags.length), draw.draws(plan, flags.length)]))
-    print(drawing if _spells(drawing) else drawing.translate(draw.ASCII))
+    show(drawing if _spells(drawing) else drawing.translate(draw.ASCII))
     return 0
 
 

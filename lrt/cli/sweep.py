@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.model import require, require_at_least
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,5 @@ def main(args: list[str]) -> int:
 
     runs, out = read_sweep(flags.file), flags.out or Path("runs/sweeps") / flags.file.stem
     resources = sweep_tables(flags.file).get("cluster", {}) if flags.cluster else {}
-    print(run_sweep(runs, out, flags.jobs or at_once(), flags.cluster, **resources))
+    show(run_sweep(runs, out, flags.jobs or at_once(), flags.cluster, **resources))
     return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lrt.cli.parse import parse
 from lrt.config.run import DataConfig
+from lrt.utils.terminal import show
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def main(args: list[str]) -> int:
     if isinstance(prepared.train, TaskRows) or isinstance(prepared.val, TaskRows):
         raise ValueError(f"{flags.data.source} is drawn as it is needed; give a text")
     train, val = len(prepared.train), len(prepared.val)
-    print(
+    show(
         f"{prepared.folder}: {train:,} training and {val:,} validation tokens, "
         f"vocabulary {prepared.tokenizer.vocab_size}"
     )

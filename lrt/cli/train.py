@@ -19,6 +19,7 @@ from lrt.config.recipes import RECIPES, RecipeName, recipe
 from lrt.config.run import RunConfig
 from lrt.schedule import Curriculum
 from lrt.utils.files import expand_home
+from lrt.utils.terminal import show
 
 _NAMES = f"\n{' ' * 28}".join(textwrap.wrap(", ".join(RECIPES), 50))
 SHORT_HELP = f"""\
@@ -91,9 +92,9 @@ def _train(config: RunConfig, folder: Path, resume: bool | None) -> int:
         result = train(config, folder, resume=resume, sinks=[live, Jsonl(folder / "metrics.jsonl")])
     if result.first:
         name = unit(result.bpb.as_dict())
-        print(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
+        show(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
         run = shlex.quote(str(folder))
-        print(f"next: lrt sample {run}, lrt chat {run}, lrt eval {run} or lrt serve {run}", file=sys.stderr)
+        show(f"next: lrt sample {run}, lrt chat {run}, lrt eval {run} or lrt serve {run}", sys.stderr)
     return 0
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lrt.config.model import require
 from lrt.experiments import plots
-from lrt.experiments.groups import RunGroup, seeds_and_mean
+from lrt.experiments.groups import Measure, RunGroup, seeds_and_mean
 from lrt.experiments.pages import MOST_ARMS, arm_colours, glossary, png
 from lrt.experiments.plots import decoded
 from lrt.experiments.suite_tables import length_table, suite_tables
@@ -115,12 +115,17 @@ def _row(g: RunGroup, base: RunGroup) -> list[str]:
         f"{g.mean(lambda r: r['flops'] / 1e12):.3g}", f"{g.mean(lambda r: r['cpu_seconds']):.0f}",
         _spread(g.mean(decoded), g.deviation(decoded), len(g.records)),
         "" if difference is None else _spread(*difference, len(g.paired(base, decoded)), sign="+"),
-        f"{g.mean(lambda r: r['decoded_bfloat16']):.4f}" if "decoded_bfloat16" in first else "",
+        _where_measured(g, "decoded_bfloat16", lambda r: r["decoded_bfloat16"], ".4f"),
         f"{g.mean(lambda r: r['bpb']['zero_memory']):.3f}", f"{g.mean(lambda r: r['live_gap']):+.4f}",
-        f"{g.mean(lambda r: r['in_context_score']):.3f}",
-        *(f"{g.mean(lambda r, n=n: r['decoded_at_length'][n]):.3f}" for n in ("2", "4")),
+        _where_measured(g, "in_context_score", lambda r: r["in_context_score"], ".3f"),
+        *(_where_measured(g, "decoded_at_length", lambda r, n=n: r["decoded_at_length"][n], ".3f") for n in ("2", "4")),
         f"{g.mean(lambda r: 1e3 / r['decode_tokens_per_cpu_second']):.2f}",
     ]  # fmt: skip
+
+
+def _where_measured(g: RunGroup, name: str, measure: Measure, form: str) -> str:
+    """The seeds' mean of a figure that some records lack (those of the demo, and old ones): then an empty cell."""
+    return f"{g.mean(measure):{form}}" if all(name in r for r in g.records) else ""
 
 
 def _spread(mean: float, deviation: float, seeds: int, sign: str = "") -> str:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from lrt.config.model import require
 from lrt.utils.files import parse_json, printable, to_json
 from lrt.utils.score_names import LEGEND, unit
+from lrt.utils.terminal import fitted
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
@@ -114,7 +115,9 @@ class Live:
             self.bar.remove_task(self.tasks.pop(name)[1])
 
     def _print(self, text: str, style: str = "") -> None:
-        self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
+        shown = printable(text)
+        shown = fitted(shown, self.console.width) if self.console.is_terminal else shown
+        self.console.print(shown, style=style, markup=False, soft_wrap=True)
 
     def _advance(self, name: str, what: str, done: float, total: float | None, note: str, always: bool) -> None:
         """Move the bar of a run, or begin another one if it does something else now; a total of None moves to and fro.

@@ -8,14 +8,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from lrt.cli.info import InfoFlags
 from lrt.cli.main import COMMANDS, main
-from lrt.cli.parse import early_positional, early_value, names_of
+from lrt.cli.parse import early_positional, early_value, names_of, parse
 from lrt.cli.plan import planned
+from lrt.cli.sample import SampleFlags
 from lrt.cli.train import SHORT_HELP, _placed
+from lrt.config.model import ModelConfig
 from lrt.config.recipes import RECIPES, recipe
 from lrt.config.run import DataConfig, RunConfig, expected_vocabulary
 
@@ -45,6 +49,31 @@ def failure(capsys, arguments: list[str]) -> str:
 def test_help_before_or_after_the_command(command: str, capsys):
     texts = {printed(capsys, arguments) for arguments in ([command, "--help"], ["help", command], ["--help", command])}
     assert len(texts) == 1 and len(texts.pop()) > 100
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "bench train", "bench decode", "bench serve", "train --help-all"])
+def test_help_fits_a_narrow_screen_and_flows(command: str, capsys, monkeypatch):
+    """No line is wider than the screen, none ends where the source file's did, no type is spelled as Python does."""
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = [*shlex.split(command), *["--help"] * ("--" not in command)]
+    text = printed(capsys, arguments)
+    assert max(map(len, text.splitlines())) <= 80 and "{None}|" not in text
+    monkeypatch.setenv("COLUMNS", "1000")
+    described = [line.strip("│ ") for line in printed(capsys, arguments).splitlines() if line.startswith("│")]
+    assert not [after for line, after in pairwise(described) if not line.endswith(")") and after[:1].islower()]
+
+
+def test_the_overview_fits_a_small_terminal(capsys):
+    lines = printed(capsys, ["--help"]).splitlines()
+    assert len(lines) <= 23 and max(map(len, lines)) <= 80
+
+
+def test_an_optional_flag_takes_none_and_its_own_type_alone(capsys):
+    assert parse(InfoFlags, ["--length", "None"], "info", default=InfoFlags(ModelConfig())).length is None
+    assert parse(InfoFlags, ["--length", "7"], "info", default=InfoFlags(ModelConfig())).length == 7
+    assert "length" in failure(capsys, ["info", "--length", "seven"])
+    parsed = parse(SampleFlags, ["run", "--stop-tokens", "1", "2"], "sample")
+    assert parsed.decoding.sampling.stop_tokens == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["train", "decode", "serve"])

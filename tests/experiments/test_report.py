@@ -88,6 +88,20 @@ def test_tables_and_pictures(records, capsys):
     assert "http://" not in html and "https://" not in html  # self-contained
 
 
+def test_figures_that_were_not_measured_are_empty_cells(records, capsys):
+    """The demo's records lack them, and so do old ones."""
+    lines = [record(arm, 0, 2.0) for arm in ("plain", "settled")]
+    for line in lines:
+        del line["in_context_score"], line["decoded_at_length"], line["decoded_bfloat16"]
+    (records / "demo.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    assert main(["report", str(records / "demo.jsonl"), "--out", str(records / "out")]) == 0
+    told = capsys.readouterr()
+    row = next(line for line in told.out.splitlines() if line.startswith("| plain"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[9] == cells[12] == cells[13] == cells[14] == "" and cells[7] == "2.0000" and cells[15] == "5.00"
+    assert told.err == f"written: {records / 'out' / 'report.html'}\n"
+
+
 def test_what_is_no_record_is_named(records, capsys):
     (records / "bad.jsonl").write_text('{"arm": 1}\n', encoding="utf-8")
     for arguments, said in (

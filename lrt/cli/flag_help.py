@@ -1,0 +1,69 @@
+"""How flags look in tyro's help: an optional value is called by its type, and a description flows as one text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Union, get_args
+
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+
+def flag_rules() -> ConstructorRegistry:
+    """Rules for `tyro.cli`."""
+    rules = ConstructorRegistry()
+    rules.primitive_rule(_optional)
+    within: list[type] = []
+
+    @rules.struct_rule
+    def described(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type) or info.type in within:
+            return None
+        within.append(info.type)
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)  # tyro's own rule
+        finally:
+            within.pop()
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return dataclasses.replace(spec, fields=tuple(map(_flowing, spec.fields)))
+
+    return rules
+
+
+def _flowing(field: StructFieldSpec) -> StructFieldSpec:
+    """The field with a description whose lines are joined; tyro keeps the breaks that the source file has."""
+
+    def text() -> str | None:
+        raw = field.helptext() if callable(field.helptext) else field.helptext
+        return raw and " ".join(raw.split())
+
+    return dataclasses.replace(field, helptext=text)
+
+
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """`int | None` is shown as INT, where tyro's own rule says {None}|INT; None is still taken."""
+    kinds = get_args(info.type)
+    if type(None) not in kinds:
+        return None
+    inner: Any = Union[tuple(k for k in kinds if k is not type(None))]  # noqa: UP007 (made at run time)
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+
+    def value(texts: list[str]) -> Any:
+        return None if texts == ["None"] else spec.instance_from_str(texts)
+
+    return dataclasses.replace(
+        spec,
+        instance_from_str=value,
+        is_instance=lambda x: x is None or spec.is_instance(x),
+        str_from_instance=lambda x: ["None"] if x is None else spec.str_from_instance(x),
+        choices=None if spec.choices is None else (*spec.choices, "None"),
+    )

@@ -1,0 +1,36 @@
+"""Text fitted to a screen."""
+
+from __future__ import annotations
+
+import io
+
+from lrt.utils.terminal import fitted, show
+
+
+def test_long_lines_break_between_words_and_short_ones_stay():
+    text = "short\n\n  step 20: decoded 3.05, merged 3.05\n"
+    assert fitted(text, 100) == text
+    assert fitted(text, 24) == "short\n\n  step 20: decoded 3.05,\n    merged 3.05\n"
+
+
+def test_a_word_longer_than_the_screen_stays_whole():
+    """A path that is broken cannot be copied."""
+    path = "/a/very/long/path/to-a-run"
+    assert fitted(f"see {path} now", 12) == f"see\n  {path}\n  now"
+    assert fitted("a b", 1) == "a\nb"
+
+
+class Screen(io.StringIO):
+    """A terminal of the columns that COLUMNS says."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_a_terminal_is_fitted_to(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    pipe, screen = io.StringIO(), Screen()
+    show("one two three four", pipe)
+    show("one two three four", screen)
+    assert pipe.getvalue() == "one two three four\n"
+    assert screen.getvalue() == "one two\n  three four\n"
