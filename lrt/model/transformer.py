@@ -29,17 +29,24 @@ BlockOutput = tuple[StreamBND, HeadsBKNE, HeadsBKNE]
 class Transformer(nn.Module):
     """Embedding, blocks and head of an LRT, initialised; `run_pass` runs one pass."""
 
-    def __init__(self, config: ModelConfig, device: str | torch.device | None = None, seed: int = 0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        block: type[Block] = Block,
+    ):
         """Build the model on `device` (by default torch's default device) and initialise it from `seed`.
 
-        On the meta device nothing is allocated or initialised: `to_empty` and `initialise` do that later.
+        On the meta device nothing is allocated or initialised: `to_empty` and `initialise` do that later. `block` is
+        the class of the blocks, where a library wants one of its own.
         """
         super().__init__()
         self.config, self.execution = config, Execution()
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.device("meta"):  # so that nothing is allocated or drawn twice
             self.embedding = nn.Embedding(config.vocab_size, config.d)
-            self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+            self.blocks = nn.ModuleList(block(config, i) for i in range(config.depth))
             self.norm = stream_norm(config)
             self.head = None if config.backbone.tied else nn.Linear(config.d, config.vocab_size, bias=False)
             self.projection, self.shift_projection = projections(config, config.memory.projection == "shared")

@@ -275,18 +275,27 @@ def test_labels_in_train_mode_give_the_schedules_loss(cfg: ModelConfig, schedule
     torch.testing.assert_close(padded, by_hand, rtol=1e-12, atol=1e-12)
 
 
-def test_recomputation_changes_no_gradient():
-    model, ids = wrapped(FULL).train(), ids_of(2, 8)
-    grads = []
-    for switch in (False, True):
-        model._set_gradient_checkpointing(switch)  # what the library's own calls come to, under either of their names
-        assert model.model.gradient_checkpointing is switch
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing_kwargs": {"use_reentrant": True}}], ids=str)
+def test_recomputation_changes_no_gradient(options: dict):
+    """Neither way of the library loses what reaches a block through its memory and its embedding."""
+    model, ids, grads, runs = wrapped(FULL, schedule="interleaved-2").train(), ids_of(2, 8), [], []
+    for again in (False, True):
+        if again:
+            model.activation_checkpointing_enable(**options)
+        assert model.is_activation_checkpointing is model.model.gradient_checkpointing is again
+        calls = []
+        handle = model.model.core.blocks[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model.zero_grad()
-        model.steps = 0
         model(ids, labels=ids).loss.backward()
+        handle.remove()
         grads.append([p.grad.clone() for p in model.parameters()])
-    assert model.model.core.execution.recompute
+        runs.append(len(calls))
+    assert runs[1] == 2 * runs[0]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with pytest.raises(ValueError, match="disable activation checkpointing"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+    model.activation_checkpointing_disable()
+    assert model(inputs_embeds=model.get_input_embeddings()(ids)).logits.requires_grad
 
 
 def test_labels_in_eval_mode_give_the_loss_of_the_logits():

@@ -27,7 +27,7 @@ def as_tokens(core: LRT, vectors: StreamBND) -> Iterator[TokensBN]:
     weight, valued = core.embedding.weight, value_embeddings(core)
     require(weight.device.type != "meta", "inputs_embeds need the embedding's weights in place; do not offload them")
     again = "with value embeddings inputs_embeds cannot be recomputed: disable activation checkpointing"
-    require(not (valued and core.execution.recompute and torch.is_grad_enabled()), again)
+    require(not (valued and _recomputed(core) and torch.is_grad_enabled()), again)
     size, table = len(weight), vectors.flatten(0, 1)
     known = known_tokens(weight.detach(), table.detach().to(weight.dtype))
     tokens = torch.where(known < 0, size + torch.arange(len(known), device=known.device), known)
@@ -37,6 +37,12 @@ def as_tokens(core: LRT, vectors: StreamBND) -> Iterator[TokensBN]:
     finally:
         for swap in swaps:
             swap.remove()
+
+
+def _recomputed(core: LRT) -> bool:
+    """Whether blocks run again for the backward pass, by the core's way or the library's."""
+    again = (block.training and getattr(block, "gradient_checkpointing", False) for block in core.blocks)
+    return core.execution.recompute or any(again)
 
 
 def value_embeddings(core: LRT) -> list[nn.Embedding]:

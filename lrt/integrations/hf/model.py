@@ -20,7 +20,7 @@ from lrt.integrations.hf.embeds import as_tokens
 from lrt.integrations.hf.fold import Wanted
 from lrt.integrations.hf.forward import Inputs, Outcome, by_schedule, decoded, is_step
 from lrt.integrations.hf.objective import objective
-from lrt.integrations.hf.pretrained import LRTPreTrainedModel
+from lrt.integrations.hf.pretrained import LRTPreTrainedModel, RecomputedBlock
 from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.utils.compiling import outside_graphs
@@ -70,9 +70,10 @@ class LRTModel(LRTPreTrainedModel):
 
     def __init__(self, config: LRTConfig):
         super().__init__(config)
-        self.core = LRT(config.model_config())
+        self.core = LRT(config.model_config(), block=RecomputedBlock)
         self.gradient_checkpointing = False
         self.counter = StepCounter()
+        self.register_load_state_dict_pre_hook(_read_where_it_was)
         self.post_init()
 
     @property
@@ -162,6 +163,12 @@ class LRTModel(LRTPreTrainedModel):
         if torch.is_grad_enabled():
             self.steps = step + 1
         return step
+
+
+def _read_where_it_was(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The count of steps, of weights from before it moved."""
+    if f"{prefix}steps_done" in tensors:
+        tensors[f"{prefix}counter.steps_done"] = tensors.pop(f"{prefix}steps_done")
 
 
 class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):

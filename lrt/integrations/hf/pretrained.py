@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
-from lrt.config.model import require
 from lrt.config.run import to_dict
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.embeds import value_embeddings
+from lrt.model.blocks import Block, BlockContext
 from lrt.model.lrt import LRT
+from lrt.model.shapes import HeadsBKNE, StreamBND
+
+MOVED = {r"(?<!counter\.)steps_done": "counter.steps_done"}
+"""Tensors that have had another name, by expressions."""
+AGAIN = partial(checkpoint, use_reentrant=False)
+
+
+class RecomputedBlock(GradientCheckpointingLayer, Block):
+    """A block that the library can have computed again for the backward pass."""
+
+    def forward(self, x: StreamBND, context: BlockContext) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:
+        return Block.forward(self, x, context)
 
 
 class LRTPreTrainedModel(PreTrainedModel):
@@ -29,10 +43,19 @@ class LRTPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012 - the library's own type
+    _no_split_modules = ["RecomputedBlock"]  # noqa: RUF012 - the library's own type
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"steps_done"]  # noqa: RUF012 - folders from before it was kept
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?steps_done$"]  # noqa: RUF012 - where it was once
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        """As the library has it; of folders from before the count of steps moved, too."""
+        loaded = super().from_pretrained(*args, key_mapping=MOVED | (key_mapping or {}), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        renamed = vars(model).get("_weight_conversions") or ()  # would be undone when the model is saved
+        kept = [one for one in renamed if not set(MOVED) & set(one.source_patterns)]
+        vars(model)["_weight_conversions"] = kept or None
+        return loaded
 
     @property
     def inner(self) -> LRT:
@@ -56,15 +79,17 @@ class LRTPreTrainedModel(PreTrainedModel):
     # Recomputation.
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = AGAIN, every_n_layers: int = 1
     ) -> None:
-        """Keep only the inputs of blocks for the backward pass: the core's own recomputation, of every block."""
-        require(every_n_layers == 1, f"LRT recomputes every block; every_n_layers is {every_n_layers}, leave it out")
-        for module in self.modules():
-            if isinstance(module, LRT):
-                module.execution = replace(module.execution, recompute=enable)
-            elif isinstance(module, LRTPreTrainedModel):
-                module.gradient_checkpointing = enable
+        """As the library has it, of its kind of layer; blocks are given tensors in tuples, which no reentrant way sees.
+
+        Values and gradients are those of the reentrant way.
+        """
+        given = gradient_checkpointing_func
+        if isinstance(given, partial):
+            given = partial(given.func, *given.args, **given.keywords | {"use_reentrant": False})
+        every = () if every_n_layers == 1 else (every_n_layers,)  # which older versions do not know
+        super()._set_gradient_checkpointing(enable, given, *every)
 
     # Embeddings.
 
