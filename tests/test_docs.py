@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from prose import anchor, headings, paragraphs, sentences, words
 
+import lrt
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SOURCES = sorted(
@@ -83,6 +85,16 @@ def test_the_equations_stand_where_the_method_says():
         assert not missing, f"{module} has no {missing}: correct the table in docs/method.md"
 
 
+def test_every_public_name_is_on_a_reference_page():
+    """Those that `lrt` itself gives, and those that the documents' examples import."""
+    shown = {m for p in DOCS.glob("reference/*.md") for m in re.findall(r"^::: (\S+)", p.read_text("utf-8"), re.M)}
+    assert {name for names in lrt._MODULES.values() for name in names} == set(lrt.__all__)
+    used = set(lrt._MODULES)
+    for page in (*PAGES, DOCS / "tour.ipynb"):
+        used |= set(re.findall(r"from (lrt[\w.]*\.\w+) import", page.read_text("utf-8")))
+    assert {m for m in used if (ROOT / (m.replace(".", "/") + ".py")).is_file()} - shown == set()
+
+
 # Prose.
 
 LONGEST_SENTENCE, LONGEST_PARAGRAPH = 25, 70
@@ -90,7 +102,7 @@ PLAIN_PAGES = [
     "README.md", "CONTRIBUTING.md", "docs/index.md", "docs/glossary.md", "docs/how_it_works.md", "docs/method.md",
     "docs/should_i_use_it.md", "docs/tutorial.md", "docs/library.md", "docs/recipes.md", "docs/data.md",
     "docs/experiments.md", "docs/scaling.md", "docs/gpu.md", "docs/results.md", "docs/results/outside.md",
-    "docs/results/equal_flops.md", "docs/results/first_round.md",
+    "docs/results/equal_flops.md", "docs/results/first_round.md", "docs/speed.md", "docs/reliability.md",
 ]  # fmt: skip
 """Pages held to short sentences and paragraphs."""
 
