@@ -43,6 +43,7 @@ def main(args: list[str]) -> int:
     from lrt.integrations.hf.export import save_export
     from lrt.integrations.hf.fast_tokenizer import fast_tokenizer, save_tokenizer
     from lrt.training.checkpoint import load_model, write_weights
+    from lrt.utils.checksums import write_sums
 
     loaded = load_model(flags.run)
     if flags.to == "run":
@@ -56,5 +57,6 @@ def main(args: list[str]) -> int:
     else:
         save_export(loaded, flags.folder, flags.prefill)
     save_tokenizer(tokenizer, flags.folder)
+    write_sums(flags.folder)
     show(f"{flags.folder}: step {loaded.step} of {flags.run} as {flags.to}")
     return 0

@@ -8,7 +8,8 @@ from typing import Any, final
 
 import numpy as np
 
-from lrt.utils.files import one_line, parse_json, read_bytes, write_json
+from lrt.utils.files import one_line, parse_json, read_bytes, write_sealed
+from lrt.utils.seals import SEAL, unsealed
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -58,12 +59,16 @@ class Manifest:
         if not file.is_file():
             raise ValueError(f"{file}: no such file, so these are no complete token shards: prepare the data again")
         try:
-            return _checked_manifest(parse_json(read_bytes(file, "manifest"), "this manifest"))
+            data = parse_json(read_bytes(file, "manifest"), "this manifest")
+            sealed = data if isinstance(data, dict) else {}
+            manifest = _checked_manifest({key: value for key, value in sealed.items() if key != SEAL})
+            unsealed(sealed, "this manifest")
+            return manifest
         except ValueError as error:
             raise ValueError(f"{file}: {one_line(error, 200)}: {AGAIN}") from None
 
     def save(self, folder: Path | str) -> None:
-        write_json(Path(folder) / "manifest.json", asdict(self))
+        write_sealed(Path(folder) / "manifest.json", asdict(self))
 
     def of(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split."""

@@ -201,13 +201,17 @@ def reopen(places: Iterable[Path], tokens: str, tokenizer: Tokenizer, normalised
     places: folders of shards, or folders that hold some. tokenizer: the run's own. verify, normalised: see `prepare`.
     ValueError: the shards with these tokens are damaged, or made with another tokenizer.
     """
+    home = shards_of(places, tokens)
+    return None if home is None else _open(home, verify, normalised, tokenizer)
+
+
+def shards_of(places: Iterable[Path], tokens: str) -> Path | None:
+    """The first folder of shards in one of the places whose training tokens have this hash."""
     for home in itertools.chain.from_iterable(map(_shard_folders, places)):
         with contextlib.suppress(ValueError):
             if Manifest.load(home).hash("train") == tokens:
-                break
-    else:
-        return None
-    return _open(home, verify, normalised, tokenizer)
+                return home
+    return None
 
 
 def _shard_folders(place: Path) -> list[Path]:

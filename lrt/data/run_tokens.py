@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 from lrt.config.model import require
 from lrt.config.run import TASK, DataConfig
-from lrt.data.prepare import Prepared, ReportProgress, data_fingerprint, prepare, reopen
+from lrt.data.prepare import Prepared, ReportProgress, data_fingerprint, prepare, reopen, shards_of
 from lrt.data.synthetic import TaskRows
 from lrt.data.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ class RunTokens:
         """
         if data.source.startswith(TASK):
             return self._same(prepare(data), run, data)
-        places = [*(run / p for p in self.places), run / OWN, run.parent / Path(data.folder).name, Path(data.folder)]
+        places = self._places(run, data)
         kept = reopen(places, self.train, tokenizer, data.normalised, verify)
         if kept is not None:
             return self._same(replace(kept, text=self.text), run, data)
@@ -67,6 +68,10 @@ class RunTokens:
             return self._same(prepare(data, progress=progress, verify=verify), run, data)
         except ValueError as error:
             raise ValueError(f"no token shards of {run} in {run / OWN} or where they were, and {error}") from None
+
+    def _places(self, run: Path, data: DataConfig) -> list[Path]:
+        """Folders where its shards may lie, or that may hold them."""
+        return [*(run / p for p in self.places), run / OWN, run.parent / Path(data.folder).name, Path(data.folder)]
 
     def changed(self, data: DataConfig) -> bool:
         """Whether the source is gone, or not what the shards were made of."""
@@ -94,6 +99,31 @@ def recorded(prepared: Prepared, run: Path) -> dict[str, Any]:
     home = prepared.folder.absolute()
     places = [os.path.relpath(home, run.absolute()), str(home)]
     return {"data": prepared.train.hash, "shards": {"val": prepared.val.hash, "places": places, "text": prepared.text}}
+
+
+def of_another(extra: dict[str, Any], run: Path, data: DataConfig, out: Path) -> dict[str, Any]:
+    """What a checkpoint of `run` says of its tokens, as the run `out` made from it has to say it.
+
+    Places are named from there, and in full. Shards that lie within `run` are linked or copied, since it may be moved.
+    """
+    tokens, said = RunTokens.of(extra), {name: extra[name] for name in RECORDED if name in extra}
+    if tokens is None or "shards" not in said:
+        return said
+    home = shards_of(tokens._places(run, data), tokens.train)
+    if home is None:
+        return said
+    if home.resolve().is_relative_to(run.resolve()):
+        home = Path(shutil.copytree(home, out / OWN, copy_function=_linked))
+    places = [os.path.relpath(home.resolve(), out.resolve()), str(home.resolve())]
+    return said | {"shards": said["shards"] | {"places": places}}
+
+
+def _linked(source: str, target: str) -> None:
+    """One file under two names where the disk allows it, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def without_places(extra: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lrt.training.budget import horizon
 from lrt.training.checkpoint import load_model
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
-from lrt.utils.files import write_json, write_text
+from lrt.utils.files import write_sealed, write_text
 from lrt.utils.hardware import resolve_device
 from lrt.utils.score_names import LEGEND
 from lrt.utils.tables import Table
@@ -136,7 +136,7 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     ]
     html = page("lrt demo", about, blocks)
     write_text(out / "report.html", html)
-    write_json(out / "report.json", {"runs": rows, "seconds": seconds, "about": about, "verdict": conclusion})
+    write_sealed(out / "report.json", {"runs": rows, "seconds": seconds, "about": about, "verdict": conclusion})
     texts = [f"--- {name}\n{text}" for name, text in samples.items()]
     files = f"{out / 'report.html'}, report.png, report.json"
     return "\n\n".join([*texts, f"{table.markdown()}\n({LEGEND})", about, conclusion, next_commands(out), files])

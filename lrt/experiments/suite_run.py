@@ -19,7 +19,7 @@ from lrt.experiments.record import origin
 from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import prefill_options
-from lrt.utils.files import read_jsonl, require_fields, write_jsonl
+from lrt.utils.files import read_jsonl, require_fields, sealed, write_jsonl
 
 Tell = Callable[[str], None]
 PART: dict[str, type] = {"part": str, "scores": dict, "cpu_seconds": float, "lost": str}
@@ -66,9 +66,9 @@ def run_suite(loaded: Loaded, suite: Suite, scorer: Scorer, place: Place, tell: 
         if part not in lines:
             label = f"{suite.name} {number}/{len(suite.parts)} {part}"
             lines[part] = _timed(part, score, scorer, lambda text, label=label: tell(f"{label}: {text}"))
-            write_jsonl(kept, [{"of": subject}, *lines.values()])
+            write_jsonl(kept, map(sealed, [{"of": subject}, *lines.values()]))
     record = _record(loaded, suite, scorer, place.arm, lines) | {"of": subject}
-    write_jsonl(file, [record])
+    write_jsonl(file, [sealed(record)])
     kept.unlink()
     return record
 

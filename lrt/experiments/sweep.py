@@ -32,7 +32,7 @@ from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
-from lrt.utils.files import read_json, read_toml, require_fields, write_json, write_jsonl
+from lrt.utils.files import read_json, read_toml, require_fields, sealed, write_jsonl, write_sealed
 
 RECORD = "record.json"
 KEYS: dict[str, type] = {"recipe": str, "seeds": list, "base": dict, "grid": dict, "arms": dict, "cluster": dict}
@@ -173,7 +173,7 @@ def _run_one(config: RunConfig, folder: Path, tell: Sink) -> None:
     require(not strange, f"{folder} holds something else than a run; move it, or choose another --out")
     train(config, folder, resume=None, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
     result = record(folder)
-    write_json(folder / RECORD, result | {"settings": to_dict(config)})
+    write_sealed(folder / RECORD, result | {"settings": to_dict(config)})
 
 
 def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
@@ -185,5 +185,5 @@ def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
             del result["settings"]
             lines.append({"arm": run.arm, "grid": run.grid} | result)
     out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out / "results.jsonl", lines)
+    write_jsonl(out / "results.jsonl", map(sealed, lines))
     return lines

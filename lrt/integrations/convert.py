@@ -15,13 +15,14 @@ from lrt.config.conversion import AddedMemory, Conversion, Start
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
 from lrt.data import Tokenizer, load_tokenizer
-from lrt.data.run_tokens import RECORDED
+from lrt.data.run_tokens import of_another
 from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.loaded import Loaded
 from lrt.integrations import families
 from lrt.model.lrt import LRT
 from lrt.model.parameters import MEMORY, role
 from lrt.training import checkpoint
+from lrt.utils.checksums import require_sums
 from lrt.utils.files import one_line, read_json, require_kind, write_json
 from lrt.utils.tensor_files import read_tensors
 
@@ -39,8 +40,8 @@ class ConversionSource:
     tokenizer: Tokenizer
     train: TrainConfig
     data: DataConfig = field(default_factory=DataConfig)
-    tokens: dict[str, Any] = field(default_factory=dict)
-    """What a run says of its tokens: its validation split scores the new one too."""
+    run: Loaded | None = None
+    """The run that this is, if it keeps its tokenizer: its validation split scores the new one too."""
 
 
 def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig:
@@ -69,7 +70,8 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
     source.tokenizer.save(out / "tokenizer")
     write_json(out / "config.json", to_dict(run))
     origin = {"converted_from": folder.name, "start": how.start if how.memory not in UNSTARTED else None}
-    checkpoint.save(out, 0, run, model, {}, origin | source.tokens, keep=1)
+    tokens = of_another(source.run.extra, source.run.run, source.data, out) if source.run is not None else {}
+    checkpoint.save(out, 0, run, model, {}, origin | tokens, keep=1)
     return config
 
 
@@ -129,8 +131,9 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
         loaded = checkpoint.load_model(folder)
         words = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
         weights = dict(loaded.model.state_dict())
-        tokens = {name: loaded.extra[name] for name in RECORDED if name in loaded.extra and not tokenizer}
-        return ConversionSource(loaded.model.config, weights, words, loaded.config.train, loaded.config.data, tokens)
+        run = None if tokenizer else loaded
+        return ConversionSource(loaded.model.config, weights, words, loaded.config.train, loaded.config.data, run)
+    require_sums(folder)
     facts = read_json(folder / "config.json", "model description")
     words = load_tokenizer(tokenizer or folder)
     if tokenizer and words.config.eos is None:  # the checkpoint still says what ends a text

@@ -18,10 +18,12 @@ from lrt.model.shapes import HeadsBKNE, PositionsN, TokensBN
 from lrt.model.state import Buffer, CachedPrefix, PassInput, PassOutput
 from lrt.model.transformer import Transformer
 from lrt.utils.files import parse_json
-from lrt.utils.tensor_files import read_tensors
+from lrt.utils.tensor_files import read_tensors, tensors_hash
 
 X = TypeVar("X")
-FORMAT = "lrt-cache-1"
+FORMAT, BEFORE = "lrt-cache-2", "lrt-cache-1"
+"""The format before this one had no hash of what it holds."""
+DIGEST = "sha256"
 FUTURE = 2**40
 """A position later than any."""
 MOST_SLOTS = 2**24
@@ -230,14 +232,19 @@ class KVCache(NamedTuple):
         for name, xs in (("keys", self.keys), ("values", self.values)):
             tensors |= {f"{name}.{i}": x[:, :, :used].contiguous() for i, x in enumerate(xs)}
         slots = json.dumps([x.shape[2] for x in self.keys])
-        save_file(tensors, path, {"format": FORMAT, "slots": slots, "longest": str(used)})
+        about = {"format": FORMAT, "slots": slots, "longest": str(used)}
+        save_file(tensors, path, about | {DIGEST: tensors_hash(tensors, about)})
 
     @staticmethod
     def load(path: Path | str, device: str | torch.device = "cpu") -> KVCache:
         """Read a state written by `save`, bit for bit. ValueError: no such file, or not a state of this version."""
         tensors, about = read_tensors(path, "the saved state", device)
-        if about.get("format") != FORMAT:
+        if about.get("format") not in (FORMAT, BEFORE):
             raise ValueError(f"{path}: not a state saved as {FORMAT}: write it with KVCache.save")
+        digest = about.pop(DIGEST, None)
+        unmarked = digest is None and about["format"] == BEFORE
+        if not unmarked and digest != tensors_hash(tensors, about):
+            raise ValueError(f"{path}: has changed since it was saved (checksum): write it again with KVCache.save")
         slots = parse_json(about.get("slots", ""), f"{path}: slots")
         longest = parse_json(about.get("longest", ""), f"{path}: longest")
         _require_state(tensors, slots, longest, path)

@@ -13,7 +13,6 @@ A run folder holds
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import re
@@ -35,6 +34,7 @@ from lrt.data import Tokenizer, load_tokenizer
 from lrt.data.run_tokens import without_places
 from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
+from lrt.utils.checksums import SUMS, file_hash, sums_text
 from lrt.utils.dtensor import fill
 from lrt.utils.files import one_line, read_json, read_text, require_fields, require_kind, write_json, write_text
 from lrt.utils.tensor_files import read_tensors
@@ -42,7 +42,7 @@ from lrt.utils.tensor_files import read_tensors
 FORMAT, BEFORE = 2, 1
 """Format 1 had no SHA256SUMS: the hashes of its tensors stand in meta.json, and nothing covers that."""
 BRIEF = "bfloat16"
-MODEL, OPTIMIZER, META, SUMS = "model.safetensors", "optimizer.safetensors", "meta.json", "SHA256SUMS"
+MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
 NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,17})")
 """Folders of this name are checkpoints, one name a step; a copy under any other name is its owner's."""
 LEFT = re.compile(NAME.pattern + r"(\.old)?\.tmp")
@@ -112,7 +112,7 @@ def save(
         meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
         meta |= {"stored": BRIEF} if all(x.dtype == torch.bfloat16 for x in weights.values()) else {}
         write_json(aside / META, meta | {"tokenizer": tokenizer_sums(run)})
-        write_text(aside / SUMS, _sums_text(checksums | {META: _hash(aside / META)}))
+        write_text(aside / SUMS, sums_text(checksums | {META: file_hash(aside / META)}))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:60]
@@ -148,12 +148,7 @@ def tokenizer_sums(run: Path) -> dict[str, str]:
     """SHA-256 of every file in the run's tokenizer folder, by its name there."""
     folder = (run / TOKENIZER).parent
     files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-    return {str(p.relative_to(folder)): _hash(p) for p in files}
-
-
-def _sums_text(sums: dict[str, str]) -> str:
-    """As `sha256sum` writes and checks it."""
-    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    return {str(p.relative_to(folder)): file_hash(p) for p in files}
 
 
 def _score(folder: Path) -> float:
@@ -208,7 +203,7 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         folder = saved[-1]
     meta, sums = _described(folder)
     for name in (MODEL, OPTIMIZER):
-        if not (folder / name).is_file() or (verify and _hash(folder / name) != sums[name]):
+        if not (folder / name).is_file() or (verify and file_hash(folder / name) != sums[name]):
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
     config = from_dict(RunConfig, meta.get("config"), str(folder / META))
     stored = meta.get("stored", "float32")
@@ -243,7 +238,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"{folder / META} does not say what {MODEL} and {OPTIMIZER} hash to; use another checkpoint")
     if meta["format"] == FORMAT or (folder / SUMS).exists():
         written = read_text(folder / SUMS, "checksums")
-        if written != _sums_text(sums | {META: _hash(folder / META)}):
+        if written != sums_text(sums | {META: file_hash(folder / META)}):
             raise ValueError(f"{folder / META} is not what {SUMS} says (checksum); use another checkpoint")
     if _step(folder) not in (-1, step):
         raise ValueError(f"{folder} holds step {step} ({META}), not what its name says; rename it, or use another")
@@ -346,18 +341,10 @@ def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
         fill(own[name], value)
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _sync_and_hash(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _hash(path)
+    return file_hash(path)
 
 
 def _sync_folder(folder: Path) -> None:

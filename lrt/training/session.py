@@ -35,7 +35,7 @@ from lrt.training.run_lock import RunLock
 from lrt.training.step_figures import StepFigures
 from lrt.utils.distributed import World
 from lrt.utils.dtensor import whole
-from lrt.utils.files import write_json
+from lrt.utils.files import write_json, write_sealed
 from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory
 from lrt.utils.score_names import unit
 
@@ -334,7 +334,7 @@ class Session:
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
         result["peak_memory_bytes"] = peak_memory(self.device)
         if self.world.first and not (self.resumed and not self.stepped and (self.run / "result.json").exists()):
-            write_json(self.run / "result.json", result)
+            write_sealed(self.run / "result.json", result)
         return Result(self.model.eval(), self.prepared, self.progress, bpb, self.world.first)
 
 

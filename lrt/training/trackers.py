@@ -15,7 +15,7 @@ from typing import Any, final
 
 from lrt.config.run import TrackerName
 from lrt.training.logging import Event, Sink, tell
-from lrt.utils.files import one_line, read_json, write_json
+from lrt.utils.files import one_line, read_json, write_sealed
 
 PROJECT = "lrt"
 """Project or experiment that runs are listed under, where their tracker has such."""
@@ -69,7 +69,7 @@ class Tracker(ABC):
         if self.rewinds or step > self.known.get(kind, -1):
             self.log(step, figures)
             self.known[kind] = step
-            write_json(self.file, self.known)
+            write_sealed(self.file, self.known)
 
     @abstractmethod
     def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:

@@ -3,6 +3,7 @@
 Every reader takes regular files alone (a pipe or a device would never end), UTF-8 without a byte order mark, and a size
 and depth that fit. What comes out are plain values: objects with string keys that each occur once, lists, strings,
 numbers of at most 128 bits, true, false, null. Everything else raises ValueError naming file, place and remedy.
+An object that carries a seal (`seals.py`) must be what that says; the seal itself is not handed on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lrt.utils.seals import SEAL, seal_of, unsealed
 
 MEBI = 2**20
 MOST_JSON = 64 * MEBI
@@ -122,7 +125,8 @@ def _decoded(content: bytes, where: str) -> str:
 
 def read_json(path: Path | str, what: str, *, most: int = MOST_JSON, loose: bool = False) -> dict[str, Any]:
     """The object of a JSON file. `loose`: whether NaN, infinities and half characters may stand in it."""
-    return require_kind(parse_json(read_bytes(path, what, most), f"{what} {path}", loose=loose), dict, f"{what} {path}")
+    where = f"{what} {path}"
+    return unsealed(require_kind(parse_json(read_bytes(path, what, most), where, loose=loose), dict, where), where)
 
 
 def parse_json(text: str | bytes, where: str, *, loose: bool = False) -> Any:
@@ -150,7 +154,7 @@ def read_jsonl(
             if not line or (torn and not line.endswith(b"\n")):
                 return
             if line.strip():
-                yield number, require_kind(parse_json(line, where, loose=loose), dict, where)
+                yield number, unsealed(require_kind(parse_json(line, where, loose=loose), dict, where), where)
 
 
 def read_csv(path: Path | str, what: str, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -315,9 +319,20 @@ def _finite(data: Any) -> Any:
     return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The object as JSON holds it, with its seal (`seals.py`)."""
+    content = {key: value for key, value in json.loads(to_json(data)).items() if key != SEAL}
+    return content | {SEAL: seal_of(content)}
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON (see `to_json`) as `write_text` does."""
     write_text(path, to_json(data, indent=2) + "\n")
+
+
+def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
+    """Write an object with its seal as `write_text` does: for what lrt alone reads, and figures above all."""
+    write_json(path, sealed(data))
 
 
 def write_text(path: Path, text: str) -> None:

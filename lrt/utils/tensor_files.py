@@ -6,9 +6,12 @@ goes on with other numbers, minutes later. So what is read here is read once, an
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +68,16 @@ def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensor
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise ValueError("it was written to while it was read")
     return StoredTensors({name: tensors[name] for name in header}, about)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """SHA-256 of what a file holds: every tensor's name, type, shape and bytes, and the texts beside them."""
+    digest = hashlib.sha256(json.dumps(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        raw = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(raw.dtype), list(raw.shape)]).encode())
+        digest.update(raw.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _place(name: str, entry: Any) -> tuple[int, int]:

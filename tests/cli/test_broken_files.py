@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -122,6 +123,11 @@ def bundle() -> None:
     Path("bundle/eval_data/colours.jsonl").write_text("".join(json.dumps(x) + "\n" for x in items))
 
 
+def without_seal(text: str) -> str:
+    """JSON without its seals: no other check is reached behind one that does not fit."""
+    return re.sub(r',?\s*"seal": "sha256:[0-9a-f]{64}"', "", text)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A folder with a good file of every kind."""
@@ -137,6 +143,9 @@ def home(tmp_path_factory) -> Path:
         assert main(["sweep", "sweep.toml", "--out", "swept", "--jobs", "1"]) == 0
         shutil.copy("swept/results.jsonl", "results.jsonl")
         bundle()
+        for file in (*home.rglob("*.json"), *home.rglob("*.jsonl")):
+            file.write_text(without_seal(file.read_text("utf-8")), "utf-8")
+        Path("exported/SHA256SUMS").unlink()
     return home
 
 

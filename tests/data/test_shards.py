@@ -41,6 +41,7 @@ def folder(tmp_path):
 def edit(folder, change):
     file = folder / "manifest.json"
     data = json.loads(file.read_text())
+    data.pop("seal", None)
     change(data)
     file.write_text(json.dumps(data))
 

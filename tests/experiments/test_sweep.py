@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ train.schedule = "parallel"
 model.memory = {{ projection = "none", residual = false }}
 """
 CLOCKS = {"wall_seconds", "cpu_seconds", "decode_tokens_per_second", "decode_tokens_per_cpu_second"}
-CLOCKS |= {"peak_memory_bytes"}
+CLOCKS |= {"peak_memory_bytes", "seal"}
 
 
 @pytest.fixture
@@ -125,6 +126,17 @@ def test_a_job_array_does_the_same_and_finished_runs_are_not_submitted_again(pla
     assert main(["sweep", "tiny.toml", "--out", "array", "--cluster", "local"]) == 0
     assert "2 runs, 2 finished before" in capsys.readouterr().err
     assert main(["sweep", "tiny.toml", "--cluster", "cloud"]) == 2
+    for name, again in {
+        "plain-seed0/record.json": ["sweep", "tiny.toml", "--out", "alone"],
+        "results.jsonl": ["report", "alone/results.jsonl"],
+    }.items():
+        file = place / "alone" / name
+        written = file.read_text(encoding="utf-8")
+        file.write_text(re.sub(r'("decoded": \d\.\d)\d', r"\g<1>x", written).replace("x", "0"), encoding="utf-8")
+        capsys.readouterr()
+        assert main(again) == 2
+        assert "its seal does not fit" in capsys.readouterr().err
+        file.write_text(written, encoding="utf-8")
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "sweeps").glob("*.toml")), ids=lambda f: f.stem)

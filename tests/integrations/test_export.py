@@ -197,6 +197,27 @@ def test_it_comes_back_as_a_run(run: Path, exported: Path, tmp_path: Path):
     assert sampled(tmp_path / "back") == sampled(run)
 
 
+def test_a_flipped_bit_of_an_export_is_refused(run: Path, tmp_path: Path):
+    """By conversion in every file, by transformers in what it reads there; a folder that is saved anew is its own."""
+    folder = tmp_path / "exported"
+    assert main(["export", str(run), str(folder)]) == 0
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "modeling_lrt.py"):
+        raw = (folder / name).read_bytes()
+        (folder / name).write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+        with pytest.raises(ValueError, match=rf"{name} is missing, truncated or altered \(checksum\)"):
+            convert(folder, tmp_path / "back")
+        if name in ("model.safetensors", "config.json"):
+            with pytest.raises((ValueError, OSError), match="checksum|not a valid JSON"):
+                load(folder)
+        (folder / name).write_bytes(raw)
+    model = load(folder)
+    torch.nn.init.zeros_(model.model.core.head.weight)
+    model.save_pretrained(folder)
+    assert not load(folder).model.core.head.weight.any()
+    convert(folder, tmp_path / "back")
+
+
 def test_the_tokenizer_spells_what_ours_spells(run: Path, exported: Path):
     mine, theirs = load_model(run).tokenizer, transformers.AutoTokenizer.from_pretrained(exported)
     for text in ("", " a  b\r\n\tc", "naïve 漢字 🦊\0", "<|bos"):

@@ -12,8 +12,9 @@ from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
 from lrt.training import checkpoint
-from lrt.training.checkpoint import META, OPTIMIZER, SUMS, save, write_json
+from lrt.training.checkpoint import META, OPTIMIZER, save, write_json
 from lrt.training.optimizer import Optimizer
+from lrt.utils.checksums import SUMS, file_hash, sums_text
 
 RUN = RunConfig(model=config(), train=TrainConfig(length=8, schedule="interleaved-2"))
 EXTRA = {"data": "abc", "progress": {"step": 3}, "bpb": None}
@@ -49,4 +50,4 @@ def resum(file: Path) -> None:
     """Make SHA256SUMS fit a description that was changed: what is then refused is refused for what it says."""
     sums = json.loads(file.read_text())["sha256"]
     if (file.parent / SUMS).exists() and sums and isinstance(sums.get(OPTIMIZER), str):
-        (file.parent / SUMS).write_text(checkpoint._sums_text(sums | {META: checkpoint._hash(file)}))
+        (file.parent / SUMS).write_text(sums_text(sums | {META: file_hash(file)}))

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from checkpoints import edit, resum, saved
 
-from lrt.training import checkpoint
 from lrt.training.checkpoint import (
     META,
     MODEL,
@@ -18,6 +17,7 @@ from lrt.training.checkpoint import (
     open_checkpoint,
     write_json,
 )
+from lrt.utils.checksums import file_hash
 
 
 def flip(file: Path) -> None:
@@ -37,7 +37,7 @@ def hide_pickle(file: Path) -> None:
     """A pickle in place of the weights, with a checksum that fits."""
     file.write_bytes(pickle.dumps({"head.weight": [1.0]}))
     meta = json.loads(file.with_name(META).read_text())
-    edit(file.with_name(META), sha256=meta["sha256"] | {file.name: checkpoint._hash(file)})
+    edit(file.with_name(META), sha256=meta["sha256"] | {file.name: file_hash(file)})
 
 
 def read(folder: Path) -> None:

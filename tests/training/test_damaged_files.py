@@ -24,6 +24,7 @@ from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import load_tokenizer, open_split, train_bpe, write_shards
 from lrt.model.lrt import LRT
 from lrt.training.checkpoint import META, newest_valid, open_checkpoint, save
+from lrt.utils.seals import SEAL
 
 DOCS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(20)]
 LEAVES = st.one_of(
@@ -133,7 +134,8 @@ def test_manifests(made: dict[str, Path], data):
     folder = made["shards"]
     file = folder / "manifest.json"
     original = file.read_bytes()
-    file.write_bytes(data.draw(damaged(json.loads(original))))
+    content = {key: value for key, value in json.loads(original).items() if key != SEAL}  # or nothing behind it is seen
+    file.write_bytes(data.draw(damaged(content)))
     try:
         with watched(made["home"]):
             one_line_or_fine(lambda: open_split(folder, "train", "checksum").read(0, 5))

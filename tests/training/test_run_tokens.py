@@ -12,7 +12,9 @@ import torch
 from test_faults import home, recorded, require_equal, small
 
 from lrt.cli.main import main
+from lrt.integrations.convert import convert
 from lrt.training import checkpoint
+from lrt.utils.checksums import SUMS, file_hash, sums_text
 
 __all__ = ["home"]  # a fixture
 
@@ -87,8 +89,8 @@ def test_a_run_of_a_gpu_is_resumed_on_a_cpu(home: Path, tmp_path: Path, capsys):
     data = json.loads(meta.read_text())
     data["config"]["train"] |= {"device": "cuda", "threads": None}
     meta.write_text(json.dumps(data))
-    sums = data["sha256"] | {checkpoint.META: checkpoint._hash(meta)}
-    (meta.parent / checkpoint.SUMS).write_text(checkpoint._sums_text(sums))
+    sums = data["sha256"] | {checkpoint.META: file_hash(meta)}
+    (meta.parent / SUMS).write_text(sums_text(sums))
     if not torch.cuda.is_available():
         assert main(["train", "--resume", str(run)]) == 2
         assert "--train.device cpu" in capsys.readouterr().err
@@ -98,3 +100,18 @@ def test_a_run_of_a_gpu_is_resumed_on_a_cpu(home: Path, tmp_path: Path, capsys):
     assert main(["train", "--resume", str(run), "--train.device", "cpu"]) == 0
     require_equal(run, home / "whole")
     assert json.loads((run / "config.json").read_text())["train"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_converted_run_keeps_its_shards_when_its_source_goes(within: bool, home: Path, tmp_path: Path, monkeypatch):
+    """Shards elsewhere are named from the new run and in full; those within the source run come along."""
+    monkeypatch.chdir(tmp_path)
+    base, run = small(home), Path("runs/first")
+    config = replace(base, data=replace(base.data, folder="runs/first/data" if within else "shards"))
+    recorded(config, run)
+    convert(run, Path("other/second"))
+    shutil.rmtree(run)
+    monkeypatch.chdir(home)
+    assert main(["eval", str(tmp_path / "other/second"), "--rows", "2"]) == 0
+    shutil.move(tmp_path, tmp_path.with_name(tmp_path.name + "-moved"))
+    assert main(["eval", str(tmp_path.with_name(tmp_path.name + "-moved") / "other/second"), "--rows", "2"]) == 0

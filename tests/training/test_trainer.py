@@ -20,6 +20,7 @@ from lrt.training import checkpoint
 from lrt.training.budget import horizon
 from lrt.training.logging import Jsonl
 from lrt.training.trainer import train
+from lrt.utils.checksums import SUMS, file_hash, sums_text
 
 
 @pytest.mark.parametrize("base", [cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift])
@@ -181,8 +182,8 @@ def test_resume_refuses_a_checkpoint_that_does_not_say_what_was_spent(source, tm
         data = json.loads(meta.read_text(encoding="utf-8"))
         data["extra"]["progress"] = spent
         meta.write_text(json.dumps(data), encoding="utf-8")
-        sums = data["sha256"] | {checkpoint.META: checkpoint._hash(meta)}
-        (meta.parent / checkpoint.SUMS).write_text(checkpoint._sums_text(sums), encoding="utf-8")
+        sums = data["sha256"] | {checkpoint.META: file_hash(meta)}
+        (meta.parent / SUMS).write_text(sums_text(sums), encoding="utf-8")
         with pytest.raises(ValueError, match="does not say what was spent"):
             train(config, tmp_path / "run", resume=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lrt.integrations.hf.embeds import value_embeddings
 from lrt.model.blocks import Block, BlockContext
 from lrt.model.lrt import LRT
 from lrt.model.shapes import HeadsBKNE, StreamBND
+from lrt.utils.checksums import SUMS, require_sums
 
 MOVED = {r"(?<!counter\.)steps_done": "counter.steps_done"}
 """Tensors that have had another name, by expressions."""
@@ -48,14 +50,32 @@ class LRTPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"steps_done"]  # noqa: RUF012 - folders from before it was kept
 
     @classmethod
-    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
-        """As the library has it; of folders from before the count of steps moved, too."""
-        loaded = super().from_pretrained(*args, key_mapping=MOVED | (key_mapping or {}), **kwargs)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the library has it; of folders from before the count of steps moved, too.
+
+        ValueError: weights or configuration of a folder are not what its checksums say.
+        """
+        folder = pretrained_model_name_or_path
+        if folder is not None and Path(folder).is_dir():
+            require_sums(Path(folder), lambda name: name == "config.json" or name.endswith(".safetensors"))
+        mapping = MOVED | (key_mapping or {})
+        loaded = super().from_pretrained(folder, *model_args, key_mapping=mapping, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         renamed = vars(model).get("_weight_conversions") or ()  # would be undone when the model is saved
         kept = [one for one in renamed if not set(MOVED) & set(one.source_patterns)]
         vars(model)["_weight_conversions"] = kept or None
         return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As the library does; checksums of what lay there before are of that no more."""
+        (Path(save_directory) / SUMS).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def inner(self) -> LRT:
