@@ -30,8 +30,8 @@ def _open_streams() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
-    for kept in range(3):
-        os.set_inheritable(kept, True)  # a process that this one starts needs them too
+    for stream in range(3):
+        os.set_inheritable(stream, True)  # a process that this one starts needs them too
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

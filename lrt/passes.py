@@ -25,19 +25,21 @@ class Pass:
     """Whether what it reads from the buffer (memory, keys, values) is cut from the gradient."""
 
     def __post_init__(self) -> None:
-        at = self.positions
-        if len(at) == 0 or at.start < 0 or at.step < 1:
-            raise ValueError(f"a pass over {at} has no positions, or they do not rise from 0; use start:stop:step")
+        positions = self.positions
+        if len(positions) == 0 or positions.start < 0 or positions.step < 1:
+            raise ValueError(
+                f"a pass over {positions} has no positions, or they do not rise from 0; use start:stop:step"
+            )
         if self.weight < 0 or (self.weight > 0 and not self.grad):
             raise ValueError(
                 f"a pass of weight {self.weight} with grad={self.grad}: a loss needs a gradient and a weight >= 0"
             )
 
     def __str__(self) -> str:
-        at = self.positions
-        step = f":{at.step}" if at.step > 1 and len(at) > 1 else ""
+        positions = self.positions
+        step = f":{positions.step}" if positions.step > 1 and len(positions) > 1 else ""
         marks = "" if self.grad else " no grad"
-        return f"{at.start}:{at[-1] + 1}{step}{marks}{' detached' if self.detach else ''}"
+        return f"{positions.start}:{positions[-1] + 1}{step}{marks}{' detached' if self.detach else ''}"
 
 
 def no_grad_pass(positions: range) -> Pass:
@@ -88,8 +90,8 @@ def memory_only(passes: Sequence[Pass]) -> list[bool]:
 def _unread(written: range, later: Iterable[tuple[Pass, bool]]) -> bool:
     alive = [written]
     for p, to_source in later:
-        alive = [rest for at in alive for rest in subtract(at, p.positions)]
-        if not to_source and any(at.start <= p.positions[-1] for at in alive):
+        alive = [part for positions in alive for part in subtract(positions, p.positions)]
+        if not to_source and any(positions.start <= p.positions[-1] for positions in alive):
             return False
     return not alive  # what lies there at the end may be continued from
 

@@ -169,7 +169,10 @@ class Schedule:
                 f"schedule {self} has {len(weights)} weights for {len(slices)} passes with gradient; give no more"
             )
         weights += [weights[-1]] * (len(slices) - len(weights))
-        passes = (*settling, *(Pass(at, w, True, self.detach) for at, w in zip(slices, weights, strict=True)))
+        passes = (
+            *settling,
+            *(Pass(positions, w, True, self.detach) for positions, w in zip(slices, weights, strict=True)),
+        )
         check(passes)
         return passes
 

@@ -89,8 +89,8 @@ class Load(NamedTuple):
             start = self.shared + number * 97 % (len(words) - self.shared - self.prompt)
             prompt = [*words[: self.shared], *words[start : start + self.prompt]]
         usage = {"stream_options": {"include_usage": True}} if self.stream else {}
-        law = {"max_tokens": tokens, "temperature": 0.8, "seed": number}
-        return {"prompt": prompt, "stream": self.stream} | law | usage
+        sampling = {"max_tokens": tokens, "temperature": 0.8, "seed": number}
+        return {"prompt": prompt, "stream": self.stream} | sampling | usage
 
 
 class RequestTiming(NamedTuple):
@@ -230,9 +230,9 @@ async def _measure(clients: Clients, load: Load, seconds: float) -> dict[str, fl
     }  # fmt: skip
 
 
-async def ask(host: str, port: int, asked: dict[str, Any]) -> RequestTiming:
+async def ask(host: str, port: int, fields: dict[str, Any]) -> RequestTiming:
     """One request over a connection of its own; the leanest client there is, since it shares the machine."""
-    body = json.dumps(asked).encode()
+    body = json.dumps(fields).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     begin = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, port)

@@ -198,12 +198,12 @@ def row(
 ) -> dict[str, Any]:
     """One schedule's figures. Ratios are medians over the repeats; `ms` is forward and backward."""
     seconds, step = (median(t[i] for t, _ in times) for i in range(2))
-    ratio, whole = (median(t[i] / p[i] for t, p in times) for i in range(2))
+    ratio, step_ratio = (median(t[i] / p[i] for t, p in times) for i in range(2))
     least = ideal(model.passes, *block_shares(model.config))
     tokens = model.loader.batch(0).tokens.numel()
     return {
         "schedule": name, "ms": 1e3 * seconds, "ratio": ratio, "ideal": least, "ratio_over_ideal": ratio / least,
-        "step_ms": 1e3 * step, "step_ratio": whole, "tokens_per_second": tokens / step,
+        "step_ms": 1e3 * step, "step_ratio": step_ratio, "tokens_per_second": tokens / step,
         "flops_per_second": model.flops / seconds,
     } | peaks.get(name, {})  # fmt: skip
 

@@ -115,12 +115,12 @@ class ChatSession:
 
     def _say(self, line: str) -> None:
         message = line if self.template is None else self.template.replace("{}", line)
-        pieces, answer, told = self.conversation.say(message, self.sampling), "", False
+        pieces, answer, warned = self.conversation.say(message, self.sampling), "", False
         with _stoppable() as stop, contextlib.closing(pieces):
             for text in pieces:
-                if self.conversation.dropped and not told:
+                if self.conversation.dropped and not warned:
                     _tell(f"(the context is full: the oldest {self.conversation.dropped} turns are forgotten)")
-                    told = True
+                    warned = True
                 print(text, end="", flush=True)
                 answer += text
                 if stop:

@@ -78,10 +78,10 @@ def main(args: list[str]) -> int:
     require_at_least(2, length=flags.length)
     require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")
     of_suites = {"suite-data": flags.suite_data, "lengths": flags.lengths, "arm": flags.arm, "out": flags.out}
-    lonely = [f"--{name}" for name, value in of_suites.items() if value and not flags.suite]
-    whole = flags.weights == "full" or not (flags.tasks or flags.suite)
-    require(whole, "--weights int8 is for bits per byte; leave it out with --suite and --tasks")
-    require(not lonely, f"{', '.join(lonely)} belongs to a suite; name it with --suite, or leave that out")
+    misplaced = [f"--{name}" for name, value in of_suites.items() if value and not flags.suite]
+    full_weights = flags.weights == "full" or not (flags.tasks or flags.suite)
+    require(full_weights, "--weights int8 is for bits per byte; leave it out with --suite and --tasks")
+    require(not misplaced, f"{', '.join(misplaced)} belongs to a suite; name it with --suite, or leave that out")
 
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
     from lrt.evaluation.held_out import held_out

@@ -44,8 +44,8 @@ FLAGS = InfoFlags
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     run = early_positional(args, ("--json", "--no-json"))
-    stands = None if run is None else _checkpoint_of(run)
-    base = recipe(early_value(args, "--recipe", "cpu_demo")) if stands is None else stands.config
+    run_checkpoint = None if run is None else _checkpoint_of(run)
+    base = recipe(early_value(args, "--recipe", "cpu_demo")) if run_checkpoint is None else run_checkpoint.config
     flags = parse(InfoFlags, args, "info", default=InfoFlags(base.model, length=base.train.length))
 
     from lrt.model.flops import describe
@@ -55,11 +55,11 @@ def main(args: list[str]) -> int:
     require(flags.run is None or run is not None, f"{flags.run} is neither a flag nor a run; see lrt info --help")
     require(run is None or "--recipe" not in names_of(args), "give a run or --recipe, not both")
     facts = describe(flags.model, length, dict.fromkeys((*INFO_SCHEDULES, base.train.schedule)))
-    if stands is None:
+    if run_checkpoint is None:
         described, trained = {"recipe": flags.recipe}, []
     else:
-        described = {"run": str(flags.run), "step": stands.step, "source": base.data.source}
-        trained = _trained(stands)
+        described = {"run": str(flags.run), "step": run_checkpoint.step, "source": base.data.source}
+        trained = _trained(run_checkpoint)
     text = "\n".join([*trained, _info_text(str(flags.run or flags.recipe), flags.model, facts)])
     if flags.json:
         print(json.dumps(described | facts))
@@ -74,10 +74,10 @@ def _checkpoint_of(run: str) -> Checkpoint:
     return open_checkpoint(expand_home(run), verify=False)
 
 
-def _trained(stands: Checkpoint) -> list[str]:
+def _trained(run_checkpoint: Checkpoint) -> list[str]:
     """How far a run has come, on what, and how well it scored there."""
-    train, bpb = stands.config.train, stands.extra.get("bpb")
-    lines = [f"trained {stands.step:,} steps on {stands.config.data.source} by {train.schedule}"]
+    train, bpb = run_checkpoint.config.train, run_checkpoint.extra.get("bpb")
+    lines = [f"trained {run_checkpoint.step:,} steps on {run_checkpoint.config.data.source} by {train.schedule}"]
     if isinstance(bpb, dict) and isinstance(bpb.get("decoded"), float):
         lines.append(f"decoded {unit(bpb)} {bpb['decoded']:.4f} there: bits per byte, lower is better")
     return lines

@@ -34,8 +34,8 @@ def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(SweepFlags, args, "sweep")
     require_at_least(1, jobs=flags.jobs)
-    known = (None, "slurm", "local", "debug")
-    require(flags.cluster in known, f"--cluster is {flags.cluster}; use slurm, local, debug")
+    executors = (None, "slurm", "local", "debug")
+    require(flags.cluster in executors, f"--cluster is {flags.cluster}; use slurm, local, debug")
 
     from lrt.experiments.runner import at_once
     from lrt.experiments.sweep import read_sweep, run_sweep, sweep_tables

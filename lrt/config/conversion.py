@@ -45,8 +45,8 @@ class Conversion:
         untrained = self.memory == "recirculation"
         of_untrained = {"memory-block": self.memory_block is not None, "share": self.share != 0.1}
         of_untrained |= {"mixture": self.mixture != "share"}
-        lonely = [f"--{name}" for name, given in of_untrained.items() if given and not untrained]
-        require(not lonely, f"{', '.join(lonely)} belongs to --memory recirculation; add that, or leave it out")
+        misplaced = [f"--{name}" for name, is_set in of_untrained.items() if is_set and not untrained]
+        require(not misplaced, f"{', '.join(misplaced)} belongs to --memory recirculation; add that, or leave it out")
         require(0 < self.share < 1, f"--share is {self.share}; give a number between 0 and 1, such as 0.1")
         settled = not untrained or self.start == "zero"
         require(settled, "--start belongs to memory that will be trained; with recirculation, leave it out")

@@ -1,4 +1,4 @@
-"""How text is decoded: how a prompt is taken in, and by which laws tokens are drawn. No torch."""
+"""How text is decoded: how a prompt is taken in, and how tokens are drawn. No torch."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class PrefillOptions(NamedTuple):
 class SamplingParams:
     """How one request is continued, and when it ends.
 
-    The laws apply in order: logit bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
-    min-p, each to what the one before left.
+    What changes the draw applies in this order: logit bias, repetition penalty, frequency and presence penalty,
+    temperature, top-k, top-p, min-p, each to what the one before left.
     """
 
     max_new_tokens: int = 256

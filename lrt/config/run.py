@@ -231,9 +231,9 @@ class TrainConfig:
             number = float(text)
         except ValueError:
             number = 0.0
-        known = kind in ("steps", "tokens", "ratio", "compute", "flops", "flops_of_plain")
+        valid = kind in ("steps", "tokens", "ratio", "compute", "flops", "flops_of_plain")
         require(
-            known and 0 < number < math.inf,
+            valid and 0 < number < math.inf,
             f"train.horizon is {self.horizon!r}; write steps=1000, tokens=1e6, ratio=20, compute=20, flops=1e15 or "
             "flops_of_plain=20",
         )

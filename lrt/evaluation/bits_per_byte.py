@@ -173,9 +173,9 @@ def evaluate(
     zero, merged, decoded = (gathered([getattr(p, name) for p in parts]) for name in ("zero", "merged", "decoded"))
     sizes = rows.bytes
     passes = []
-    for i, at in enumerate(parts[0].slices):
-        cut = slice(at.start, at.stop, at.step)
-        passes.append(bits_per_byte(gathered([p.passes[i] for p in parts]), sizes[:, cut]))
+    for i, positions in enumerate(parts[0].slices):
+        columns = slice(positions.start, positions.stop, positions.step)
+        passes.append(bits_per_byte(gathered([p.passes[i] for p in parts]), sizes[:, columns]))
     residuals = world.gather(torch.tensor([p.residuals for p in parts])).amax(0).tolist()
     return BPB(
         zero_memory=bits_per_byte(zero, sizes),
@@ -245,10 +245,10 @@ def _scores(model: LRT, schedule: Schedule, rows: Rows) -> _Scores:
     merged = torch.zeros(tokens.shape, dtype=torch.float64)
     for p, written, _ in run_passes(model, tokens, schedule.passes(length), starts):
         if written.hidden is not None:
-            cut = slice(p.positions.start, p.positions.stop, p.positions.step)
-            passes.append(token_nats(model, written.hidden, targets[:, cut]).cpu().double())
+            columns = slice(p.positions.start, p.positions.stop, p.positions.step)
+            passes.append(token_nats(model, written.hidden, targets[:, columns]).cpu().double())
             slices.append(p.positions)
-            merged[:, cut] = passes[-1]
+            merged[:, columns] = passes[-1]
     zero = score(model, tokens, targets, mode="zero_memory").nats.cpu().double()
     decoded = score(model, tokens, targets, mode="exact").nats.cpu().double()
     return _Scores(zero, passes, slices, merged, decoded, sweep_residuals(model, tokens, starts))

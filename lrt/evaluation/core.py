@@ -51,7 +51,7 @@ class CoreTask(NamedTuple):
     """Accuracy of a random guess, 0..1."""
 
 
-class Known(NamedTuple):
+class FewShot(NamedTuple):
     """A task of CORE whose items lie as JSON lines in a folder without a task list."""
 
     kind: str
@@ -62,14 +62,15 @@ class Known(NamedTuple):
 
 MC, SCHEMA, LM = KINDS
 KNOWN = {
-    "jeopardy_all": Known(LM, 10, 0.0, "\nAnswer: "), "bigbench_qa_wikidata": Known(LM, 10, 0.0),
-    "arc_easy": Known(MC, 10, 0.25), "arc_challenge": Known(MC, 10, 0.25), "copa": Known(MC, 0, 0.5),
-    "commonsense_qa": Known(MC, 10, 0.2), "piqa": Known(MC, 10, 0.5), "openbook_qa": Known(MC, 0, 0.25),
-    "lambada_openai": Known(LM, 0, 0.0), "winograd_wsc": Known(SCHEMA, 0, 0.5), "winogrande": Known(SCHEMA, 0, 0.5),
-    "bigbench_dyck_languages": Known(LM, 10, 0.0), "agi_eval_lsat_ar": Known(MC, 3, 0.25),
-    "bigbench_cs_algorithms": Known(LM, 10, 0.0), "bigbench_operators": Known(LM, 10, 0.0),
-    "bigbench_repeat_copy_logic": Known(LM, 10, 0.0), "boolq": Known(MC, 10, 0.62),
-    "bigbench_language_identification": Known(MC, 10, 0.0909),
+    "jeopardy_all": FewShot(LM, 10, 0.0, "\nAnswer: "), "bigbench_qa_wikidata": FewShot(LM, 10, 0.0),
+    "arc_easy": FewShot(MC, 10, 0.25), "arc_challenge": FewShot(MC, 10, 0.25), "copa": FewShot(MC, 0, 0.5),
+    "commonsense_qa": FewShot(MC, 10, 0.2), "piqa": FewShot(MC, 10, 0.5), "openbook_qa": FewShot(MC, 0, 0.25),
+    "lambada_openai": FewShot(LM, 0, 0.0), "winograd_wsc": FewShot(SCHEMA, 0, 0.5),
+    "winogrande": FewShot(SCHEMA, 0, 0.5),
+    "bigbench_dyck_languages": FewShot(LM, 10, 0.0), "agi_eval_lsat_ar": FewShot(MC, 3, 0.25),
+    "bigbench_cs_algorithms": FewShot(LM, 10, 0.0), "bigbench_operators": FewShot(LM, 10, 0.0),
+    "bigbench_repeat_copy_logic": FewShot(LM, 10, 0.0), "boolq": FewShot(MC, 10, 0.62),
+    "bigbench_language_identification": FewShot(MC, 10, 0.0909),
 }  # fmt: skip
 """By file name, as the evaluation gauntlet lays them out: shots and chance as CORE has them."""
 
@@ -100,10 +101,10 @@ def _different(tasks: list[CoreTask], where: str) -> list[CoreTask]:
     return tasks
 
 
-def _known_task(file: Path, known: Known) -> CoreTask:
-    items = [_checked(item, known.kind, f"{file}:{number}") for number, item in read_jsonl(file, "items")]
+def _known_task(file: Path, setting: FewShot) -> CoreTask:
+    items = [_checked(item, setting.kind, f"{file}:{number}") for number, item in read_jsonl(file, "items")]
     require(bool(items), f"{file} holds no item; unpack it again")
-    return CoreTask(file.stem, known.kind, known.shots, known.delimiter, items, known.chance)
+    return CoreTask(file.stem, setting.kind, setting.shots, setting.delimiter, items, setting.chance)
 
 
 def _chances(file: Path) -> dict[str, float]:

@@ -80,10 +80,10 @@ def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool
         spelling.require_same()
     sample = validation_rows(stream, tokenizer, rows=rows, length=length)
     sizes = (len(text_of(doc).encode()) for doc in documents(source, text_column=d.text_column))
-    cut, whole = any(size > read for size in itertools.accumulate(sizes)), source_bytes(source)
+    partial, total = any(size > read for size in itertools.accumulate(sizes)), source_bytes(source)
     part = sample.tokens.numel() / (len(stream) - 1)
-    share = min(1.0, part * read / whole) if cut and whole else None if cut else min(1.0, part)
-    name = f"the first {read:,} bytes of {source}" if cut and not whole else source
+    share = min(1.0, part * read / total) if partial and total else None if partial else min(1.0, part)
+    name = f"the first {read:,} bytes of {source}" if partial and not total else source
     return named(sample, name, share, spelling.changed > 0)
 
 

@@ -53,11 +53,11 @@ def likelihoods(
         f"a continuation has {longest} tokens, the model's context {context}: it cannot be scored whole; "
         "leave the task out, or take a model with a longer context",
     )
-    cut = [Candidate(c.ids[-context - 1 :], c.scored) for c in candidates]
+    fitting = [Candidate(c.ids[-context - 1 :], c.scored) for c in candidates]
     scores: dict[int, Likelihood] = {}
-    for rows in of_like_length([len(c.ids) for c in cut], positions):
-        scores |= zip(rows, _scored(model, [cut[i] for i in rows], mode), strict=True)
-    return [scores[i] for i in range(len(cut))]
+    for rows in of_like_length([len(c.ids) for c in fitting], positions):
+        scores |= zip(rows, _scored(model, [fitting[i] for i in rows], mode), strict=True)
+    return [scores[i] for i in range(len(fitting))]
 
 
 def of_like_length(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:

@@ -81,15 +81,15 @@ def ablations(model: LRT, rows: Rows) -> dict[str, float]:
             score(copy, rows.tokens, rows.targets).nats.cpu().double().sum() / (rows.targets != IGNORE).sum().cpu()
         )
 
-    whole, increases = loss(), {}
+    base, increases = loss(), {}
     for name, parts in switches(copy).items():
-        kept = [part.clone() for part in parts]
+        saved = [part.clone() for part in parts]
         for part in parts:
             part.zero_()
-        increases[name] = loss() - whole
-        for part, before in zip(parts, kept, strict=True):
+        increases[name] = loss() - base
+        for part, before in zip(parts, saved, strict=True):
             part.copy_(before)
-    return {"loss": whole} | increases
+    return {"loss": base} | increases
 
 
 @torch.no_grad()
@@ -97,8 +97,8 @@ def gates(model: LRT, rows: Rows) -> list[dict[str, list[float]]]:
     """Mean gates by layer: `local`, `memory` and, where there is a value embedding, `value`, each by head."""
     seen: list[list[Tensor]] = [[] for _ in _blocks(model)]
     hooks = [
-        block.attention.gate.register_forward_hook(_keeper(kept))
-        for block, kept in zip(_blocks(model), seen, strict=True)
+        block.attention.gate.register_forward_hook(_keeper(outputs))
+        for block, outputs in zip(_blocks(model), seen, strict=True)
         if block.attention.gate is not None
     ]
     score(model, rows.tokens, rows.targets)
@@ -106,14 +106,16 @@ def gates(model: LRT, rows: Rows) -> list[dict[str, list[float]]]:
         hook.remove()
     names = ("local", "memory", "value")
     return [
-        dict(zip(names, torch.stack(kept).mean(0).view(-1, model.config.k).tolist(), strict=False)) if kept else {}
-        for kept in seen
+        dict(zip(names, torch.stack(outputs).mean(0).view(-1, model.config.k).tolist(), strict=False))
+        if outputs
+        else {}
+        for outputs in seen
     ]
 
 
-def _keeper(kept: list[Tensor]) -> Any:
+def _keeper(outputs: list[Tensor]) -> Any:
     def keep(module: nn.Module, inputs: Any, out: Tensor) -> None:
-        kept.append(2 * torch.sigmoid(out).flatten(0, -2).mean(0))
+        outputs.append(2 * torch.sigmoid(out).flatten(0, -2).mean(0))
 
     return keep
 

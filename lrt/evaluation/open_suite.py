@@ -28,8 +28,8 @@ def open_suite(name: str, data: Path | None, lengths: Sequence[int], loaded: Loa
         require(not lengths, f"--lengths are of synthetic tasks; suite {name} has none")
         assert data is not None
         return FROM_FILES[name](data)
-    known = name.partition("-")[0] in TASKS
-    require(known, f"there is no suite {name!r}; choose {', '.join(FROM_FILES)}, or a task: {', '.join(TASKS)}")
+    synthetic = name.partition("-")[0] in TASKS
+    require(synthetic, f"there is no suite {name!r}; choose {', '.join(FROM_FILES)}, or a task: {', '.join(TASKS)}")
     task_kind(name)
     require(data is None, f"suite {name} is drawn as it is needed; leave out --suite-data")
     trained, task = loaded.config.train.length, TaskRows(name, 1)

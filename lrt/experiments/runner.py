@@ -47,8 +47,8 @@ class Queue:
         if not self.going <= set(self.seconds):
             return None
         left = [self.seconds[name][1] for name in self.going]
-        whole = [spent + rest for spent, rest in self.seconds.values()]
-        waiting = len(self.waiting) * sum(whole) / max(len(whole), 1)
+        totals = [spent + rest for spent, rest in self.seconds.values()]
+        waiting = len(self.waiting) * sum(totals) / max(len(totals), 1)
         return max([*left, (sum(left) + waiting) / self.jobs])
 
     def event(self, changed: bool = False) -> Event:

@@ -59,17 +59,17 @@ def run_suite(loaded: Loaded, suite: Suite, scorer: Scorer, place: Place, tell: 
     if before is not None:
         tell(f"{file} holds these figures already")
         return before
-    kept = file.with_suffix(".parts.jsonl")
-    lines = _kept_parts(kept, subject, suite)
+    parts_file = file.with_suffix(".parts.jsonl")
+    lines = _kept_parts(parts_file, subject, suite)
     tell(f"{suite.name}: {len(suite.parts)} parts" + (f", {len(lines)} scored before" if lines else ""))
     for number, (part, score) in enumerate(suite.parts.items(), 1):
         if part not in lines:
             label = f"{suite.name} {number}/{len(suite.parts)} {part}"
             lines[part] = _timed(part, score, scorer, lambda text, label=label: tell(f"{label}: {text}"))
-            write_jsonl(kept, map(sealed, [{"of": subject}, *lines.values()]))
+            write_jsonl(parts_file, map(sealed, [{"of": subject}, *lines.values()]))
     record = _record(loaded, suite, scorer, place.arm, lines) | {"of": subject}
     write_jsonl(file, [sealed(record)])
-    kept.unlink()
+    parts_file.unlink()
     return record
 
 
@@ -113,12 +113,12 @@ def _require_same(file: Path, line: dict[str, Any], subject: dict[str, Any]) -> 
 
 def _timed(part: str, score: Callable[[Scorer], Scores], scorer: Scorer, tell: Tell) -> dict[str, Any]:
     """Score one part and tell about it, now and then while it is scored too."""
-    begun, told = time.process_time(), time.monotonic()
+    started, said_at = time.process_time(), time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal told
-        if done < total and time.monotonic() - told > EVERY_SECONDS:
-            told = time.monotonic()
+        nonlocal said_at
+        if done < total and time.monotonic() - said_at > EVERY_SECONDS:
+            said_at = time.monotonic()
             tell(f"{done:,} of {total:,} items")
 
     scorer.progress = progress
@@ -129,7 +129,7 @@ def _timed(part: str, score: Callable[[Scorer], Scores], scorer: Scorer, tell: T
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
     tell(f"{figures}, {scores['items']:,} items")
     lost = str(scorer.spelling) if scorer.spelling.changed else ""
-    return {"part": part, "scores": scores, "cpu_seconds": time.process_time() - begun, "lost": lost}
+    return {"part": part, "scores": scores, "cpu_seconds": time.process_time() - started, "lost": lost}
 
 
 def _record(loaded: Loaded, suite: Suite, scorer: Scorer, arm: str, lines: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def length_table(groups: Sequence[RunGroup]) -> Table:
     """Accuracy of a synthetic task by length, a row an arm."""
     sizes = sorted({size for g in groups for r in g.records for size in r["accuracy"]}, key=int)
     rows = [
-        [g.arm, str(len(g.records)), _cpu(g), *(f"{_at(g, n, 'all')} / {_at(g, n, 'last')}" for n in sizes)]
+        [g.arm, str(len(g.records)), _cpu(g), *(f"{_at_size(g, n, 'all')} / {_at_size(g, n, 'last')}" for n in sizes)]
         for g in groups
     ]
     return Table(["training", "seeds", "CPU s", *(f"{n} symbols: all / last" for n in sizes)], rows)
@@ -54,7 +54,7 @@ def _cpu(g: RunGroup) -> str:
     return f"{g.mean(lambda r: r['cpu_seconds']):.0f}" if "cpu_seconds" in g.records[0] else ""
 
 
-def _at(g: RunGroup, size: str, which: str) -> str:
+def _at_size(g: RunGroup, size: str, which: str) -> str:
     """Accuracy at a length, over seeds with their deviation, or of one run with its error; empty if unknown."""
     if any(size not in record["accuracy"] for record in g.records):
         return ""
@@ -95,24 +95,24 @@ def _title(g: RunGroup, named: Collection[str]) -> str:
 
 def _figures(record: Record) -> dict[str, Figure]:
     """The figures of a suite's record by their row's name, the whole first."""
-    whole: dict[str, Any] = record["whole"]
+    overall: dict[str, Any] = record["whole"]
     if record["suite"] == "core":
         parts = {name: Figure(p["centred"], p["centred_error"]) for name, p in record["parts"].items()}
-        name = "CORE" if whole["whole"] else f"mean of {len(parts)} tasks"
-        return {name: Figure(whole["centred"], whole["centred_error"])} | parts
-    groups = {**{f"field {k}": v for k, v in whole["fields"].items()}, **whole["phenomena"]}
-    return {"all": Figure(whole["accuracy"], whole["error"])} | {
+        name = "CORE" if overall["whole"] else f"mean of {len(parts)} tasks"
+        return {name: Figure(overall["centred"], overall["centred_error"])} | parts
+    groups = {**{f"field {k}": v for k, v in overall["fields"].items()}, **overall["phenomena"]}
+    return {"all": Figure(overall["accuracy"], overall["error"])} | {
         name: Figure(part["accuracy"], part["error"]) for name, part in groups.items()
     }
 
 
 def _cell(g: RunGroup, row: str) -> str:
     figures = [_figures(record).get(row) for record in g.records]
-    known = [figure for figure in figures if figure is not None]
-    if not known:
+    measured = [figure for figure in figures if figure is not None]
+    if not measured:
         return ""
-    spread = statistics.stdev(f.value for f in known) if len(known) > 1 else known[0].error
-    return f"{statistics.fmean(f.value for f in known):.1%} ± {spread:.1%}"
+    spread = statistics.stdev(f.value for f in measured) if len(measured) > 1 else measured[0].error
+    return f"{statistics.fmean(f.value for f in measured):.1%} ± {spread:.1%}"
 
 
 def _less(g: RunGroup, base: RunGroup | None, row: str) -> str:

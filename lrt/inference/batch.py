@@ -154,7 +154,7 @@ class RunningBatch:
         self.requests: list[Request | None] = [None] * cache.rows
         self._logits, self._tokens = logits, None
         self._history = HistoryState(cache.rows, model.config.vocab_size, cache.length.device)
-        self._laws: SamplingTensors | None = None
+        self._sampling: SamplingTensors | None = None
         self._active: Tensor | None = None
         self.lookahead = Lookahead(model, drafts) if drafts else None
 
@@ -163,18 +163,18 @@ class RunningBatch:
         """The requests that go on."""
         return [r for r in self.requests if r is not None and r.running]
 
-    def join(self, request: Request, known: Sequence[int], state: KVCache | None = None) -> None:
+    def join(self, request: Request, tokens: Sequence[int], state: KVCache | None = None) -> None:
         """Seat a request in its row.
 
-        `known` are all tokens of its prompt, for the repetition penalty; `state` is one row that has taken in those of
+        `tokens` are all those of its prompt, for the repetition penalty; `state` is one row that has taken in those of
         them that `request.prompt` does not hold. None: the row's own state is the one to continue.
         """
         row = torch.tensor([request.row], device=self.cache.length.device)
         if state is not None:
             self.cache = self.cache.put(row, state)
-        self._history.join(request.row, request.sampling, known)
+        self._history.join(request.row, request.sampling, tokens)
         if self.lookahead is not None:
-            self.lookahead.join(request.row, known)
+            self.lookahead.join(request.row, tokens)
         self.requests[request.row] = request
         self._changed()
 
@@ -191,13 +191,15 @@ class RunningBatch:
             return []
         assert self._logits is not None
         n = len(self._logits)
-        laws = self._laws = self._laws if self._laws is not None and len(self._laws.top_k) == n else self._law(n)
+        sampling = self._sampling = (
+            self._sampling if self._sampling is not None and len(self._sampling.top_k) == n else self._sampling_of(n)
+        )
         numbers = [0.0] * n
         for r in drawing:
             numbers[r.row] = r.uniforms[r.made]
         where = self._logits.device
         uniform = torch.tensor(numbers, dtype=widest(where), device=where)
-        drawn = choose(self._logits, laws, uniform, self._histories(n, drawing))
+        drawn = choose(self._logits, sampling, uniform, self._histories(n, drawing))
         self._tokens = drawn.tokens
         emissions = self._emit(drawing, drawn)
         self._history.take([e.row for e in emissions if not e.fault], [e.token for e in emissions if not e.fault])
@@ -206,7 +208,7 @@ class RunningBatch:
         return emissions
 
     def _histories(self, n: int, drawing: list[Request]) -> TokenHistory:
-        """What the laws of the first n rows need, and the tokens that their constraints forbid."""
+        """What the sampling of the first n rows needs, and the tokens that their constraints forbid."""
         masks: dict[int, Tensor] = {}
         for r in drawing:
             try:
@@ -285,9 +287,9 @@ class RunningBatch:
             drawn = drawn.index_copy(0, rows, torch.tensor([r.prompt[-1] for r in forced], device=drawn.device))
         return drawn, forced
 
-    def _law(self, n: int) -> SamplingTensors:
-        laws = [GREEDY if r is None else r.sampling for r in self.requests[:n]]
-        return SamplingTensors.of(laws, self.model.config.vocab_size, self.cache.length.device)
+    def _sampling_of(self, n: int) -> SamplingTensors:
+        params = [GREEDY if r is None else r.sampling for r in self.requests[:n]]
+        return SamplingTensors.of(params, self.model.config.vocab_size, self.cache.length.device)
 
     def _tops(self, drawing: list[Request]) -> dict[int, Ranked]:
         """What the rows that ask for it could have drawn, from the model's own distribution."""
@@ -299,7 +301,7 @@ class RunningBatch:
         return dict(zip(rows.tolist(), ranked(self._logits[rows], [r.top for r in asking]), strict=True))
 
     def _changed(self) -> None:
-        self._laws = self._active = None
+        self._sampling = self._active = None
 
 
 def ranked(logits: Tensor, counts: Sequence[int]) -> list[Ranked]:

@@ -109,7 +109,7 @@ class Conversation(KeptState):
                 if before is None and sampling.stop:
                     before = step.cache.take(torch.zeros(1, dtype=torch.int64, device=self.model.device))
                 emission = step.emissions[0]
-                self.cache, self.pending = step.cache, self._kept([emission.token])
+                self.cache, self.pending = step.cache, self._without_bos([emission.token])
                 tokens.append(emission.token)
                 shown += emission.text
                 yield emission.text
@@ -136,7 +136,7 @@ class Conversation(KeptState):
     def _opening(self) -> list[int]:
         return [] if self.cache or self.pending else [self.tokenizer.bos]
 
-    def _kept(self, tokens: list[int]) -> list[int]:
+    def _without_bos(self, tokens: list[int]) -> list[int]:
         """Tokens without BOS: what ends an answer must not open a document in the next turn."""
         return [token for token in tokens if token != self.tokenizer.bos]
 
@@ -175,13 +175,13 @@ class TemplatedConversation(KeptState):
     def _prompt(self, turn: dict[str, str], sampling: SamplingParams) -> list[int]:
         """The tokens of the conversation with a new turn, before which the oldest are dropped until there is room."""
         context = self.model.config.context
-        room, kept, dropped = min(sampling.max_new_tokens, context // 4), [*self.messages, turn], 0
-        ids = self.template.encode(kept)
-        while len(kept) > 2 and len(ids) + room > context:
-            kept, dropped = kept[2:], dropped + 1
-            ids = self.template.encode(kept)
+        room, messages, dropped = min(sampling.max_new_tokens, context // 4), [*self.messages, turn], 0
+        ids = self.template.encode(messages)
+        while len(messages) > 2 and len(ids) + room > context:
+            messages, dropped = messages[2:], dropped + 1
+            ids = self.template.encode(messages)
         require_room(self.model, len(ids))
-        self.messages, self.dropped = kept, dropped
+        self.messages, self.dropped = messages, dropped
         return ids
 
 

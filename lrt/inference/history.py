@@ -1,4 +1,4 @@
-"""What the all_params of a running batch need to know of its rows' tokens: kept only where some row asks for it."""
+"""What sampling needs to know of the tokens of a running batch's rows; kept only where some row asks for it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class HistoryState:
         self._counts: Tensor | None = None
         self._bias: Tensor | None = None
 
-    def join(self, row: int, params: SamplingParams, known: Sequence[int]) -> None:
-        """Begin a row anew: `known` are the tokens of its prompt. ValueError: a token outside the vocabulary."""
+    def join(self, row: int, params: SamplingParams, tokens: Sequence[int]) -> None:
+        """Begin a row anew: `tokens` are those of its prompt. ValueError: a token outside the vocabulary."""
         for name, ids in (("logit_bias", [i for i, _ in params.logit_bias]), ("stop_tokens", params.stop_tokens or ())):
             if outside := [i for i in ids if i >= self.shape[1]]:
                 raise ValueError(f"{name} names token {outside[0]}, but the vocabulary has {self.shape[1]}")
@@ -37,7 +37,7 @@ class HistoryState:
             if x is not None:
                 x[row] = 0
         if params.repetition_penalty != 1 and self._seen is not None:
-            self._seen[row, list(known)] = True
+            self._seen[row, list(tokens)] = True
         for token, bias in params.logit_bias:
             assert self._bias is not None
             self._bias[row, token] += bias
@@ -57,5 +57,5 @@ class HistoryState:
             for row, one in forbidden.items():
                 mask[row] = one
             mask = mask.to(self.device)
-        kept = (None if x is None else x[:n] for x in (self._seen, self._counts, self._bias))
-        return TokenHistory(*kept, forbidden=mask)
+        tensors = (None if x is None else x[:n] for x in (self._seen, self._counts, self._bias))
+        return TokenHistory(*tensors, forbidden=mask)

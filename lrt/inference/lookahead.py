@@ -45,9 +45,9 @@ class Lookahead:
         self._lookups: dict[int, PromptLookup] = {}
         self._ahead: Ahead | None = None
 
-    def join(self, row: int, known: Sequence[int]) -> None:
-        """Begin a row anew, after the tokens `known`."""
-        self._lookups[row], self._ahead = PromptLookup(known, self.most), None
+    def join(self, row: int, tokens: Sequence[int]) -> None:
+        """Begin a row anew, after these tokens."""
+        self._lookups[row], self._ahead = PromptLookup(tokens, self.most), None
 
     def advance(
         self, cache: KVCache, drawn: Mapping[int, int], room: Mapping[int, int]
@@ -59,7 +59,7 @@ class Lookahead:
         for row, token in drawn.items():
             self._lookups[row].take(token)
         if not self._expected(drawn):
-            self._ahead = self._look(cache, drawn, room)
+            self._ahead = self._solve_drafts(cache, drawn, room)
         else:
             self.accepted += len(drawn)
         if self._ahead is None:
@@ -82,7 +82,7 @@ class Lookahead:
             self._lookups[row].judge(done - 1)
         return False
 
-    def _look(self, cache: KVCache, drawn: Mapping[int, int], room: Mapping[int, int]) -> Ahead | None:
+    def _solve_drafts(self, cache: KVCache, drawn: Mapping[int, int], room: Mapping[int, int]) -> Ahead | None:
         """Solve the drafts of all rows; None if there are none."""
         drafts = {row: self._lookups[row].draft(room[row]) for row in drawn}
         count = 1 + max(map(len, drafts.values()), default=0)

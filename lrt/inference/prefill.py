@@ -67,9 +67,9 @@ def prefill(
     last, parts = torch.empty_like(cache.memory), []
     for first, solved in solve(model, tokens, lengths, cache, plan):
         cache = solved.cache
-        at = lengths - 1 - first
-        inside = ((at >= 0) & (at < solved.hidden.shape[1])).nonzero()[:, 0]
-        last[inside] = solved.hidden[inside, at[inside]].to(last.dtype)
+        column = lengths - 1 - first
+        inside = ((column >= 0) & (column < solved.hidden.shape[1])).nonzero()[:, 0]
+        last[inside] = solved.hidden[inside, column[inside]].to(last.dtype)
         parts.append((solved.hidden.shape[1], solved.effort))
     return Prefill(model.logits(last), cache, str(plan), total(parts))
 

@@ -20,7 +20,7 @@ from lrt.utils.hardware import widest
 
 
 class SamplingTensors(NamedTuple):
-    """The laws of B rows as columns [B, 1] on the device, and what the host knows of them."""
+    """The sampling parameters of B rows as columns [B, 1] on the device, and what the host knows of them."""
 
     temperature: Tensor
     top_k: Tensor
@@ -36,7 +36,7 @@ class SamplingTensors(NamedTuple):
 
     @staticmethod
     def of(rows: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> SamplingTensors:
-        """The laws of these requests, one a row."""
+        """Those of these requests, one a row."""
 
         def column(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=widest(device), device=device)[:, None]
@@ -55,7 +55,7 @@ class SamplingTensors(NamedTuple):
 
 
 class TokenHistory(NamedTuple):
-    """What laws need of each row's tokens, [B, V] each; None where no row needs it."""
+    """What sampling needs of each row's tokens, [B, V] each; None where no row needs it."""
 
     seen: Tensor | None = None
     """Boolean: tokens of the prompt or the answer, which the repetition penalty concerns."""
@@ -95,13 +95,13 @@ def uniforms(seed: int, sample: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, sample)).random(count)
 
 
-def choose(logits: Tensor, laws: SamplingTensors, uniform: Tensor, history: TokenHistory = NO_HISTORY) -> Drawn:
-    """Draw a token per row: logits [B, V], the B rows' laws, one number in [0, 1) per row (float64 [B])."""
-    z = logits if laws.greedy and history.empty else adjusted(logits, laws, history)
-    if laws.greedy:
+def choose(logits: Tensor, params: SamplingTensors, uniform: Tensor, history: TokenHistory = NO_HISTORY) -> Drawn:
+    """Draw a token per row: logits [B, V], the B rows' parameters, one number in [0, 1) per row (float64 [B])."""
+    z = logits if params.greedy and history.empty else adjusted(logits, params, history)
+    if params.greedy:
         tokens = z.argmax(-1)
     else:
-        mass = _probabilities(z, laws).cumsum(-1)
+        mass = _probabilities(z, params).cumsum(-1)
         total = mass[:, -1:]
         target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=z.shape[-1] - 1)
@@ -109,41 +109,41 @@ def choose(logits: Tensor, laws: SamplingTensors, uniform: Tensor, history: Toke
     return Drawn(tokens, logprobs, z.amax(-1).isfinite() & ~logprobs.isnan())
 
 
-def adjusted(logits: Tensor, laws: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:
+def adjusted(logits: Tensor, params: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:
     """Logits [B, V] after bias and penalties, float64; -inf where a token is forbidden."""
     z = logits.to(widest(logits.device))
     if history.bias is not None:
         z = z + history.bias
     if history.seen is not None:
-        z = torch.where(history.seen, torch.where(z > 0, z / laws.repetition, z * laws.repetition), z)
+        z = torch.where(history.seen, torch.where(z > 0, z / params.repetition, z * params.repetition), z)
     if history.counts is not None:
-        z = z - laws.frequency * history.counts - laws.presence * (history.counts > 0)
+        z = z - params.frequency * history.counts - params.presence * (history.counts > 0)
     return z if history.forbidden is None else z.masked_fill(history.forbidden, float("-inf"))
 
 
-def probabilities(logits: Tensor, laws: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:
+def probabilities(logits: Tensor, params: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:
     """The distribution that tokens are drawn from, [B, V], float64, sums of 1; a greedy row has one certain token.
 
     A row whose logits are not finite has no distribution: its entries are NaN.
     """
-    return _probabilities(adjusted(logits, laws, history), laws)
+    return _probabilities(adjusted(logits, params, history), params)
 
 
-def _probabilities(z: Tensor, laws: SamplingTensors) -> Tensor:
+def _probabilities(z: Tensor, params: SamplingTensors) -> Tensor:
     greedy = torch.zeros_like(z).scatter(-1, z.argmax(-1, keepdim=True), 1.0)
     below = z - z.amax(-1, keepdim=True)  # 0 for the most probable token, so that no temperature loses it
-    p = torch.softmax(below / torch.where(laws.temperature > 0, laws.temperature, 1.0), -1)
-    if laws.ranked:
-        p = _ranked(p, laws)
-    p = torch.where(p >= laws.min_p * p.amax(-1, keepdim=True), p, 0.0)
-    return torch.where(laws.temperature > 0, p / p.sum(-1, keepdim=True), greedy)
+    p = torch.softmax(below / torch.where(params.temperature > 0, params.temperature, 1.0), -1)
+    if params.ranked:
+        p = _ranked(p, params)
+    p = torch.where(p >= params.min_p * p.amax(-1, keepdim=True), p, 0.0)
+    return torch.where(params.temperature > 0, p / p.sum(-1, keepdim=True), greedy)
 
 
-def _ranked(p: Tensor, laws: SamplingTensors) -> Tensor:
+def _ranked(p: Tensor, params: SamplingTensors) -> Tensor:
     """Probabilities that top-k and top-p leave, the others 0; not normalised."""
     ordered, order = torch.sort(p, dim=-1, descending=True, stable=True)
     rank = torch.arange(p.shape[-1], device=p.device)
-    ordered = torch.where(rank < laws.top_k, ordered, 0.0)
+    ordered = torch.where(rank < params.top_k, ordered, 0.0)
     before = ordered.cumsum(-1) - ordered
-    within = (before < laws.top_p * ordered.sum(-1, keepdim=True)) | (laws.top_p >= 1) | (rank == 0)
+    within = (before < params.top_p * ordered.sum(-1, keepdim=True)) | (params.top_p >= 1) | (rank == 0)
     return torch.zeros_like(p).scatter(-1, order, torch.where(within, ordered, 0.0))

@@ -39,7 +39,7 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        starts = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        starts = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
         self.stopped = bool(starts)
         end = min(starts) if starts else len(text) - self._doubtful(text)
         self._held = "" if starts else text[end:]

@@ -24,26 +24,26 @@ ALIGNED = 32
 
 @final
 class Int8Linear(nn.Module):
-    """y = (x Q) s with whole numbers Q, int8 [O, I], and a scale per output, s [O]; no gradient."""
+    """y = (x Q) s with integers Q, int8 [O, I], and a scale per output, s [O]; no gradient."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127).bfloat16()
-        whole = (weight / scale.float()[:, None]).round().clamp(-127, 127)
-        self.register_buffer("whole", whole.to(torch.int8), persistent=False)
+        integers = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("integers", integers.to(torch.int8), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        whole, scale = self.get_buffer("whole"), self.get_buffer("scale")
+        integers, scale = self.get_buffer("integers"), self.get_buffer("scale")
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         product = int8_matmul if rows.device.type == "cpu" else int8_product
-        return product(rows, whole, scale).to(x.dtype).view(*x.shape[:-1], len(scale))
+        return product(rows, integers, scale).to(x.dtype).view(*x.shape[:-1], len(scale))
 
 
-def int8_product(x: Tensor, whole: Tensor, scale: Tensor) -> Tensor:
-    """The formula of torch's kernel: x [N, I], whole numbers [O, I], scales [O]; [N, O] in the type of x."""
-    return ((x.float() @ whole.float().T) * scale.float()).to(x.dtype)
+def int8_product(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+    """The formula of torch's kernel: x [N, I], integers [O, I], scales [O]; [N, O] in the type of x."""
+    return ((x.float() @ integers.float().T) * scale.float()).to(x.dtype)
 
 
 def by_columns(model: LRT) -> LRT:

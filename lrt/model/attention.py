@@ -67,8 +67,8 @@ def slowed(speeds: Tensor, scaling: RopeScaling) -> Tensor:
     if scaling.kind == "linear":
         return speeds / scaling.factor
     turns = scaling.original * speeds / (2 * math.pi)
-    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)  # 1: fast channels, left as they are
-    return speeds * (kept + (1 - kept) / scaling.factor)
+    unscaled = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)  # 1: fast channels, left as they are
+    return speeds * (unscaled + (1 - unscaled) / scaling.factor)
 
 
 def apply_rope(x: HeadsBKNE, rope: Rope) -> HeadsBKNE:

@@ -85,8 +85,8 @@ def projections(config: ModelConfig, wanted: bool) -> tuple[MemoryProjection | N
 
 def projected(memories: Memories, projections: tuple[nn.Module | None, nn.Module | None]) -> Pair | None:
     """The sum of the projected memories that are there."""
-    there = zip(projections, memories, strict=True)
-    pairs = [project(m) for project, m in there if project is not None and m is not None]
+    terms = zip(projections, memories, strict=True)
+    pairs = [project(m) for project, m in terms if project is not None and m is not None]
     return (pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1]) if len(pairs) == 2 else pairs[0] if pairs else None
 
 
@@ -104,12 +104,12 @@ class ResidualInjection(nn.Module):
         self.beta = nn.Parameter(torch.empty(())) if config.residual_scalars else None
         self.gamma = nn.Parameter(torch.empty(())) if reads and memory.recurrent else None
         self.shift_gamma = nn.Parameter(torch.empty(())) if reads and memory.shifted else None
-        self.way, self.eps = memory.injection, config.backbone.norm_eps
+        self.kind, self.eps = memory.injection, config.backbone.norm_eps
 
     def forward(self, x: StreamBND, context: BlockContext) -> StreamBND:
         pairs = ((self.gamma, context.memories.recurrent), (self.shift_gamma, context.memories.shift))
         added = [(gamma, m) for gamma, m in pairs if gamma is not None and m is not None]
-        if self.way == "scaled" or not added:
+        if self.kind == "scaled" or not added:
             return self._sum(x, context.x0, added)
         y = self._sum(x, context.x0, [])
         return y + sum(gamma * self._change(y, m) for gamma, m in added)
@@ -124,8 +124,8 @@ class ResidualInjection(nn.Module):
 
     def _change(self, y: StreamBND, m: StreamBND) -> StreamBND:
         """What gamma is the share of: |y| m, or the way there from y; nothing where there is no memory."""
-        there = rms(y, self.eps) * m
-        return there if self.way == "matched" else there - y * (m != 0).any(-1, keepdim=True)
+        matched = rms(y, self.eps) * m
+        return matched if self.kind == "matched" else matched - y * (m != 0).any(-1, keepdim=True)
 
 
 class Attention(nn.Module):

@@ -121,7 +121,7 @@ class KVCache(NamedTuple):
         rows = torch.arange(self.rows, device=self.length.device)[:, None]
         queries = self.length[:, None]
         held = per_size(self.keys, lambda r: (queries % r, positions_held(self.length + 1, r)))
-        layers = [Slots(k, v, rows, *at) for k, v, at in zip(self.keys, self.values, held, strict=True)]
+        layers = [Slots(k, v, rows, *places) for k, v, places in zip(self.keys, self.values, held, strict=True)]
         start = self.document_start[:, None]
         return PassInput(queries, layers, self.memory[:, None], self.last_token[:, None], start), self
 
@@ -161,16 +161,16 @@ class KVCache(NamedTuple):
         Both are int64 [b]. Keys and values are filled in place.
         """
         memory, length, last_token, start = (x.clone() for x in self.per_row())
-        for at, w in buffer.segments:
-            offset = torch.arange(at.start, at.stop, at.step, device=count.device)
+        for positions, w in buffer.segments:
+            offset = torch.arange(positions.start, positions.stop, positions.step, device=count.device)
             last = offset == count[:, None] - 1
             row, column = last.nonzero(as_tuple=True)
             memory[rows[row]], last_token[rows[row]] = w.memory[row, column].to(memory.dtype), w.tokens[row, column]
             if w.starts is not None:
                 begun = torch.where(w.starts & (offset < count[:, None]), self.length[rows][:, None] + offset, 0)
                 start[rows] = torch.maximum(start[rows], begun.amax(1))
-            kept = per_size(self.keys, lambda r, offset=offset: self._places(offset, rows, count, r))
-            for mine, new, places in zip((*self.keys, *self.values), (*w.keys, *w.values), kept * 2, strict=True):
+            by_layer = per_size(self.keys, lambda r, offset=offset: self._places(offset, rows, count, r))
+            for mine, new, places in zip((*self.keys, *self.values), (*w.keys, *w.values), by_layer * 2, strict=True):
                 row, column, slot = places
                 mine[rows[row], :, slot] = new[row, :, column].to(mine.dtype)
         length[rows] += count
@@ -179,8 +179,8 @@ class KVCache(NamedTuple):
 
     def _places(self, offset: Tensor, rows: Tensor, count: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which of the positions `offset` [n] a layer of `slots` slots keeps: row, index into `offset`, slot."""
-        kept = (offset < count[:, None]) & (offset >= count[:, None] - slots)
-        row, column = kept.nonzero(as_tuple=True)
+        stays = (offset < count[:, None]) & (offset >= count[:, None] - slots)
+        row, column = stays.nonzero(as_tuple=True)
         return row, column, (self.length[rows[row]] + offset[column]) % slots
 
     def first(self, n: int) -> KVCache:
@@ -288,11 +288,11 @@ def _refill(used: Tensor, slots: int) -> Tensor:
 
 def per_size(keys: Sequence[Tensor], compute: Callable[[int], X]) -> list[X]:
     """`compute(slots)` for every layer, once for all layers of as many slots."""
-    known: list[tuple[int, X]] = []  # compared one by one: a size that a compiler keeps symbolic has no hash
+    computed: list[tuple[int, X]] = []  # compared one by one: a size that a compiler keeps symbolic has no hash
     for k in keys:
-        if not any(size == k.shape[2] for size, _ in known):
-            known.append((k.shape[2], compute(k.shape[2])))
-    return [next(result for size, result in known if size == k.shape[2]) for k in keys]
+        if not any(size == k.shape[2] for size, _ in computed):
+            computed.append((k.shape[2], compute(k.shape[2])))
+    return [next(result for size, result in computed if size == k.shape[2]) for k in keys]
 
 
 def positions_held(length: Tensor, slots: int) -> PositionsN:

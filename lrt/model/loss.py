@@ -42,10 +42,10 @@ def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     size = model.config.vocab_size
     require_targets(targets, size)
     logits, ignored = model.logits(hidden), targets == IGNORE
-    known = ignored | ((targets >= 0) & (targets < size))
-    aims = torch.where(known, targets, IGNORE).flatten()
+    valid = ignored | ((targets >= 0) & (targets < size))
+    aims = torch.where(valid, targets, IGNORE).flatten()
     nats = F.cross_entropy(logits.flatten(0, 1), aims, ignore_index=IGNORE, reduction="none").view_as(targets)
-    return nats.masked_fill(~known, torch.nan)
+    return nats.masked_fill(~valid, torch.nan)
 
 
 def summed_nats(
@@ -133,9 +133,9 @@ class ScheduledLoss(nn.Module):
             if p.weight > 0:
                 assert written.hidden is not None
                 hidden.append(written.hidden)
-                aims.append(_cut(targets, p))
+                aims.append(_of_pass(targets, p))
             if before is not None and read is not None:
-                distance = distance + _distance(written.memory, before, _cut(read, p))
+                distance = distance + _distance(written.memory, before, _of_pass(read, p))
             before = _states(buffer, passes[i + 1].positions) if any(compared[i + 1 : i + 2]) else None
             del written, buffer  # or two passes' keys and values would exist where one's do
         return _Parts(hidden, aims, memory_read, distance)
@@ -151,15 +151,15 @@ class _Parts(NamedTuple):
     """Summed over the states compared."""
 
 
-def _states(buffer: Buffer, at: range) -> StreamBND | None:
-    """m_t for every t of `at`, cut from the gradient."""
-    read = buffer.memory(range(at.start + 1, at.stop + 1, at.step))
+def _states(buffer: Buffer, positions: range) -> StreamBND | None:
+    """m_t for every t of `positions`, cut from the gradient."""
+    read = buffer.memory(range(positions.start + 1, positions.stop + 1, positions.step))
     return None if read is None else read.detach()
 
 
-def _cut(of: Tensor, p: Pass) -> Tensor:
+def _of_pass(x: Tensor, p: Pass) -> Tensor:
     """The columns of a pass."""
-    return of[:, p.positions.start : p.positions.stop : p.positions.step]
+    return x[:, p.positions.start : p.positions.stop : p.positions.step]
 
 
 def states_read(targets: TokensBN, starts: Tensor | None) -> Tensor:
@@ -179,7 +179,7 @@ def _distance(written: StreamBND, before: StreamBND, read: Tensor) -> Tensor:
 
 def step_plan(targets: TokensBN, starts: Tensor | None, passes: Passes) -> StepPlan:
     """The plan of a step over all of `targets`, int64 [B, T]; `starts` as in `ScheduledLoss.forward`."""
-    kept, read = (targets != IGNORE).sum(0, keepdim=True), states_read(targets, starts).sum(0, keepdim=True)
-    counts = [_cut(kept, p).sum() for p in passes if p.weight > 0]
-    states = [_cut(read, p).sum() for p, one in zip(passes, rewriting(passes), strict=True) if one]
+    counted, read = (targets != IGNORE).sum(0, keepdim=True), states_read(targets, starts).sum(0, keepdim=True)
+    counts = [_of_pass(counted, p).sum() for p in passes if p.weight > 0]
+    states = [_of_pass(read, p).sum() for p, one in zip(passes, rewriting(passes), strict=True) if one]
     return StepPlan(passes, torch.stack([*counts, sum(states, torch.zeros_like(counts[0]))]).float())

@@ -110,19 +110,19 @@ class _Split(torch.autograd.Function):
     """Disjoint slices of one axis as views; backward writes each gradient into its place, once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, cuts: tuple[slice, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, axis: int, slices: tuple[slice, ...]) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.like, ctx.places = (x.shape, x.dtype, x.device), [(slice(None),) * axis + (cut,) for cut in cuts]
+        ctx.like, ctx.places = (x.shape, x.dtype, x.device), [(slice(None),) * axis + (one,) for one in slices]
         return tuple(x[place] for place in ctx.places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         shape, dtype, device = ctx.like
-        whole = torch.zeros(shape, dtype=dtype, device=device)
+        dx = torch.zeros(shape, dtype=dtype, device=device)
         for place, grad in zip(ctx.places, grads, strict=True):
             if grad is not None:
-                whole[place] = grad
-        return whole, None, None
+                dx[place] = grad
+        return dx, None, None
 
 
 def rms_norm(x: Tensor, eps: float = EPS) -> Tensor:
@@ -167,6 +167,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 
-def split(x: Tensor, axis: int, cuts: tuple[slice, ...]) -> tuple[Tensor, ...]:
+def split(x: Tensor, axis: int, slices: tuple[slice, ...]) -> tuple[Tensor, ...]:
     """Disjoint slices of one axis, as views; their gradients are put together by one copy, however many there are."""
-    return _Split.apply(x, axis, cuts)  # pyright: ignore[reportReturnType]
+    return _Split.apply(x, axis, slices)  # pyright: ignore[reportReturnType]

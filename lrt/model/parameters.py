@@ -35,9 +35,9 @@ def role(name: str) -> Role:
         return "embedding"
     if parts[0] == "head":
         return "head"
-    known: list[Role] = [_ROLES[part] for part in parts if part in _ROLES]
-    if known:
-        return known[-1]
+    roles: list[Role] = [_ROLES[part] for part in parts if part in _ROLES]
+    if roles:
+        return roles[-1]
     return "bias" if parts[-1] == "bias" else "matrix"
 
 

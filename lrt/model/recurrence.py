@@ -171,28 +171,30 @@ def settle(
 
     Rows leave as they settle, so that none's result depends on the others.
     """
-    rows, buffer, completed = count.nonzero()[:, 0], cache.buffer(), model.config.source < model.config.layers
+    rows, buffer, completing = count.nonzero()[:, 0], cache.buffer(), model.config.source < model.config.layers
     buffer = buffer if len(rows) == len(count) else buffer.take(rows)
-    n, known, old, progress = tokens.shape[1], 0, None, SweepRates.unknown(len(rows), tokens.device)
+    n, prefix, old, progress = tokens.shape[1], 0, None, SweepRates.unknown(len(rows), tokens.device)
     for number in range(1, plan.max_sweeps + 1 if len(rows) else 0):
         unsettled, wanted, passes = tokens[rows], count[rows], plan.sweep(number, n)
         buffer = _sweep(model, unsettled, passes, buffer)
         new = buffer.memory(range(1, n + 1))
         assert new is not None
-        known = exact_prefix(passes, n, known) if model.config.feeds_back else n
-        exact = min(n, known + completed)  # the pass that completes the chunk makes one more position exact
+        prefix = exact_prefix(passes, n, prefix) if model.config.feeds_back else n
+        exact = min(n, prefix + completing)  # the pass that completes the chunk makes one more position exact
         progress = progress.after(change_of(old, new, wanted))
         error = progress.error()
         settled = (error <= plan.tolerance) | (wanted <= exact)
         leaving = settled if number < plan.max_sweeps else torch.ones_like(settled)
         if leaving.any():
-            at, every = leaving.nonzero()[:, 0], bool(leaving.all())
-            whole, hidden = finish(model, unsettled[at], buffer if every else buffer.take(at), new[at])
-            written = whole.memory(range(1, n + 1))
+            index, every = leaving.nonzero()[:, 0], bool(leaving.all())
+            completed_buffer, hidden = finish(
+                model, unsettled[index], buffer if every else buffer.take(index), new[index]
+            )
+            written = completed_buffer.memory(range(1, n + 1))
             assert written is not None
             taken = torch.where(settled, wanted, wanted.clamp(max=exact))
             residual = error.masked_fill(~settled | (wanted <= exact), 0).max()
-            yield SettledRows(rows[at], taken[at], whole, hidden, written, number, float(residual))
+            yield SettledRows(rows[index], taken[index], completed_buffer, hidden, written, number, float(residual))
             if every:
                 return
             stay = (~leaving).nonzero()[:, 0]
@@ -247,8 +249,8 @@ def _recur(
     for t in range(int(begin.min()), int(end.max())):
         active = (begin <= t) & (t < end)
         now, part = advance(model, tokens[rows, t], part, active)
-        for kept, new in ((hidden, now), (memory, part.memory)):
-            kept[rows, t] = torch.where(active[:, None], new.to(kept.dtype), kept[rows, t])
+        for filled, new in ((hidden, now), (memory, part.memory)):
+            filled[rows, t] = torch.where(active[:, None], new.to(filled.dtype), filled[rows, t])
     return cache.put(rows, part) if part.rows < cache.rows else part
 
 

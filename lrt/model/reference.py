@@ -69,11 +69,11 @@ def reference(weights: dict[str, Tensor], config: ModelConfig, tokens: list[int]
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.layers)]
     logits, memories, memory = [], [], torch.zeros(config.d, dtype=weights["embedding.weight"].dtype)
     for t, token in enumerate(tokens):
-        before = None if t == 0 or token == config.bos else tokens[t - 1]
+        previous = None if t == 0 or token == config.bos else tokens[t - 1]
         if token == config.bos:
             memory = torch.zeros_like(memory)
             past = [[] for _ in range(config.layers)] if config.document_attention else past
-        x, memory = _token(weights, config, token, before, t, memory, past)
+        x, memory = _token(weights, config, token, previous, t, memory, past)
         logits.append(_logits(weights, config, x))
         memories.append(memory)
     return Trace(torch.stack(logits), torch.stack(memories))
@@ -87,13 +87,13 @@ def _logits(w: dict[str, Tensor], config: ModelConfig, x: Tensor) -> Tensor:
 
 
 def _token(
-    w: dict[str, Tensor], config: ModelConfig, token: int, before: int | None, t: int, memory: Tensor, past: list
+    w: dict[str, Tensor], config: ModelConfig, token: int, previous: int | None, t: int, memory: Tensor, past: list
 ) -> tuple[Tensor, Tensor]:
-    """The stream after the last block and m_t; `before` is the token at t-1, None at the start of a document."""
+    """The stream after the last block and m_t; `previous` is the token at t-1, None at the start of a document."""
     back = config.backbone
     x = w["embedding.weight"][token]
     written = _norm(x, back.norm_eps)
-    shift = torch.zeros_like(x) if before is None else _norm(w["embedding.weight"][before], back.norm_eps)
+    shift = torch.zeros_like(x) if previous is None else _norm(w["embedding.weight"][previous], back.norm_eps)
     read = {"": memory} if config.memory.source != 0 else {}
     read |= {"shift_": shift} if config.memory.source == 0 or config.memory.shift else {}
     x = x0 = _norm(x, back.norm_eps) if back.embedding_norm else x

@@ -130,30 +130,30 @@ class CachedPrefix(NamedTuple):
 
     def take(self, rows: Tensor) -> CachedPrefix:
         """The given rows alone, copied."""
-        layers = [(k[rows], v[rows], at[rows]) for k, v, at in self.layers]
+        layers = [(k[rows], v[rows], positions[rows]) for k, v, positions in self.layers]
         return CachedPrefix(
             self.length[rows], self.memory[rows], self.last_token[rows], self.document_start[rows], layers
         )
 
 
 class Segment(NamedTuple):
-    """The outcome of a pass over the positions `at`, or a strided view of what later passes have left of it."""
+    """The outcome of a pass over the `positions`, or a strided view of what later passes have left of it."""
 
-    at: range
+    positions: range
     written: PassOutput
 
     def split(self, slices: Sequence[range]) -> list[Segment]:
-        """The parts over disjoint sub-slices of `self.at`, as views whose gradients are put together once."""
-        if list(slices) == [self.at] or not slices:
+        """The parts over disjoint sub-slices of `self.positions`, as views whose gradients are put together once."""
+        if list(slices) == [self.positions] or not slices:
             return [self] if slices else []
-        cuts, w = tuple(_cut(self.at, at) for at in slices), self.written
-        memories = split(w.memory, 1, cuts)
-        keys, values = (list(zip(*(split(x, 2, cuts) for x in xs), strict=True)) for xs in (w.keys, w.values))
-        parts = zip(slices, cuts, memories, keys or [()] * len(cuts), values or [()] * len(cuts), strict=True)
-        marked = [[None if x is None else x[:, cut] for x in (w.starts, w.below)] for cut in cuts]
+        places, w = tuple(_slice_of(self.positions, part) for part in slices), self.written
+        memories = split(w.memory, 1, places)
+        keys, values = (list(zip(*(split(x, 2, places) for x in xs), strict=True)) for xs in (w.keys, w.values))
+        parts = zip(slices, places, memories, keys or [()] * len(places), values or [()] * len(places), strict=True)
+        marked = [[None if x is None else x[:, place] for x in (w.starts, w.below)] for place in places]
         return [
-            Segment(at, PassOutput(w.tokens[:, cut], None, m, k, v, starts, below))
-            for (at, cut, m, k, v), (starts, below) in zip(parts, marked, strict=True)
+            Segment(part, PassOutput(w.tokens[:, place], None, m, k, v, starts, below))
+            for (part, place, m, k, v), (starts, below) in zip(parts, marked, strict=True)
         ]
 
 
@@ -175,26 +175,26 @@ class Buffer:
             blocks: those that the pass runs; what the ones before them computed is read (`knows` the positions then).
             detach: whether what it reads is cut from the gradient.
         """
-        at = range(tokens.shape[1]) if positions is None else positions
-        rest = self.without(at)  # cut once: the pass sees it, and it stays
-        before, seen = (b.detach() if detach else b for b in (self, rest))
-        read = seen._input(at, tokens, blocks.stop, before.memory(at))
-        return read._replace(below=self._below(at, blocks.start)), rest
+        positions = range(tokens.shape[1]) if positions is None else positions
+        others = self.without(positions)  # cut once: the pass sees it, and it stays
+        before, seen = (b.detach() if detach else b for b in (self, others))
+        read = seen._input(positions, tokens, blocks.stop, before.memory(positions))
+        return read._replace(below=self._below(positions, blocks.start)), others
 
-    def knows(self, at: range) -> bool:
-        """Whether what no memory reaches has been computed at all positions of `at`."""
-        known = (s.at for s in self.segments if s.written.below is not None)
-        return sum(len(intersect(positions, at)) for positions in known) == len(at)
+    def knows(self, positions: range) -> bool:
+        """Whether what no memory reaches has been computed at all `positions`."""
+        computed = (s.positions for s in self.segments if s.written.below is not None)
+        return sum(len(intersect(part, positions)) for part in computed) == len(positions)
 
-    def _below(self, at: range, blocks: int) -> BelowMemory | None:
+    def _below(self, positions: range, blocks: int) -> BelowMemory | None:
         """What the first `blocks` blocks have computed at positions that the buffer knows, without gradient."""
         if blocks == 0:
             return None
-        places, written = [s.at for s in self.segments], [s.written for s in self.segments]
+        places, written = [s.positions for s in self.segments], [s.written for s in self.segments]
 
         def joined(parts: Iterable[Tensor | None]) -> Tensor:
-            there = [(positions, x) for positions, x in zip(places, parts, strict=True) if x is not None]
-            newest = _newest(at, there, 0)
+            present = [(part, x) for part, x in zip(places, parts, strict=True) if x is not None]
+            newest = _newest(positions, present, 0)
             assert newest is not None, "the buffer does not know these positions"
             return newest.detach()
 
@@ -206,78 +206,88 @@ class Buffer:
 
     def write(self, positions: range | None, written: PassOutput) -> Buffer:
         """The buffer after a pass: its positions replace what stood there before."""
-        at = range(written.tokens.shape[1]) if positions is None else positions
-        return replace(self, segments=(Segment(at, written), *self.without(at).segments))
+        positions = range(written.tokens.shape[1]) if positions is None else positions
+        return replace(self, segments=(Segment(positions, written), *self.without(positions).segments))
 
-    def without(self, at: range) -> Buffer:
-        """The buffer less the positions `at`."""
-        return replace(self, segments=tuple(part for s in self.segments for part in s.split(subtract(s.at, at))))
+    def without(self, positions: range) -> Buffer:
+        """The buffer less the `positions`."""
+        return replace(
+            self, segments=tuple(part for s in self.segments for part in s.split(subtract(s.positions, positions)))
+        )
 
     def detach(self) -> Buffer:
         """The same buffer, cut from the gradient."""
-        return replace(self, segments=tuple(Segment(s.at, s.written.map(_detached)) for s in self.segments))
+        return replace(self, segments=tuple(Segment(s.positions, s.written.map(_detached)) for s in self.segments))
 
     def take(self, rows: Tensor) -> Buffer:
         """The given rows alone, copied; `rows` are indices [b]."""
-        segments = (Segment(s.at, s.written.map(lambda x, _: x[rows])) for s in self.segments)
+        segments = (Segment(s.positions, s.written.map(lambda x, _: x[rows])) for s in self.segments)
         return Buffer(tuple(segments), self.prefix and self.prefix.take(rows))
 
     def position(self, t: int) -> Buffer:
         """What position t alone holds, as if it were the first."""
-        segment = next(s for s in self.segments if t in s.at)
-        alone = segment.written.map(lambda x, axis: x.narrow(axis, segment.at.index(t), 1))
+        segment = next(s for s in self.segments if t in s.positions)
+        alone = segment.written.map(lambda x, axis: x.narrow(axis, segment.positions.index(t), 1))
         return replace(self, segments=(Segment(range(1), alone),))
 
-    def memory(self, at: range) -> StreamBND | None:
-        """m_{t-1} for every t of `at`, [B, N, D]; zero where none was written; None if none was written anywhere."""
-        parts = [(s.at, s.written.memory) for s in self.segments]
+    def memory(self, positions: range) -> StreamBND | None:
+        """m_{t-1} for every t of `positions`, [B, N, D]; zero where none was written; None if there is none at all."""
+        parts = [(s.positions, s.written.memory) for s in self.segments]
         if self.prefix is not None:
             parts.append((range(-1, 0), self.prefix.memory[:, None]))
-        return _newest(_before(at), parts, 0)
+        return _newest(_before(positions), parts, 0)
 
-    def previous_tokens(self, at: range, tokens: TokensBN) -> TokensBN:
-        """The token at t-1 for every t of `at`, whose own are `tokens`; [B, N], negative where there is none.
+    def previous_tokens(self, positions: range, tokens: TokensBN) -> TokensBN:
+        """The token at t-1 for every t of `positions`, whose own are `tokens`; [B, N], negative where there is none.
 
-        The buffer holds nothing at `at`: `open` has taken it out.
+        The buffer holds nothing at `positions`: `open` has taken it out.
         """
-        parts = [(at, tokens), *((s.at, s.written.tokens) for s in self.segments)]
+        parts = [(positions, tokens), *((s.positions, s.written.tokens) for s in self.segments)]
         if self.prefix is not None:
             parts.append((range(-1, 0), self.prefix.last_token[:, None]))
-        newest = _newest(_before(at), parts, -1)
+        newest = _newest(_before(positions), parts, -1)
         return torch.full_like(tokens, -1) if newest is None else newest
 
-    def document_start(self, at: range) -> PositionsN | None:
-        """Where the newest document before each t of `at` starts, absolute, [B, N] or [B, 1]; None: none is known.
+    def document_start(self, positions: range) -> PositionsN | None:
+        """Where the newest document before each t of `positions` starts, absolute, [B, N] or [B, 1]; None: unknown.
 
-        The buffer holds nothing at `at`: `open` has taken it out.
+        The buffer holds nothing at `positions`: `open` has taken it out.
         """
-        marked = [(s.at, s.written.starts) for s in self.segments if s.written.starts is not None]
+        marked = [(s.positions, s.written.starts) for s in self.segments if s.written.starts is not None]
         before = None if self.prefix is None else self.prefix.document_start[:, None]
         if not marked:
             return before
-        known = torch.zeros(len(marked[0][1]), at[-1] + 1, dtype=torch.bool, device=marked[0][1].device)
-        for positions, starts in marked:
-            seen = intersect(positions, range(at[-1] + 1))
+        starts_by_position = torch.zeros(
+            len(marked[0][1]), positions[-1] + 1, dtype=torch.bool, device=marked[0][1].device
+        )
+        for part, starts in marked:
+            seen = intersect(part, range(positions[-1] + 1))
             if len(seen):
-                known[:, seen.start : seen.stop : seen.step] = starts[:, : len(seen)]
-        places = torch.arange(at[-1] + 1, device=known.device)
+                starts_by_position[:, seen.start : seen.stop : seen.step] = starts[:, : len(seen)]
+        places = torch.arange(positions[-1] + 1, device=starts_by_position.device)
         places = places if self.prefix is None else places + self.prefix.length[:, None]
-        newest = torch.where(known, places, 0).cummax(dim=1).values[:, at.start : at.stop : at.step]
+        newest = (
+            torch.where(starts_by_position, places, 0)
+            .cummax(dim=1)
+            .values[:, positions.start : positions.stop : positions.step]
+        )
         return newest if before is None else torch.maximum(newest, before)
 
-    def _input(self, at: range, tokens: TokensBN, blocks: int, memory: StreamBND | None) -> PassInput:
+    def _input(self, positions: range, tokens: TokensBN, blocks: int, memory: StreamBND | None) -> PassInput:
         """What a pass reads of segments that it does not itself rewrite, up to its last position."""
-        rest = [s for s in self.segments if s.at.start <= at[-1]]
+        others = [s for s in self.segments if s.positions.start <= positions[-1]]
         own, *places = (
-            torch.arange(r.start, r.stop, r.step, device=tokens.device) for r in (at, *(s.at for s in rest))
+            torch.arange(r.start, r.stop, r.step, device=tokens.device)
+            for r in (positions, *(s.positions for s in others))
         )
-        previous = self.previous_tokens(at, tokens)
-        if not rest and self.prefix is None:
+        previous = self.previous_tokens(positions, tokens)
+        if not others and self.prefix is None:
             return PassInput(own, None, memory, previous)
-        start = self.document_start(at)
-        keys, others = torch.cat((own, *places)), [s.written for s in rest]
+        start = self.document_start(positions)
+        keys, written = torch.cat((own, *places)), [s.written for s in others]
         layers = [
-            Segments(tuple(w.keys[i] for w in others), tuple(w.values[i] for w in others), keys) for i in range(blocks)
+            Segments(tuple(w.keys[i] for w in written), tuple(w.values[i] for w in written), keys)
+            for i in range(blocks)
         ]
         if self.prefix is not None:
             own, layers = own + self.prefix.length[:, None], _after(self.prefix, layers)
@@ -287,8 +297,8 @@ class Buffer:
 def _after(prefix: CachedPrefix, layers: Sequence[Segments]) -> list[Segments]:
     """Layers whose positions are absolute, with the prefix's keys and values."""
     start, joined = prefix.length[:, None], []
-    for own, (k, v, at) in zip(layers, prefix.layers[: len(layers)], strict=True):
-        joined.append(Segments((*own.keys, k), (*own.values, v), torch.cat((own.positions + start, at), dim=1)))
+    for own, (k, v, positions) in zip(layers, prefix.layers[: len(layers)], strict=True):
+        joined.append(Segments((*own.keys, k), (*own.values, v), torch.cat((own.positions + start, positions), dim=1)))
     return joined
 
 
@@ -296,13 +306,15 @@ def _detached(x: Tensor, axis: int) -> Tensor:
     return x.detach()
 
 
-def _before(at: range) -> range:
-    return range(at.start - 1, at.stop - 1, at.step)
+def _before(positions: range) -> range:
+    return range(positions.start - 1, positions.stop - 1, positions.step)
 
 
-def _cut(held: range, at: range) -> slice:
-    """Where `at`, a sub-slice of `held`, lies in it."""
-    return slice(held.index(at[0]), held.index(at[-1]) + 1, at.step // held.step if len(at) > 1 else 1)
+def _slice_of(positions: range, part: range) -> slice:
+    """Where `part`, a sub-slice of `positions`, lies in it."""
+    return slice(
+        positions.index(part[0]), positions.index(part[-1]) + 1, part.step // positions.step if len(part) > 1 else 1
+    )
 
 
 def _newest(places: range, parts: Sequence[tuple[range, Tensor]], empty: int) -> Tensor | None:
@@ -310,8 +322,12 @@ def _newest(places: range, parts: Sequence[tuple[range, Tensor]], empty: int) ->
 
     None if nothing lies anywhere.
     """
-    shared = [(intersect(at, places), at, x) for at, x in parts]
-    covered = [(common, x if common == at else x[:, _cut(at, common)]) for common, at, x in shared if len(common)]
+    shared = [(intersect(positions, places), positions, x) for positions, x in parts]
+    covered = [
+        (common, x if common == positions else x[:, _slice_of(positions, common)])
+        for common, positions, x in shared
+        if len(common)
+    ]
     if not covered:
         return None
     if len(covered) == 1 and len(covered[0][0]) == len(places):
@@ -322,5 +338,5 @@ def _newest(places: range, parts: Sequence[tuple[range, Tensor]], empty: int) ->
         return torch.cat((nothing, example), dim=1)
     newest = example.new_full((example.shape[0], len(places), *example.shape[2:]), empty)
     for common, x in covered:
-        newest[:, _cut(places, common)] = x
+        newest[:, _slice_of(places, common)] = x
     return newest

@@ -274,13 +274,13 @@ def require_same(config: RunConfig, started: Checkpoint) -> None:
         "model": None, "optim": None, "data": None,
         "train": ("schedule", "consistency", "batch", "length", "horizon", "seed", "dtype"),
     }.items():  # fmt: skip
-        asked, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
-        for name in names or asked.keys() - {"folder"}:  # where token shards lie decides nothing
-            same = asked[name] == had[name]
+        requested, had = to_dict(getattr(config, part)), to_dict(getattr(started.config, part))
+        for name in names or requested.keys() - {"folder"}:  # where token shards lie decides nothing
+            same = requested[name] == had[name]
             require(
                 same,
-                f"--{part}.{name} is {asked[name]}, but {started.folder} was trained with {had[name]}; give that, or "
-                "choose another --out",
+                f"--{part}.{name} is {requested[name]}, but {started.folder} was trained with {had[name]}; give that, "
+                "or choose another --out",
             )
 
 
@@ -350,8 +350,8 @@ def _sync_and_hash(path: Path) -> str:
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut, where folders can be synced."""
     with contextlib.suppress(OSError):
-        at = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(at)
+            os.fsync(descriptor)
         finally:
-            os.close(at)
+            os.close(descriptor)

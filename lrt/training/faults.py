@@ -52,7 +52,7 @@ class Stop:
 
 
 @contextmanager
-def plainly(config: TrainConfig) -> Iterator[None]:
+def in_one_line(config: TrainConfig) -> Iterator[None]:
     """Turn what a machine can do to a training into one line with a remedy.
 
     ValueError: out of memory. ConnectionError: another process has died.

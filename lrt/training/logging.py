@@ -38,9 +38,11 @@ class Jsonl:
         self.path = path
 
     def __call__(self, event: Event) -> None:
-        there = self.path.exists()
-        require(not there or self.path.is_file(), f"{self.path} is no regular file; remove it, or choose another --out")
-        if event["kind"] == "start" and there:
+        exists = self.path.exists()
+        require(
+            not exists or self.path.is_file(), f"{self.path} is no regular file; remove it, or choose another --out"
+        )
+        if event["kind"] == "start" and exists:
             self._rewind(event["step"])
         if event["kind"] in RECORDED:
             self.path.parent.mkdir(parents=True, exist_ok=True)

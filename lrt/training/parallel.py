@@ -92,9 +92,9 @@ class Parallel:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it the bare model can be called (evaluation): the root is whole, and the blocks unless `reshard`."""
-        kept = self.blocks[:1] if self.reshard else self.blocks
-        for m in kept:
+        modules = self.blocks[:1] if self.reshard else self.blocks
+        for m in modules:
             m.unshard()
         yield
-        for m in kept:
+        for m in modules:
             m.reshard()

@@ -140,9 +140,9 @@ class Session:
         checkpoint.load_weights(self.model, started.weights())
         self.optimizer.load(started.optimizer_state())
         spent: Any = started.extra.get("progress")
-        known = {f.name for f in fields(Progress)}
+        names = {f.name for f in fields(Progress)}
         fine = (
-            isinstance(spent, dict) and set(spent) == known and all(isinstance(x, (int, float)) for x in spent.values())
+            isinstance(spent, dict) and set(spent) == names and all(isinstance(x, (int, float)) for x in spent.values())
         )
         require(fine, f"{started.folder / checkpoint.META} does not say what was spent; resume an earlier checkpoint")
         self.progress = Progress(**spent)
@@ -240,10 +240,10 @@ class Session:
         out, _ = self.gradients(batch)
         cause = not_finite(self.model, out.per_pass, self.world)
         self.writer.wait()
-        kept = checkpoint.checkpoints(self.run)
+        good = checkpoint.checkpoints(self.run)
         raise ValueError(
             f"{row} steps in a row up to step {self.progress.step} had no finite loss and gradient: they were skipped; "
-            f"{cause}; the last good checkpoint is {kept[-1] if kept else 'none yet'}: lower optim.matrix_lr or the "
+            f"{cause}; the last good checkpoint is {good[-1] if good else 'none yet'}: lower optim.matrix_lr or the "
             "other rates, or look at the text there"
         )
 

@@ -72,8 +72,8 @@ class Tracker(ABC):
             write_sealed(self.file, self.known)
 
     @abstractmethod
-    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
-        """Open the run `known`, or else a new one called `name`; what the library knows it by."""
+    def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
+        """Open the run `previous`, or else a new one called `name`; what the library knows it by."""
 
     @abstractmethod
     def log(self, step: int, figures: Figures) -> None:
@@ -91,7 +91,7 @@ class TensorBoard(Tracker):
     package = "torch.utils.tensorboard"
     rewinds = True
 
-    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
+    def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
         self.writer = self.library.SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1 if step else None)
         self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in flat(config).items()), step)
         return name
@@ -110,9 +110,9 @@ class WandB(Tracker):
 
     package = "wandb"
 
-    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
+    def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
         self.run.mkdir(parents=True, exist_ok=True)
-        which = known or uuid.uuid4().hex[:16]
+        which = previous or uuid.uuid4().hex[:16]
         self.opened = self.library.init(
             project=PROJECT, name=name, config=config, dir=str(self.run), id=which, resume="allow"
         )
@@ -131,9 +131,9 @@ class Trackio(Tracker):
 
     package = "trackio"
 
-    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
-        which = known or f"{name}-{uuid.uuid4().hex[:8]}"
-        self.library.init(project=PROJECT, name=which, config=flat(config), resume="must" if known else "never")
+    def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
+        which = previous or f"{name}-{uuid.uuid4().hex[:8]}"
+        self.library.init(project=PROJECT, name=which, config=flat(config), resume="must" if previous else "never")
         return which
 
     def log(self, step: int, figures: Figures) -> None:
@@ -149,10 +149,10 @@ class MLflow(Tracker):
 
     package = "mlflow"
 
-    def begin(self, name: str, config: dict[str, Any], step: int, known: str | None) -> str:
+    def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
         self.library.set_experiment(PROJECT)
-        opened = self.library.start_run(run_id=known) if known else self.library.start_run(run_name=name)
-        if not known:  # parameters of a run never change there
+        opened = self.library.start_run(run_id=previous) if previous else self.library.start_run(run_name=name)
+        if not previous:  # parameters of a run never change there
             self.library.log_params({key: str(value)[:500] for key, value in flat(config).items()})
         return opened.info.run_id
 

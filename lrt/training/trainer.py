@@ -15,7 +15,7 @@ from lrt.data.prepare import ReportProgress
 from lrt.data.run_tokens import RunTokens
 from lrt.training import checkpoint
 from lrt.training.checkpoint import Checkpoint
-from lrt.training.faults import plainly
+from lrt.training.faults import in_one_line
 from lrt.training.logging import Sink, tell
 from lrt.training.run_lock import RunLock
 from lrt.training.session import Result, Session
@@ -31,9 +31,9 @@ def resolve(config: RunConfig, prepared: Prepared) -> RunConfig:
 
     A model that starts from another's weights keeps its vocabulary, which may be larger than the tokenizer's.
     """
-    device, known = resolve_device(config.train.device), prepared.tokenizer.vocab_size
-    size = config.model.vocab_size if config.train.init_from else known
-    require(known <= size, f"the tokenizer has {known} tokens, the model only {size}; use the tokenizer it came with")
+    device, tokens = resolve_device(config.train.device), prepared.tokenizer.vocab_size
+    size = config.model.vocab_size if config.train.init_from else tokens
+    require(tokens <= size, f"the tokenizer has {tokens} tokens, the model only {size}; use the tokenizer it came with")
     prepared.tokenizer.widen(size)
     model = replace(config.model, vocab_size=size, bos=prepared.tokenizer.bos)
     train = replace(config.train, device=device.type, dtype=resolve_dtype(config.train.dtype, device))
@@ -62,7 +62,7 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
     Raises ValueError for bad input before anything is written, and when training cannot go on; SystemExit(143) after
     SIGTERM and KeyboardInterrupt after SIGINT, a checkpoint written.
     """
-    with join(config.train.device) as world, plainly(config.train), RunLock(run) as lock:
+    with join(config.train.device) as world, in_one_line(config.train), RunLock(run) as lock:
         trackers = _trackers(config, run, sinks, world)
         sinks = [*sinks, trackers] if world.first else []
         started = _started(lock, resume, world, sinks)
@@ -111,11 +111,11 @@ def _trackers(config: RunConfig, run: Path, sinks: Sequence[Sink], world: World)
 
 def _with_threads(config: RunConfig, started: Checkpoint | None) -> tuple[RunConfig, ThreadChoice]:
     """The configuration with its number of CPU threads: what was asked for, what the run had before, or a choice."""
-    asked, had = config.train.threads, started.config.train.threads if started else None
+    requested, before = config.train.threads, started.config.train.threads if started else None
     if config.train.device != "cpu":
         return config, ThreadChoice(torch.get_num_threads(), "for the host's part")
-    if asked or had:
-        choice = ThreadChoice(asked or had or 1, "as configured" if asked else "as before")
+    if requested or before:
+        choice = ThreadChoice(requested or before or 1, "as configured" if requested else "as before")
     else:
         choice = choose_threads(config.model.d, config.train.batch * config.train.length)
     return replace(config, train=replace(config.train, threads=choice.threads)), choice

@@ -30,7 +30,7 @@ def linear(outputs: int, inputs: int, seed: int = 0) -> nn.Linear:
 def test_the_kernel_is_its_formula(shape: tuple[int, int], rows: int):
     full = linear(*shape)
     small, x = Int8Linear(full), torch.randn(2, rows, shape[1], generator=torch.Generator().manual_seed(1))
-    whole, scale = small.get_buffer("whole"), small.get_buffer("scale")
+    whole, scale = small.get_buffer("integers"), small.get_buffer("scale")
     expected = int8_product(x.flatten(0, 1).bfloat16(), whole, scale).float().view(2, rows, -1)
     torch.testing.assert_close(small(x), expected, atol=1e-2, rtol=2e-2)
     assert small(x.double()).dtype == torch.float64
@@ -41,7 +41,7 @@ def test_the_kernel_is_its_formula(shape: tuple[int, int], rows: int):
 def test_a_weight_is_off_by_half_a_scale_at_most():
     full = linear(96, 64)
     small = Int8Linear(full)
-    whole, scale = small.get_buffer("whole").float(), small.get_buffer("scale").float()[:, None]
+    whole, scale = small.get_buffer("integers").float(), small.get_buffer("scale").float()[:, None]
     assert whole.abs().max() == 127
     off = (whole * scale - full.weight).abs()
     assert (off <= 0.5 * scale + 0.5 * (full.weight.abs() > 127 * scale) * scale).all()
@@ -65,7 +65,7 @@ def test_a_model_decodes_nearly_the_same(monkeypatch):
     assert isinstance(small.blocks[0].mlp.up, Int8Linear)  # pyright: ignore
     assert not isinstance(small.blocks[0].attention.gate, Int8Linear)  # pyright: ignore
     odd = with_weights(LRT(config(vocab_size=96, width=40)), "int8")
-    assert not any(isinstance(m, Int8Linear) and m.get_buffer("whole").shape[1] % 32 for m in odd.modules())
+    assert not any(isinstance(m, Int8Linear) and m.get_buffer("integers").shape[1] % 32 for m in odd.modules())
     rows = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(3))
     probabilities = []
     for model in (full, small):

@@ -102,7 +102,7 @@ def test_one_pass_alone_is_the_parallel_schedules(cfg: ModelConfig):
     written, buffer = model.run_pass(rows)
     (_, expected, _) = next(run_passes(model, rows, passes("parallel", 6)))
     close(written.hidden, expected.hidden)
-    assert [s.at for s in buffer.segments] == [range(6)]
+    assert [s.positions for s in buffer.segments] == [range(6)]
 
 
 @SOME

@@ -39,10 +39,10 @@ def filled(run) -> tuple[Buffer, dict[int, tuple[int, bool]]]:
 @given(runs)
 def test_segments_are_disjoint_and_hold_the_newest(run):
     buffer, newest = filled(run)
-    places = [t for s in buffer.segments for t in s.at]
+    places = [t for s in buffer.segments for t in s.positions]
     assert sorted(places) == sorted(newest)
     for s in buffer.segments:
-        assert s.written.memory[0, :, 0].tolist() == [100 * newest[t] + t for t in s.at]
+        assert s.written.memory[0, :, 0].tolist() == [100 * newest[t] + t for t in s.positions]
 
 
 @given(runs, slices(LENGTH))
@@ -89,7 +89,7 @@ def test_a_pass_sees_itself_alone_only_if_nothing_else_stands_before_its_end(run
     if opened(buffer, at, range(EARLY)).kv is None:
         assert not others
     else:  # a segment of larger stride may begin below and be seen
-        assert any(s.at[0] <= at[-1] for s in buffer.segments if set(s.at) - set(at))
+        assert any(s.positions[0] <= at[-1] for s in buffer.segments if set(s.positions) - set(at))
 
 
 @given(runs, slices(LENGTH))
@@ -97,7 +97,7 @@ def test_opening_leaves_the_buffer_less_what_the_pass_will_rewrite(run, at: rang
     buffer, newest = filled(run)
     tokens = torch.zeros(2, len(at), dtype=torch.int64)
     _, rest = buffer.open(at, tokens, range(EARLY))
-    assert sorted(t for s in rest.segments for t in s.at) == sorted(set(newest) - set(at))
+    assert sorted(t for s in rest.segments for t in s.positions) == sorted(set(newest) - set(at))
 
 
 def test_views_share_storage_with_what_was_written():
@@ -112,8 +112,8 @@ def test_write_and_detach_leave_the_old_buffer_as_it_was():
     state = written(range(4), 1)
     first = Buffer().write(range(4), state._replace(memory=state.memory.requires_grad_()))
     second = first.write(range(2), written(range(2), 2))
-    assert [s.at for s in first.segments] == [range(4)]
-    assert second.segments[0].at == range(2)
+    assert [s.positions for s in first.segments] == [range(4)]
+    assert second.segments[0].positions == range(2)
     assert first.memory(range(1, 5)).requires_grad
     assert not first.detach().memory(range(1, 5)).requires_grad
     assert torch.equal(first.detach().memory(range(1, 5)), first.memory(range(1, 5)))

@@ -1,6 +1,7 @@
 """Pictures of the page for docs/serving.md: python tests/serve/page_pictures.py RUN docs/img
 
-RUN is a run folder, such as runs/demo/lrt. The page draws with a seed, so the same run gives the same texts.
+RUN is a run folder: the committed ones show pretrained/books. The page draws with a seed, so the same run
+gives the same texts.
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from serving import Server
 from test_serve_page import CHROMIUM
 
-TEXT = """class Stack:
-    def __init__(self, items):
-        self.items = list(items)
-
-    def push(self, item):
-        self.items.append(item)
-        return self.items
-"""
+TEXT = (
+    "It was a bright morning when the old lady walked down to the village, and said that nothing could be done. "
+    "The village laughed, but the old lady said it again, and went home through the rain to dinner."
+)
+TURNS = "Good morning, Mrs. Smith 🙂", "And where is your brother?"
 PICTURES = {
     "serve-write": ("light", (1180, 900)),
     "serve-chat": ("light", (1180, 900)),
@@ -62,7 +60,7 @@ def _write(page: Page) -> None:
 
 def _chat(page: Page) -> None:
     page.get_by_role("tab", name="Chat").click()
-    for turn in ("Write a function 🙂", "And a class"):
+    for turn in TURNS:
         page.locator("#say").fill(turn)
         page.locator("#say").press("Enter")
         page.wait_for_function("() => document.querySelector('#say').value === ''")

@@ -219,7 +219,7 @@ def _traced(
     elif config.prefill == "sweeps" and core.config.memory.recurrent:
         buffer = settled(core, tokens, count, state, configured_options(core, config))
     folded = fold(core, tokens, passes, buffer, inputs.wanted)
-    at = [segment.at for segment in folded.buffer.segments]
+    at = [segment.positions for segment in folded.buffer.segments]
     written = [segment.written for segment in folded.buffer.segments]
     keys, values = (
         tuple(in_order(at, parts, n, 2) for parts in zip(*(kind(w) for w in written), strict=True))

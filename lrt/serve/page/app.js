@@ -18,9 +18,9 @@ async function connect() {
   $("key").hidden = true;
   $("name").textContent = about.name;
   document.title = about.name;
-  const memory = about.memory ? `${about.memory} memory from block ${about.source}` : "no memory";
-  $("about").textContent =
-    `${about.depth} blocks of width ${about.width}, ${memory}, context ${about.context}, trained ${about.schedule}`;
+  const memory = about.memory ? `memory from block ${about.source}` : "no memory";
+  $("about").textContent = `${about.depth} blocks of width ${about.width}, ${memory}, context of ${about.context} tokens`;
+  $("about").title = `trained by the schedule ${about.schedule}`;
   $("settings").elements.max_tokens.max = about.max_output;
   if (kept.model !== about.name) keep({ model: about.name, prompt: null, text: null, turns: null, say: null }); // of another model
   writing.offer(about.prompts);

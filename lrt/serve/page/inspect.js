@@ -2,7 +2,7 @@
 import { $, call, complain, keep, keptText, make } from "./common.js";
 
 let about = null;
-let found = null;
+let scored = null;
 let chosen = 0;
 const FULL = 2; // nats at which a colour is full
 const percent = (logprob) => {
@@ -45,9 +45,9 @@ export async function inspect() {
   complain("");
   $("look").disabled = true;
   try {
-    found = await (await call("api/inspect", { text: $("text-in").value })).json();
-    about = found.model;
-    showTogether(found.tokens);
+    scored = await (await call("api/inspect", { text: $("text-in").value })).json();
+    about = scored.model;
+    showTogether(scored.tokens);
     chosen = 0;
     $("result").hidden = false;
     summarise();
@@ -60,11 +60,11 @@ export async function inspect() {
 }
 
 function summarise() {
-  const { decoded, zero } = found.bpb;
+  const { decoded, zero } = scored.bpb;
   const digits = (x) => (x === null ? "none" : x.toFixed(3));
-  const rows = [["decoded with memory, bits per byte", digits(decoded)], ["memory reset at every token", digits(zero)]];
+  const rows = [["decoded with memory, bits per byte (lower is better)", digits(decoded)], ["memory reset at every token", digits(zero)]];
   if (decoded !== null && zero !== null) rows.push(["difference", `${decoded <= zero ? "−" : "+"}${Math.abs(decoded - zero).toFixed(3)}`]);
-  rows.push(["tokens", found.tokens.length]);
+  rows.push(["tokens", scored.tokens.length]);
   $("totals").replaceChildren(...rows.map(([term, value]) => make("div", {}, make("dt", { textContent: term }), make("dd", { textContent: value }))));
   const note = !about.memory && !about.residual ? "This model has no memory: both modes are the same."
     : about.trained_without_memory ? ""
@@ -77,7 +77,7 @@ const named = (token) => token.part || visible(token.text);
 const gain = (token) => token.decoded.logprob - token.zero.logprob;
 
 function listTokens() {
-  $("tokens").replaceChildren(...found.tokens.map((token, i) => {
+  $("tokens").replaceChildren(...scored.tokens.map((token, i) => {
     const odd = token.part ? "" : token.text.startsWith("bytes:") || !token.bytes.length ? "odd" : "";
     const node = make("span", { textContent: token.shown, className: token.shown ? odd : "rest", id: `token-${i}`, tabIndex: -1 });
     node.setAttribute("role", "option");
@@ -114,7 +114,7 @@ $("tokens").addEventListener("keydown", (event) => {
 });
 
 function describe() {
-  const token = found.tokens[chosen];
+  const token = scored.tokens[chosen];
   const nats = gain(token);
   const effect = Math.abs(nats) < 0.005 ? "left it as it was"
     : `made it ${Math.exp(Math.abs(nats)) > 1000 ? "over 1000" : Math.exp(Math.abs(nats)).toFixed(2)} times ${nats > 0 ? "more" : "less"} probable (${nats > 0 ? "+" : "−"}${Math.abs(nats).toFixed(2)} nats)`;
@@ -125,16 +125,16 @@ function describe() {
       make("td", { textContent: percent(logprob) }),
       make("td", {}, make("meter", { min: 0, max: 1, value: Math.exp(logprob) }))))));
   $("detail").replaceChildren(
-    make("p", {}, make("code", { textContent: named(token) }), ` Token ${chosen + 1} of ${found.tokens.length}: the memory ${effect}.`),
+    make("p", {}, make("code", { textContent: named(token) }), ` Token ${chosen + 1} of ${scored.tokens.length}: the memory ${effect}.`),
     make("div", { className: "columns" }, table("With memory", token.decoded), table("Memory reset", token.zero)));
 }
 
 // The heat map: a row per layer, a column per token.
 const ROW = 22;
 export function paint() {
-  if (!found || $("inspect").hidden) return;
-  const rows = found.strength[document.querySelector("input[name=kind]:checked").value];
-  const columns = found.tokens.length;
+  if (!scored || $("inspect").hidden) return;
+  const rows = scored.strength[document.querySelector("input[name=kind]:checked").value];
+  const columns = scored.tokens.length;
   const room = $("heat").parentElement.clientWidth;
   const wide = Math.max(6, Math.min(28, room / columns));
   const canvas = $("heat"), scale = devicePixelRatio;
@@ -156,10 +156,10 @@ export function paint() {
   pen.strokeRect(chosen * wide + 0.75, 0.75, Math.max(2, wide - 2.5), ROW * rows.length - 2.5);
   $("layers").replaceChildren(...rows.map((_, layer) => make("span", { textContent: `block ${layer + 1}` })));
   const at = rows.map((row, layer) => `block ${layer + 1}: ${row[chosen].toFixed(3)}`).join(", ");
-  $("heat-says").textContent = `Size of the memory's part relative to the rest, before “${named(found.tokens[chosen])}”: ${at}`;
+  $("heat-says").textContent = `Size of the memory's part relative to the rest, before “${named(scored.tokens[chosen])}”: ${at}`;
   canvas.setAttribute("aria-label", `Heat map of ${rows.length} blocks by ${columns} tokens; the strongest is ${most.toFixed(2)}`);
 }
-const column = (event) => Math.floor((event.offsetX / $("heat").clientWidth) * found.tokens.length);
+const column = (event) => Math.floor((event.offsetX / $("heat").clientWidth) * scored.tokens.length);
 $("heat").addEventListener("mousemove", (event) => choose(column(event)));
 $("heat").addEventListener("click", (event) => choose(column(event), true));
 for (const radio of document.querySelectorAll("input[name=kind]")) radio.addEventListener("change", paint);
