@@ -44,19 +44,22 @@ def main(args: list[str]) -> int:
     from lrt.integrations.hf.fast_tokenizer import fast_tokenizer, save_tokenizer
     from lrt.training.checkpoint import load_model, write_weights
     from lrt.utils.checksums import write_sums
+    from lrt.utils.new_folder import new_folder
 
     loaded = load_model(flags.run)
     if flags.to == "run":
-        write_weights(loaded, flags.folder)
+        with new_folder(flags.folder):
+            write_weights(loaded, flags.folder)
         show(f"{flags.folder}: step {loaded.step} of {flags.run}, weights in bfloat16")
         return 0
     disable_progress_bar()  # a bar for one file says nothing
     tokenizer = fast_tokenizer(loaded)
-    if flags.to in FAMILIES:
-        save_family(loaded, flags.folder, flags.to)
-    else:
-        save_export(loaded, flags.folder, flags.prefill)
-    save_tokenizer(tokenizer, flags.folder)
-    write_sums(flags.folder)
+    with new_folder(flags.folder):
+        if flags.to in FAMILIES:
+            save_family(loaded, flags.folder, flags.to)
+        else:
+            save_export(loaded, flags.folder, flags.prefill)
+        save_tokenizer(tokenizer, flags.folder)
+        write_sums(flags.folder)
     show(f"{flags.folder}: step {loaded.step} of {flags.run} as {flags.to}")
     return 0

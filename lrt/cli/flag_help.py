@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Union, get_args
 
 from tyro.constructors import (
@@ -19,6 +20,7 @@ def flag_rules() -> ConstructorRegistry:
     """Rules for `tyro.cli`."""
     rules = ConstructorRegistry()
     rules.primitive_rule(_optional)
+    rules.primitive_rule(_path)
     within: list[type] = []
 
     @rules.struct_rule
@@ -45,6 +47,25 @@ def _flowing(field: StructFieldSpec) -> StructFieldSpec:
         return raw and " ".join(raw.split())
 
     return dataclasses.replace(field, helptext=text)
+
+
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """A path; none is named by an empty text, as a shell leaves it of a variable that is not set."""
+    if info.type is not Path:
+        return None
+
+    def value(texts: list[str]) -> Path:
+        if not texts[0]:
+            raise ValueError("is empty; give a path")
+        return Path(texts[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=value,
+        is_instance=lambda instance: isinstance(instance, Path),
+        str_from_instance=lambda instance: [str(instance)],
+    )
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lrt.utils.files import expand_home, require_name
-from lrt.utils.terminal import fitted
+from lrt.utils.terminal import fitted, show
 
 T = TypeVar("T")
 WIDE = "1000000"
@@ -24,6 +24,16 @@ WIDE = "1000000"
 
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+DASHED = re.compile(rf"-?[{DASHES}]+-?[A-Za-z][\w.-]*(=|$)")
+QUOTED = re.compile("^[\u2018-\u201f\u00ab]|=[\u2018-\u201f\u00ab]|[\u2018-\u201f\u00bb]$")
+ERRORS = {
+    r"invalid literal for int\(\) with base 10: (.*)": r"\1 is \2; give a whole number",
+    r"could not convert string to float: (.*)": r"\1 is \2; give a number",
+    r"is (empty;.*)": r"\1 is \2",
+    r"Could not find valid parse for arguments: .*''.*()": r"\1 is empty; give a path",
+}
+"""How Python and tyro say that a text is no number or path, and how it is said here."""
 BOX_CORNERS = ("╭", " --")
 
 
@@ -51,8 +61,28 @@ def parse(flags: type[T], args: Sequence[str], command: str, short_help: str = "
     except SystemExit as end:
         if not end.code:
             raise
-        raise ValueError(f"{_first_line(message_box.getvalue())}; see lrt {command} --help") from None
-    return _checked(parsed, "")
+        message = _pasted(args) or _first_line(message_box.getvalue())
+        raise ValueError(f"{message}; see lrt {command} --help") from None
+    checked = _checked(parsed, "")
+    for flag in _given_twice(args):
+        show(f"lrt {command}: {flag} is given more than once; the last one counts", sys.stderr)
+    return checked
+
+
+def _pasted(args: Sequence[str]) -> str:
+    """What is wrong with an argument from a page that sets dashes and quotation marks as type; "" if there is none."""
+    for arg in args:
+        if DASHED.match(arg):
+            return f"{arg} begins with a typographic dash; write --{arg.lstrip(DASHES + '-')}"
+        if QUOTED.search(arg):
+            return f"{arg} has typographic quotation marks; write plain ones, or none"
+    return ""
+
+
+def _given_twice(args: Sequence[str]) -> list[str]:
+    """Flags that occur more than once, where several processes do not all say so."""
+    names = [name for name in names_of(args) if len(name) > 2]
+    return sorted({name for name in names if names.count(name) > 1}) if os.environ.get("RANK", "0") == "0" else []
 
 
 class _Page(io.TextIOWrapper):
@@ -127,24 +157,33 @@ def _first_line(box: str) -> str:
         else:
             parts[-1].append(line)
     message = re.sub(r"^Error parsing [\w.]+: (?=\w+\.\w+ )", "", " ".join(parts[0]).strip().rstrip("."))
+    for form, plain_words in ERRORS.items():
+        message = re.sub(rf"Error parsing (\S+|\[.*\]): {form}", plain_words, message)
     near = [part[1].split()[0] for part in parts if len(part) > 1 and part[0].startswith("Perhaps you meant")]
     return message + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _flag_name(field: dataclasses.Field[Any], within: str) -> str:
+    """A field as the command line calls it: a flag, or in capitals what is told by its place."""
+    if "Positional[" in str(field.type):
+        return field.name.upper()
+    return f"{within or '-'}{'.' if within else '-'}{field.name}".replace("_", "-")
 
 
 def _checked(value: Any, name: str) -> Any:
     """`value` with `~` in its paths expanded. ValueError: an integer of more than 64 bits, or a NaN."""
     if isinstance(value, Path):
-        require_name(str(value), f"--{name}")
+        require_name(str(value), name)
         return expand_home(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"--{name} is {value}; it must fit 64 bits")
+        raise ValueError(f"{name} is {value}; it must fit 64 bits")
     if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"--{name} is not a number; give one")
+        raise ValueError(f"{name} is not a number; give one")
     if type(value) is tuple:
         return tuple(_checked(item, name) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        checked = {n: _checked(v, f"{name}.{n}".lstrip(".").replace("_", "-")) for n, v in fields.items()}
+        checked = {f.name: _checked(fields[f.name], _flag_name(f, name)) for f in dataclasses.fields(value)}
         changed = {n: v for n, v in checked.items() if v is not fields[n] and v != fields[n]}
         return dataclasses.replace(value, **changed) if changed else value
     return value

@@ -117,7 +117,8 @@ class OptimConfig:
         for name, share in ((name, getattr(self, name)) for name in shares):
             require(0 <= share <= 1, f"optim.{name} is {share}; it is a share and must lie between 0 and 1")
         require(self.warmup + self.decay <= 1, f"optim.warmup {self.warmup} + decay {self.decay} exceed 1")
-        require(self.clip is None or self.clip > 0, f"optim.clip is {self.clip}; it must be positive or none")
+        clips = self.clip is None or 0 < self.clip < math.inf
+        require(clips, f"optim.clip is {self.clip}; it must be positive or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +202,8 @@ class TrainConfig:
         require(
             threads is None or threads >= 1, f"train.threads is {threads}; it must be at least 1, or none to choose"
         )
+        gap = self.gap_warning
+        require(0 <= gap < math.inf, f"train.gap_warning is {gap}; give bits per byte, at least 0")
         require(self.max_skipped >= 1, f"train.max_skipped is {self.max_skipped}; it must be at least 1")
         require_choice("train.dtype", self.dtype, Dtype)
         require_choice("train.parallel", self.parallel, Parallelism)
@@ -318,6 +321,10 @@ _RENAMED = {("Backend", "merged"): "auto"}
 """What older configurations call a choice, by its type."""
 
 
+MOST_BITS = 63
+"""Of a whole number, beside its sign; what torch and files hold."""
+
+
 def _field(hint: Any, written: str, value: Any, where: str) -> Any:
     """A field's value, of the type it is annotated with; JSON's lists are tuples, and no truth value is a number."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -325,6 +332,8 @@ def _field(hint: Any, written: str, value: Any, where: str) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     number = any(isinstance(x, bool) for x in (value if isinstance(value, tuple) else (value,))) and hint is not bool
     require(not number and _fits(value, hint), f"{where} is {value!r}; it must be {_in_words(hint, written)}")
+    bits = value.bit_length() if isinstance(value, int) else 0
+    require(bits <= MOST_BITS, f"{where} is a whole number of {bits} bits; it must fit 64")
     return value
 
 

@@ -115,6 +115,7 @@ def run_sweep(runs: list[Run], out: Path, jobs: int, cluster: str | None = None,
 
     With `cluster` the runs become a job array of submitit's executor of that name, with its parameters `resources`.
     """
+    out.mkdir(parents=True, exist_ok=True)  # before hours are spent on what could not be written
     todo = [run for run in runs if not finished(run, out / run.name)]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before", file=sys.stderr)
     with Live(samples=False) as live:
@@ -123,6 +124,9 @@ def run_sweep(runs: list[Run], out: Path, jobs: int, cluster: str | None = None,
         configs = {run.name: run.config for run in todo}
         failed = _submit(configs, out, cluster, resources) if cluster else run_all(configs, out, _run_one, jobs, live)
     lines = collect(runs, out)
+    if cluster in (None, "local", "debug"):
+        lost = [run.name for run in todo if not (out / run.name / RECORD).exists()]
+        failed |= {name: "it ended without a record" for name in lost if name not in failed}
     for name, reason in failed.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
     require(not failed, f"{len(failed)} of {len(todo)} runs failed; mend them and start the sweep again")
@@ -184,6 +188,5 @@ def collect(runs: list[Run], out: Path) -> list[dict[str, Any]]:
             result = read_json(out / run.name / RECORD, "record")
             del result["settings"]
             lines.append({"arm": run.arm, "grid": run.grid} | result)
-    out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "results.jsonl", map(sealed, lines))
     return lines

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.config.conversion import AddedMemory, Conversion, Start
@@ -24,7 +23,8 @@ from lrt.model.parameters import MEMORY, role
 from lrt.training import checkpoint
 from lrt.utils.checksums import require_sums
 from lrt.utils.files import one_line, read_json, require_kind, write_json
-from lrt.utils.tensor_files import read_tensors
+from lrt.utils.new_folder import new_folder
+from lrt.utils.tensor_files import read_tensors, write_tensors
 
 UNCHANGED = Conversion()
 UNSTARTED: tuple[AddedMemory, ...] = ("keep", "none", "recirculation")
@@ -67,11 +67,12 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
             source.train, schedule=_schedule(source, config), length=length, device="auto", dtype="auto", init_from=None
         ),
     )
-    source.tokenizer.save(out / "tokenizer")
-    write_json(out / "config.json", to_dict(run))
     origin = {"converted_from": folder.name, "start": how.start if how.memory not in UNSTARTED else None}
-    tokens = of_another(source.run.extra, source.run.run, source.data, out) if source.run is not None else {}
-    checkpoint.save(out, 0, run, model, {}, origin | tokens, keep=1)
+    with new_folder(out):
+        source.tokenizer.save(out / "tokenizer")
+        write_json(out / "config.json", to_dict(run))
+        tokens = of_another(source.run.extra, source.run.run, source.data, out) if source.run is not None else {}
+        checkpoint.save(out, 0, run, model, {}, origin | tokens, keep=1)
     return config
 
 
@@ -185,5 +186,5 @@ def save_family(loaded: Loaded, folder: Path, kind: str) -> None:
     facts = families.family_config(kind, config) | roles
     folder.mkdir(parents=True)
     write_json(folder / "generation_config.json", roles)
-    save_file(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
+    write_tensors(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", facts)

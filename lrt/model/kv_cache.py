@@ -18,7 +18,7 @@ from lrt.model.shapes import HeadsBKNE, PositionsN, TokensBN
 from lrt.model.state import Buffer, CachedPrefix, PassInput, PassOutput
 from lrt.model.transformer import Transformer
 from lrt.utils.files import parse_json
-from lrt.utils.tensor_files import read_tensors, tensors_hash
+from lrt.utils.tensor_files import read_tensors, tensors_hash, write_tensors
 
 X = TypeVar("X")
 FORMAT, BEFORE = "lrt-cache-2", "lrt-cache-1"
@@ -225,15 +225,13 @@ class KVCache(NamedTuple):
 
     def save(self, path: Path | str) -> None:
         """Write the state, only the slots in use, as safetensors."""
-        from safetensors.torch import save_file
-
         used = self.longest
         tensors: dict[str, Tensor] = self.per_row()._asdict()
         for name, xs in (("keys", self.keys), ("values", self.values)):
             tensors |= {f"{name}.{i}": x[:, :, :used].contiguous() for i, x in enumerate(xs)}
         slots = json.dumps([x.shape[2] for x in self.keys])
         about = {"format": FORMAT, "slots": slots, "longest": str(used)}
-        save_file(tensors, path, about | {DIGEST: tensors_hash(tensors, about)})
+        write_tensors(tensors, Path(path), about | {DIGEST: tensors_hash(tensors, about)})
 
     @staticmethod
     def load(path: Path | str, device: str | torch.device = "cpu") -> KVCache:

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.config.model import require
@@ -37,7 +35,7 @@ from lrt.model.lrt import LRT
 from lrt.utils.checksums import SUMS, file_hash, sums_text
 from lrt.utils.dtensor import fill
 from lrt.utils.files import one_line, read_json, read_text, require_fields, require_kind, write_json, write_text
-from lrt.utils.tensor_files import read_tensors
+from lrt.utils.tensor_files import read_tensors, write_tensors
 
 FORMAT, BEFORE = 2, 1
 """Format 1 had no SHA256SUMS: the hashes of its tensors stand in meta.json, and nothing covers that."""
@@ -106,19 +104,19 @@ def save(
         aside.mkdir(parents=True)
         weights = weights.state_dict() if isinstance(weights, LRT) else weights
         for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / name)
+            write_tensors({k: v.detach().contiguous() for k, v in tensors.items()}, aside / name)
             (aside / name).chmod(aside.stat().st_mode & 0o666)  # as the umask has it; the library lets nobody read
         checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
         meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
         meta |= {"stored": BRIEF} if all(x.dtype == torch.bfloat16 for x in weights.values()) else {}
         write_json(aside / META, meta | {"tokenizer": tokenizer_sums(run)})
         write_text(aside / SUMS, sums_text(checksums | {META: file_hash(aside / META)}))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:60]
+        reason = error.strerror or str(error)[:60]
         raise OSError(
             f"{folder.name} could not be written ({reason}); free space or choose another disk, then use --resume {run}"
-        ) from None
+        ) from error
     replaced = folder.with_name(folder.name + ".old.tmp")
     if folder.exists():  # resumed past a checkpoint that did not verify
         os.replace(folder, replaced)

@@ -6,11 +6,13 @@ goes on with other numbers, minutes later. So what is read here is read once, an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +70,24 @@ def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensor
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise ValueError("it was written to while it was read")
     return StoredTensors({name: tensors[name] for name in header}, about)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, texts beside the tensors. OSError as the system has it: it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, None if about is None else dict(about))
+    except SafetensorError as error:
+        raise system_error(error, path) from None
+
+
+def system_error(error: Exception, path: Path) -> OSError:
+    """What the system said when a library could not write."""
+    number = re.search(r"(?:os error|Errno) (\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code), str(path))
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:

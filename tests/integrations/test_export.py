@@ -6,6 +6,8 @@ import ast
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import venv
@@ -251,3 +253,21 @@ def test_pushing_to_a_hub_is_the_librarys(exported: Path, monkeypatch):
     pushed = seen["somebody/small"]
     assert pushed["model.safetensors"] == (exported / "model.safetensors").read_bytes()
     assert json.loads(pushed["config.json"])["prefill"] == "exact"
+
+
+@pytest.mark.parametrize("to", ["hf", "run", "back"])
+def test_what_does_not_fit_on_the_disk_leaves_nothing(to: str, run: Path, exported: Path, tmp_path: Path):
+    """One line with a remedy, and no half of a folder that would be in the way of the next try."""
+    new = tmp_path / "new"
+    args = ["--traceback", "export", str(run), str(new), "--to", to]
+    write = (lambda: convert(exported, new)) if to == "back" else (lambda: main(args))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match="new could not be written .*; free space, or choose another"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not new.exists()

@@ -117,7 +117,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeyp
     def crash(*_: object) -> None:
         raise OSError("disk full")
 
-    for part in ("save_file", "write_json"):
+    for part in ("write_tensors", "write_json"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, part, crash)
             with pytest.raises(OSError, match="disk full"):

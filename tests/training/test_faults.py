@@ -75,13 +75,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize("moment", ["half a model", "before the description", "before the rename", "after the rename"])
 def test_killed_while_a_checkpoint_is_written(moment: str, home: Path, tmp_path: Path, monkeypatch):
     """At step 6: the checkpoint of step 3 (or the new one) is whole, and the run goes on to the same end."""
-    real = {name: getattr(checkpoint, name) for name in ("save_file", "write_json", "_sync_folder")}
+    real = {name: getattr(checkpoint, name) for name in ("write_tensors", "write_json", "_sync_folder")}
 
     def killer(name: str, when):
         def call(*args):
             step = [a for a in args if "step_00000006" in str(a)]
             if step and when(args):
-                if name == "save_file":
+                if name == "write_tensors":
                     real[name](*args)
                     os.truncate(args[1], args[1].stat().st_size // 2)
                 raise Killed
@@ -90,7 +90,7 @@ def test_killed_while_a_checkpoint_is_written(moment: str, home: Path, tmp_path:
         return call
 
     if moment == "half a model":
-        monkeypatch.setattr(checkpoint, "save_file", killer("save_file", lambda a: a[1].name == MODEL))
+        monkeypatch.setattr(checkpoint, "write_tensors", killer("write_tensors", lambda a: a[1].name == MODEL))
     elif moment == "before the description":
         monkeypatch.setattr(checkpoint, "write_json", killer("write_json", lambda a: a[0].name == META))
     else:
