@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrt.config.benchmarks import PREFILL_MODES
 from lrt.config.decoding import PrefillOptions
 from lrt.evaluation.contraction import exact_states
 from lrt.model.loss import token_nats
@@ -16,8 +17,6 @@ from lrt.model.recurrence import change_of, finish, sweep_forwards
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.model.state import Buffer
-
-MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
 
 
 class Point(NamedTuple):
@@ -77,7 +76,7 @@ def picture(
         loaded = load_model(folder)
         tokens = held_out_rows(loaded, None, rows=rows, length=length).tokens
         exact = exact_states(loaded.model, tokens).hidden
-        curves[title] = {mode: curve(loaded.model, tokens, mode, sweeps, exact) for mode in MODES}
+        curves[title] = {mode: curve(loaded.model, tokens, mode, sweeps, exact) for mode in PREFILL_MODES}
     draw(curves, path)
     return curves
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lrt.benchmarks.convergence import MODES
 from lrt.benchmarks.peer import nanochat
 from lrt.config.benchmarks import DecodingBenchmark
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
@@ -37,6 +36,8 @@ CACHE_GIB = 6.0
 """Cells of the latency grid with a larger cache are left out."""
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
+TIMED, GROUP = 4, 8
+"""Prompts whose prefill is timed, and prompts that are compared at once."""
 DECODE_LINE = "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}"
 PREFILL_LINE = (
     "{length:5d} tokens  {mode:30s}  {speedup:5.2f} x exact  {forward_equivalents:5.2f} forwards  "
@@ -91,7 +92,7 @@ def _trained(
     rows = held_out_rows(loaded, settings.source, rows=settings.prompts, length=max(settings.lengths))
     prompts = rows.tokens.to(device)
     for length in settings.lengths:
-        for cell in prefill_times(loaded.model, prompts[:, :length], MODES):
+        for cell in prefill_times(loaded.model, prompts[:, :length], settings.modes):
             result["prefill"].append(cell)
             tell(PREFILL_LINE.format(**cell))
     result["score"] = score_times(loaded.model, prompts)
@@ -172,59 +173,69 @@ def _timed(device: torch.device, work: Callable[[], X]) -> tuple[X, float]:
 
 
 class Taken(NamedTuple):
-    """A prompt taken in."""
+    """Prompts taken in."""
 
     logits: Tensor
-    """[1, T, V]"""
+    """[B, T, V]"""
     greedy: Tensor
-    """The tokens that greedy decoding adds, [GREEDY]."""
+    """The tokens that greedy decoding adds, [B, GREEDY]."""
     effort: Effort
-    seconds: float
 
 
 @torch.no_grad()
-def _take_in(model: LRT, prompt: TokensBN, plan: PrefillOptions) -> Taken:
-    def work() -> tuple[Tensor, KVCache, Effort]:
-        lengths = torch.full_like(prompt[:, 0], prompt.shape[1])
-        cache = KVCache.empty(model, 1, prompt.shape[1] + GREEDY)
-        parts = [solved for _, solved in solve(model, prompt, lengths, cache, plan)]
-        effort = max((p.effort for p in parts), key=lambda e: e.forwards)
-        return torch.cat([p.hidden for p in parts], dim=1), parts[-1].cache, effort
+def _solved(model: LRT, prompts: TokensBN, plan: PrefillOptions) -> tuple[Tensor, KVCache, Effort]:
+    """The head's input at every position, the state behind it, and the effort of the hardest chunk."""
+    lengths = torch.full_like(prompts[:, 0], prompts.shape[1])
+    cache = KVCache.empty(model, len(prompts), prompts.shape[1] + GREEDY)
+    parts = [solved for _, solved in solve(model, prompts, lengths, cache, plan)]
+    effort = max((p.effort for p in parts), key=lambda e: e.forwards)
+    return torch.cat([p.hidden for p in parts], dim=1), parts[-1].cache, effort
 
-    (hidden, cache, effort), seconds = _timed(prompt.device, work)
+
+@torch.no_grad()
+def _take_in(model: LRT, prompts: TokensBN, plan: PrefillOptions) -> Taken:
+    hidden, cache, effort = _solved(model, prompts, plan)
     logits = model.logits(hidden)
     last, greedy = logits[:, -1], []
     for _ in range(GREEDY):
         greedy.append(last.argmax(-1))
         last, cache = decode_step(model, greedy[-1], cache)
-    return Taken(logits, torch.cat(greedy), effort, seconds)
+    return Taken(logits, torch.stack(greedy, dim=1), effort)
 
 
 def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str]) -> list[dict[str, Any]]:
-    """Every mode against exact decoding on the same prompts, one at a time; worst difference, median seconds."""
-    length, taken_by_mode = prompts.shape[1], {}
-    for mode in ("exact", *modes):
-        plan = PrefillOptions.parse(mode)
-        taken_by_mode[mode] = [_take_in(model, prompt[None], plan) for prompt in prompts]
-    exact, cells = taken_by_mode.pop("exact"), []
-    for mode, taken in taken_by_mode.items():
-        pairs = list(zip(taken, exact, strict=True))
-        seconds = [median(t.seconds for t in side) for side in (taken, exact)]
-        cells.append(
-            {
-                "length": length,
-                "mode": str(PrefillOptions.parse(mode)),
-                "seconds": seconds[0],
-                "exact_seconds": seconds[1],
-                "speedup": seconds[1] / seconds[0],
-                "max_logit_diff": max(float((a.logits - b.logits).abs().max()) for a, b in pairs),
-                "greedy_agree": sum(float((a.greedy == b.greedy).float().mean()) for a, b in pairs) / len(pairs),
-                "sweeps": max(t.effort.sweeps for t in taken),
-                "forward_equivalents": max(t.effort.forwards for t in taken),
-                "stepped": max(int(t.effort.stepped.max()) for t in taken),
-            }
-        )
-    return cells
+    """Every mode against exact decoding: the worst difference over all prompts, `GROUP` at once.
+
+    The first `TIMED` prompts are timed, one at a time and in turns; the median counts.
+    """
+    plans = {mode: PrefillOptions.parse(mode) for mode in ("exact", *modes)}
+    compared: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    for group in prompts.split(GROUP):
+        exact = _take_in(model, group, plans["exact"])
+        for mode in modes:
+            compared[mode].append(_differences(_take_in(model, group, plans[mode]), exact))
+    times: dict[str, list[float]] = {mode: [] for mode in plans}
+    for prompt, mode in itertools.product(prompts[:TIMED], plans):
+        work = partial(_solved, model, prompt[None], plans[mode])
+        times[mode].append(_timed(prompt.device, work)[1])
+    seconds = {mode: median(taken) for mode, taken in times.items()}
+    return [
+        {"length": prompts.shape[1], "mode": str(plans[mode]), "seconds": seconds[mode],
+         "exact_seconds": seconds["exact"], "speedup": seconds["exact"] / seconds[mode]}
+        | {key: max(part[key] for part in parts) for key in parts[0] if key != "equal"}
+        | {"greedy_agree": sum(part["equal"] for part in parts) / (GREEDY * len(prompts))}
+        for mode, parts in compared.items()
+    ]  # fmt: skip
+
+
+def _differences(taken: Taken, exact: Taken) -> dict[str, Any]:
+    """How far prompts taken in are from exact decoding, and what they took."""
+    return {
+        "max_logit_diff": float((taken.logits - exact.logits).abs().max()),
+        "equal": int((taken.greedy == exact.greedy).sum()),
+        "sweeps": taken.effort.sweeps, "forward_equivalents": taken.effort.forwards,
+        "stepped": int(taken.effort.stepped.max()),
+    }  # fmt: skip
 
 
 def score_times(model: LRT, rows: TokensBN) -> dict[str, Any]:

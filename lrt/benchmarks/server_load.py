@@ -30,6 +30,8 @@ PROMPTS = (
     "def area(self, width, height):\n", "class Reader:\n    def __init__(self", "import os\nimport sys\n\n",
     "    for key, value in items", "# Return the", "try:\n    import", "    def test_", "    if not isinstance(",
 )  # fmt: skip
+DEADLINE = 3600
+"""Seconds that an answer may take here: one that takes long is measured, not given up."""
 ROW = ("shared", "prompt", "clients")
 """What rows are ordered by, after the loop."""
 
@@ -105,6 +107,7 @@ class RequestTiming(NamedTuple):
 def measure(folder: Path, settings: LoadBenchmark) -> dict[str, Any]:
     """All cells; the result is plain data."""
     flags = ["--port", "0", "--rows", str(max(settings.clients)), "--keep-mb", str(settings.keep_mb)]
+    flags += ["--deadline", str(DEADLINE)]
     words = _words(folder, settings)
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,

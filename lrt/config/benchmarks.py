@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrt.config.decoding import PrefillOptions
 from lrt.config.model import Backend, require, require_at_least
 from lrt.config.recipes import RecipeName
 from lrt.config.run import Device, Dtype
@@ -14,6 +15,7 @@ TIMED_SCHEDULES = (
     "interleaved-2", "interleaved-4", "interleaved-8", "refinement-1", "refinement-3",
     "settled-1", "settled-2", "settled-3",
 )  # fmt: skip
+PREFILL_MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,9 @@ class DecodingBenchmark:
     lengths: tuple[int, ...] = (256, 1024)
     """Prompt lengths."""
     prompts: int = 4
-    """Prompts of each length, from the run's held-out text."""
+    """Prompts of each length, from the run's held-out text; the first four are timed, all are compared."""
+    modes: tuple[str, ...] = PREFILL_MODES
+    """Ways of prefill that are measured."""
     source: str | None = None
     """Take the prompts from this text source instead."""
     steps: int = 15
@@ -89,6 +93,8 @@ class DecodingBenchmark:
 
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, prompts=self.prompts)
+        for mode in self.modes:
+            PrefillOptions.parse(mode)
         for name, sizes in (("batches", self.batches), ("contexts", self.contexts), ("lengths", self.lengths)):
             require(bool(sizes), f"--{name} are none; give at least one number")
             require_at_least(1, **{name: min(sizes)})

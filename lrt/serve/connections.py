@@ -16,6 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_BYTES = 16_384
 """Most bytes of a request's headers."""
+FREE_PARTS, PART_BYTES = 256, 64
+"""Parts that any body may come in, and bytes that each further one must bring on average: each holds the loop."""
 GRACE = 1.0
 """Seconds that the application has to answer for a body that is late, before its connection is dropped."""
 CLOSING_SECONDS = 10.0
@@ -103,11 +105,30 @@ class OpenConnections:
 
 
 @final
+class CountedParts(h11.Connection):
+    """HTTP as h11 reads it, but for bodies in very many very small parts."""
+
+    _parts = _bytes = 0
+
+    def next_event(self) -> Any:
+        """The next event. h11.RemoteProtocolError: what has come is wrong, or comes in crumbs."""
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._parts, self._bytes = self._parts + 1, self._bytes + len(event.data)
+            if self._parts > FREE_PARTS + self._bytes // PART_BYTES:
+                raise h11.RemoteProtocolError("the body comes in too many small parts")
+        elif isinstance(event, h11.Request):
+            self._parts = self._bytes = 0
+        return event
+
+
+@final
 class LimitedConnection(H11Protocol):
     """One connection: uvicorn's, with times for headers and body. What is wrong with a request is not logged."""
 
     def __init__(self, everyone: OpenConnections, **options: Any):
         super().__init__(**options)
+        self.conn = CountedParts(h11.SERVER, HEADER_BYTES)
         self._everyone, self._limits = everyone, everyone.limits
         self._timer: asyncio.TimerHandle | None = None
         self._phase = ""

@@ -153,6 +153,7 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
     pairs = []
     for token, bias in value.items():
         fine = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10
+        fine = fine and (token == "0" or token[0] != "0")  # or two names would be one token
         if not fine or isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
             raise ValueError("it must map token ids to numbers between -100 and 100")
         pairs.append((int(token), float(bias)))
@@ -180,6 +181,6 @@ Bias = Annotated[
     PlainValidator(_bias),
     WithJsonSchema({
         "type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        "propertyNames": {"pattern": "^[0-9]{1,9}$"}, "maxProperties": MOST_BIASES,
+        "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}, "maxProperties": MOST_BIASES,
     }),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, final
@@ -25,6 +26,10 @@ VALUES = ("enum", "const", "default", "examples")
 LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 MOST_BOUND = 2**63
 """Bounds as large become others."""
+MOST_WRITTEN = 65_536
+"""Most characters of a schema's expressions, their counted repeats written out."""
+ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.S)
+"""A piece of an expression: a letter, a class, an escape, a parenthesis, or how often the one before stands."""
 ANY_OBJECT = {"type": "object"}
 CALL_HEAD = '{{"name": "{}", "arguments": '
 
@@ -151,13 +156,47 @@ def _json_rule(schema: Mapping[str, Any]) -> str:
     text = json.dumps({**schema, "x-guidance": FORM})
     if len(text) > MOST_SCHEMA:
         raise ValueError(f"a schema has {len(text)} characters; give at most {MOST_SCHEMA}")
-    for bounds in _bounded(schema):
-        _check_bounds(bounds)
+    written = 0
+    for part in _parts(schema):
+        if any(_number(part.get(name)) for name in (*LOWER, *UPPER)):
+            _check_bounds(part)
+        written += sum(map(written_out, _patterns(part)))
+    if written > MOST_WRITTEN:
+        raise ValueError(f"patterns repeat more than {MOST_WRITTEN} characters: give smaller counts in braces")
     return f"%json {text}"
 
 
-def _bounded(schema: object) -> Iterator[Mapping[str, Any]]:
-    """The schema and all below it that bound numbers; its size has been looked at."""
+def _patterns(part: Mapping[str, Any]) -> list[str]:
+    named = part.get("patternProperties")
+    return [p for p in (part.get("pattern"), *(named if isinstance(named, Mapping) else ())) if isinstance(p, str)]
+
+
+def written_out(pattern: str) -> int:
+    """Characters of an expression whose counted repeats are written out; far above `MOST_WRITTEN` it stops counting.
+
+    That many characters the library looks at while others decode, a second for a million.
+    """
+    levels, last = [0], 0
+    for found in ATOM.finditer(pattern):
+        if found[1]:
+            times = max(int(found[1][:9]), int((found[2] or "0")[:9]))
+            levels[-1] += last * (times - 1)
+            last *= times
+        elif found[0] == "(":
+            levels.append(0)
+        elif found[0] == ")" and len(levels) > 1:
+            last = levels.pop()
+            levels[-1] += last
+        else:
+            last = 1
+            levels[-1] += 1
+        if last > MOST_WRITTEN:
+            break
+    return max(last, sum(levels))
+
+
+def _parts(schema: object) -> Iterator[Mapping[str, Any]]:
+    """The schema and all below it; its size has been looked at."""
     waiting = [schema]
     while waiting:
         part = waiting.pop()
@@ -167,8 +206,7 @@ def _bounded(schema: object) -> Iterator[Mapping[str, Any]]:
                     waiting += value.values()  # names of the author's: `default` is a property there
                 elif name not in VALUES:
                     waiting.append(value)
-            if any(_number(part.get(name)) for name in (*LOWER, *UPPER)):
-                yield part
+            yield part
         elif isinstance(part, list):
             waiting += part
 

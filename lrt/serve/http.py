@@ -13,10 +13,14 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from lrt.utils.files import one_line
+
 KINDS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
     429: "rate_limit_error",
 }  # fmt: skip
+MOST_PARAM = 100
+"""Characters of the field that an error names: a client may have written it."""
 
 
 class ApiError(Exception):
@@ -37,8 +41,8 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """As the API writes errors."""
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = " ".join(self.message.split()).encode("utf-8", "replace").decode()[:600]
-        body = {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else one_line(self.param, MOST_PARAM)
+        body = {"error": {"message": one_line(self.message), "type": kind, "param": param, "code": self.code}}
         return JSONResponse(body, self.status, self.headers)
 
 

@@ -58,6 +58,8 @@ class Intake:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # which no page of another origin can send unasked
             raise ApiError(415, "send the body as JSON, with Content-Type: application/json")
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise ApiError(415, "compressed bodies are not taken: send the JSON as it is, without Content-Encoding")
         parts: list[bytes] = []
         try:
             await self._arrived(request, parts)

@@ -32,6 +32,8 @@ WRONG = {
     "missing": ("is missing", "missing_required_parameter"),
 }
 """What is said of fields that are too many or too few, and OpenAI's codes for it."""
+OBJECTS = ("model_type", "dict_type")
+"""Errors where something else stands in an object's place."""
 READ_SECONDS = 10.0
 """How long a body that has arrived may take to become tokens."""
 
@@ -149,12 +151,12 @@ def _invalid(error: ValidationError) -> ApiError:
     """The first error as one sentence that names its field."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = [str(part) for part in first["loc"] if not str(part).startswith("<")]  # a union's tag is no field
-    where, known = ".".join(path), first.get("ctx", {})
+    where, known = ".".join(part or "''" for part in path), first.get("ctx", {})
     param, code = known.get("param", path[0] if path else None), known.get("code")
-    message = first["msg"].removeprefix("Value error, ")
+    message = "it must be an object" if first["type"] in OBJECTS else first["msg"].removeprefix("Value error, ")
     if first["type"] in WRONG:
         says, code = WRONG[first["type"]]
         return ApiError(400, f"{where} {says}", param=param, code=code)
-    if where and message.startswith("it "):
-        return ApiError(400, f"{where} {message.removeprefix('it ')}", param=param)
+    if message.startswith("it "):
+        return ApiError(400, f"{where or 'the body'} {message.removeprefix('it ')}", param=param)
     return ApiError(400, f"{where}: {message}" if where else message, param=param, code=code)

@@ -42,6 +42,17 @@ def test_the_bench_measures_every_part(tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_more_prompts_than_one_group_are_compared_as_each_by_itself():
+    model = randomised(config(vocab_size=64), seed=2, scale=0.2).float()
+    prompts = tokens(model.config, bench.GROUP + 1, 12)
+    (cell,) = bench.prefill_times(model, prompts, ["jacobi"])
+    alone = [bench.prefill_times(model, prompt[None], ["jacobi"])[0] for prompt in prompts]
+    for key in ("sweeps", "forward_equivalents", "stepped"):
+        assert cell[key] == max(one[key] for one in alone)
+    assert cell["max_logit_diff"] == pytest.approx(max(one["max_logit_diff"] for one in alone), abs=1e-5)
+    assert cell["greedy_agree"] == pytest.approx(sum(one["greedy_agree"] for one in alone) / len(alone))
+
+
 def test_prompts_come_from_another_text_where_one_is_named(tmp_path, capsys):
     run, text = make_run(tmp_path / "run"), tmp_path / "text.txt"
     text.write_text("a quite different text, a little of it\n" * 40, encoding="utf-8")

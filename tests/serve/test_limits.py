@@ -165,7 +165,7 @@ LARGE = {
     "lists": ("completions", {"prompt": [[1]] * N}, "at most 64 at a time"),
     "wrong late": ("completions", {"prompt": ["a"] * 63 + [1]}, "prompt must be a text"),
     "words": ("completions", {"prompt": "the quick brown fox " * 45_000}, "tokens; at most 255 fit here"),
-    "fields": ("completions", {f"k{i}": 1 for i in range(15_000)}, "it has 15000 fields"),
+    "fields": ("completions", {f"k{i}": 1 for i in range(15_000)}, "the body has 15000 fields"),
     "stop": ("completions", {"prompt": "a", "stop": [1] * N}, "stop must be"),
     "bias": ("completions", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(15_000)}}, "logit_bias must be"),
     "messages": ("chat/completions", {"messages": [1] * N}, "messages has 15000 entries"),

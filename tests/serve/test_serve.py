@@ -241,7 +241,7 @@ def test_a_conversation_goes_on_from_its_kept_state(server):
         ("completions", {"prompt": ["a"] * 40, "n": 40}, 400, "more than 64 answers"),
         ("completions", {"prompt": ["a"] * 65}, 400, "prompt has 65 prompts; send at most 64 at a time"),
         ("completions", {"prompt": [1] * 300}, 400, "the prompt has 300 tokens; at most 255 fit here"),
-        ("completions", [], 400, "valid dictionary"),
+        ("completions", [], 400, "the body must be an object"),
         ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "must be the user's"),
         ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages.0: content is missing"),
