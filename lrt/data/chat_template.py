@@ -128,7 +128,7 @@ def chat_template_of(tokenizer: Tokenizer, config: TokenizerConfig | None = None
     """The chat template of a tokenizer, or of other settings for it; None where there is none."""
     config = config or tokenizer.config
     named = {"eos_token": config.eos, "pad_token": config.pad, "unk_token": config.unknown}
-    specials = {key: value for key, value in named.items() if value is not None}
+    specials = dict(config.others) | {key: value for key, value in named.items() if value is not None}
     names = {i: name for name, i in tokenizer.specials.items()}
     if tokenizer.bos in names:
         specials["bos_token"] = names[tokenizer.bos]

@@ -16,7 +16,8 @@ import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
@@ -25,187 +26,21 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
-from markupsafe import Markup
+
+if TYPE_CHECKING or __name__ != "__main__":
+    from lrt.data.marked_text import Marked, Safe, joined, literal, mask_of, spelled, text_of, unmarked
+else:  # alone in its process, where the package would be slow to load and too large
+    sys.path.insert(0, str(Path(__file__).parent))
+    from marked_text import Marked, Safe, joined, literal, mask_of, spelled, text_of, unmarked
+
+    sys.path.pop(0)
 
 MEMORY = 2**29
 """Bytes of address space of this process."""
-DIRECTIVE = re.compile(r"%(?:\(\w+\))?[-+ #0]*\d*(?:\.\d+)?[a-zA-Z%]")
-"""What `%` fills in a text."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LEAST_JINJA = (3, 1, 6)
 """The first version without a known way out of the sandbox."""
 MOST_MESSAGE = 300
-
-
-class Marked(str):
-    """Text that knows which of its characters the template wrote."""
-
-    _mask: bytes
-    """One byte a character: 1 where the template wrote it."""
-
-    def __new__(cls, text: str, mask: bytes | None = None) -> Marked:
-        made = super().__new__(cls, text)
-        made._mask = bytes(len(text)) if mask is None else mask
-        return made
-
-    def __str__(self) -> str:
-        return self
-
-    def __add__(self, other: Any) -> Any:
-        return joined((self, other)) if isinstance(other, str) and not is_markup(other) else NotImplemented
-
-    def __radd__(self, other: Any) -> Any:
-        return joined((other, self)) if isinstance(other, str) else NotImplemented
-
-    def __mul__(self, count: Any) -> Any:
-        return Marked(str.__mul__(self, count), self._mask * count)
-
-    def __rmul__(self, count: Any) -> Any:
-        return self * count
-
-    def __mod__(self, values: Any) -> Any:
-        text, parts, end = str.__mod__(self, values), [], 0
-        left = iter(values if isinstance(values, tuple) else (values,))
-        for found in DIRECTIVE.finditer(self):
-            parts += [self[end : found.start()], self._filled(found[0], values, left)]
-            end = found.end()
-        marked = joined([*parts, self[end:]])
-        return marked if marked == text else text
-
-    def _filled(self, directive: str, values: Any, left: Iterator[Any]) -> str:
-        """What one directive of `%` becomes; "" where there is no value for it."""
-        if directive == "%%":
-            return self[:0] + literal("%")
-        if directive.startswith("%("):
-            value = values[directive[2 : directive.index(")")]] if isinstance(values, Mapping) else ""
-            directive = "%" + directive[directive.index(")") + 1 :]
-        else:
-            value = next(left, "")
-        return text_of(value) if directive == "%s" else str.__mod__(directive, (value,))
-
-    def __getitem__(self, index: Any) -> Marked:
-        mask = self._mask[index]
-        return Marked(str.__getitem__(self, index), mask if isinstance(mask, bytes) else bytes([mask]))
-
-    def __iter__(self) -> Iterator[Marked]:
-        return (self[i] for i in range(len(self)))
-
-    def lstrip(self, chars: str | None = None) -> Marked:
-        return self[len(self) - len(str.lstrip(self, chars)) :]
-
-    def rstrip(self, chars: str | None = None) -> Marked:
-        return self[: len(str.rstrip(self, chars))]
-
-    def strip(self, chars: str | None = None) -> Marked:
-        return self.lstrip(chars).rstrip(chars)
-
-    def removeprefix(self, prefix: str) -> Marked:
-        return self[len(prefix) :] if self.startswith(prefix) else self
-
-    def removesuffix(self, suffix: str) -> Marked:
-        return self[: len(self) - len(suffix)] if suffix and self.endswith(suffix) else self
-
-    def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[Any]:
-        return self._located(str.split(self, sep, maxsplit))
-
-    def rsplit(self, sep: str | None = None, maxsplit: Any = -1) -> list[Any]:
-        return self._located(str.rsplit(self, sep, maxsplit))
-
-    def splitlines(self, keepends: bool = False) -> list[Any]:
-        return self._located(str.splitlines(self, keepends))
-
-    def partition(self, sep: str) -> tuple[Any, ...]:
-        return tuple(self._located(str.partition(self, sep)))
-
-    def rpartition(self, sep: str) -> tuple[Any, ...]:
-        return tuple(self._located(str.rpartition(self, sep)))
-
-    def replace(self, old: str, new: str, count: Any = -1) -> Any:
-        parts = Marked.split(self, old, count) if old else ["", *self, ""]
-        text, marked = str.replace(self, old, new, count), Marked(new, mask_of(new)).join(parts)
-        return marked if marked == text else text
-
-    def join(self, parts: Iterable[Any]) -> Any:
-        together: list[Any] = []
-        for part in parts:
-            together += [self, part]
-        str.join(self, together)  # the error where something is no text
-        return joined(together[1:])
-
-    def lower(self) -> Any:
-        return self._as_long(str.lower(self))
-
-    def upper(self) -> Any:
-        return self._as_long(str.upper(self))
-
-    def title(self) -> Any:
-        return self._as_long(str.title(self))
-
-    def capitalize(self) -> Any:
-        return self._as_long(str.capitalize(self))
-
-    def swapcase(self) -> Any:
-        return self._as_long(str.swapcase(self))
-
-    def casefold(self) -> Any:
-        return self._as_long(str.casefold(self))
-
-    def ljust(self, width: Any, fillchar: str = " ") -> Any:
-        return self._padded(str.ljust(self, width, fillchar), 0, fillchar)
-
-    def rjust(self, width: Any, fillchar: str = " ") -> Any:
-        text = str.rjust(self, width, fillchar)
-        return self._padded(text, len(text) - len(self), fillchar)
-
-    def center(self, width: Any, fillchar: str = " ") -> Any:
-        text = str.center(self, width, fillchar)
-        return self._padded(text, len(str.center("\0" * len(self), width, "-").partition("\0")[0]), fillchar)
-
-    def _padded(self, text: str, left: int, fill: str) -> Marked:
-        """This text within `text`, `left` characters of filling before it."""
-        one = mask_of(fill)
-        return Marked(text, one * left + self._mask + one * (len(text) - left - len(self)))
-
-    def _as_long(self, text: str) -> str:
-        return Marked(text, self._mask) if len(text) == len(self) else text
-
-    def _located(self, parts: Iterable[str]) -> list[Any]:
-        """The same parts, which follow each other in this text."""
-        pieces, at = [], 0
-        for part in parts:
-            at = str.find(self, part, at)
-            pieces.append(self[at : at + len(part)])
-            at += len(part)
-        return pieces
-
-
-def is_markup(text: str) -> bool:
-    """Whether the text escapes what it is joined with."""
-    return isinstance(text, Markup)
-
-
-def mask_of(text: str) -> bytes:
-    """Which characters the template wrote."""
-    return text._mask if isinstance(text, Marked) else bytes(len(text))
-
-
-def joined(parts: Iterable[str]) -> Marked:
-    """Texts one after the other."""
-    parts = list(parts)
-    return Marked("".join(parts), b"".join(map(mask_of, parts)))
-
-
-@lru_cache(4096)
-def literal(text: str) -> Marked:
-    """Text that the template wrote."""
-    return Marked(text, b"\1" * len(text))
-
-
-def text_of(value: Any) -> str:
-    """What an expression outputs; no number of a message can spell a token by itself."""
-    if isinstance(value, str):
-        return value
-    return literal(str(value)) if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
 class MarkingGenerator(CodeGenerator):
@@ -321,7 +156,12 @@ def environment() -> MarkingEnvironment:
         raise jinja2.TemplateError(str(message))
 
     def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        text = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return spelled(text, x, lambda part: json.dumps(part, ensure_ascii=ensure_ascii), sort_keys)
+
+    def safe(value: Any) -> Safe:
+        text = text_of(value)
+        return Safe(text, mask_of(text))
 
     def join(_context: Any, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> Any:
         """jinja2's filter, which would lose the marks of an empty separator."""
@@ -329,7 +169,7 @@ def environment() -> MarkingEnvironment:
             values = map(jinja2.filters.make_attrgetter(made, attribute), values)
         return Marked(d, mask_of(d)).join(map(text_of, values))
 
-    made.filters |= {"tojson": tojson, "join": jinja2.pass_eval_context(join)}
+    made.filters |= {"tojson": tojson, "safe": safe, "join": jinja2.pass_eval_context(join)}
     made.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
@@ -350,10 +190,11 @@ def render(template: str, variables: Mapping[str, Any], trusted: Mapping[str, st
 
     `variables` are what messages hold; `trusted` are special tokens by their names.
     """
-    messages = [m | {"role": literal(m["role"])} if m.get("role") in ROLES else m for m in variables["messages"]]
+    held = unmarked(variables)
+    messages = [m | {"role": literal(m["role"])} if m.get("role") in ROLES else m for m in held["messages"]]
     known = {name: literal(text) for name, text in trusted.items()}
     parts, size = [], 0
-    for part in compiled(template).generate(**{**variables, "messages": messages, **known}):
+    for part in compiled(template).generate(**{**held, "messages": messages, **known}):
         parts.append(part)
         size += len(part)
         if size > most:

@@ -20,6 +20,7 @@ TURN_ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>", "<|endofturn|>",
 )  # fmt: skip
 """Special tokens by which chat models end a turn; many name them nowhere but in the template."""
+OTHERS = ("cls_token", "sep_token", "mask_token")
 FILE_NAME = re.compile(r"\w[\w.-]{0,99}")
 DEFAULT = "default"
 """Name of the template that is meant where none is named."""
@@ -35,6 +36,8 @@ class TokenizerConfig:
     """Fills rows of a batch, and stands nowhere else."""
     unknown: str | None = None
     """Stands for what has no token."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Further tokens that a template may name: `cls_token`, `sep_token`, `mask_token`."""
     stops: tuple[str, ...] = ()
     """End an answer, beside `eos`: ends of turns."""
     chat_templates: Mapping[str, str] = field(default_factory=dict)
@@ -51,6 +54,7 @@ class TokenizerConfig:
         named = {
             "bos_token": bos, "eos_token": self.eos, "pad_token": self.pad, "unk_token": self.unknown,
             "stop_tokens": list(self.stops) or None,
+            **self.others,
         }  # fmt: skip
         facts = {name: value for name, value in named.items() if value is not None}
         if facts:
@@ -75,7 +79,9 @@ def read_tokenizer_config(folder: Path, vocabulary: Mapping[str, int], specials:
     written = facts.get("stop_tokens")
     written = [text for text in written if text in vocabulary] if isinstance(written, list) else []
     stops = dict.fromkeys([*written, *ends, *(text for text in TURN_ENDS if text in specials)])
-    return TokenizerConfig(eos, pad, unknown, tuple(s for s in stops if s != eos), _chat_templates(folder, facts))
+    others = {key: text for key in OTHERS if (text := token_text(facts, key)) is not None and text in vocabulary}
+    stops = tuple(s for s in stops if s != eos)
+    return TokenizerConfig(eos, pad, unknown, others, stops, _chat_templates(folder, facts))
 
 
 def _texts(facts: Mapping[str, Any], *keys: str) -> list[str | None]:

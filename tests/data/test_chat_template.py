@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -10,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lrt.data.chat_template import ChatTemplate, TemplateRenderer
+from lrt.data.chat_template import ChatTemplate, TemplateRenderer, chat_template_of
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer
+from lrt.data.tokenizer_config import read_tokenizer_config
 
 NAMES = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -50,6 +52,14 @@ TEMPLATES = {
     "{{ '<s>%s' | format(messages[3].content) }}",
     "padding": "{{ '<s>' | center(10) }}{{ '</s>'.center(9, '-') }}{{ bos_token.ljust(6) }}"
     "{{ bos_token.rjust(7, '>') }}{{ 'x'.replace('', '<s>') }}{{ '<S>'.swapcase() }}{{ '<S>'.casefold() }}",
+    "safe": "{% for m in messages %}{{ ('<|im_start|>' + m.role) | safe }}{{ m.content | safe }}"
+    "{{ '</s>' | safe + '<' }}{% endfor %}",
+    "zfill": "{{ '<s>'.zfill(8) }}{{ '-<s>'.zfill(7) }}{{ messages[0].content.zfill(30) }}",
+    "contents": "{% for m in messages %}{{ m.content | replace('fox', '<s>') }}{{ m.content.replace('o', '</s>', 1) }}"
+    "{{ m.content.join(['<s>', 'x']) }}{{ m.content.split('o') | join('</s>') }}{% endfor %}",
+    "structures": "{{ ['<s>', messages[0].role, {'a': '</s>é'}] | tojson }}"
+    "{{ {'b': '<s>', 'a': '</s>'} | tojson(sort_keys=true) }}"
+    "{{ [messages[1].content, '<s>\n'] }}{% set x = ['</s>', messages[0].role] %}{{ x }}{{ {'k': '<s>'} }}",
     "whitespace": "  {% if true %}\n  <s> {{ messages[0].content }}\n\n  {%- endif %}\n",
 }
 
@@ -101,6 +111,17 @@ def test_null_fields_and_reasoning_reach_a_template_as_apply_chat_template_hands
     nothing = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     bare = "{% for m in messages %}<s>{{ m.content }}{{ 'content' in m }}{{ m.tool_calls is defined }}{% endfor %}"
     assert made(bare).encode(nothing) == theirs(bare, nothing)
+
+
+def test_every_special_token_of_a_tokenizer_has_its_name(tmp_path):
+    facts = {"cls_token": "<s>", "mask_token": {"content": "</s>"}, "sep_token": "no token"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(facts))
+    config = read_tokenizer_config(tmp_path, {"<s>": 0, "</s>": 1}, NAMES)
+    assert config.others == {"cls_token": "<s>", "mask_token": "</s>"}
+    config.write(tmp_path / "again", None)
+    assert read_tokenizer_config(tmp_path / "again", {"<s>": 0, "</s>": 1}, NAMES).others == config.others
+    config = replace(config, chat_templates={"default": "{{ cls_token }}{{ mask_token }}{{ sep_token }}"})
+    assert chat_template_of(TOKENIZER, config).encode(TALK) == [TOKENIZER.specials["<s>"], TOKENIZER.specials["</s>"]]
 
 
 def test_the_named_template_for_tools_is_used_where_there_are_tools():

@@ -29,7 +29,7 @@ def fast_tokenizer(loaded: Loaded) -> Any:
     templates = dict(words.config.chat_templates)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=core.id_to_token(words.bos), eos_token=core.id_to_token(words.eos),
-        pad_token=pad, unk_token=words.config.unknown, padding_side="left",
+        pad_token=pad, unk_token=words.config.unknown, padding_side="left", **words.config.others,
         chat_template=words.config.chat_template if len(templates) < 2 else templates,
         model_max_length=loaded.model.config.context,
     )  # fmt: skip
