@@ -102,7 +102,8 @@ PLAIN_PAGES = [
     "README.md", "CONTRIBUTING.md", "docs/index.md", "docs/glossary.md", "docs/how_it_works.md", "docs/method.md",
     "docs/should_i_use_it.md", "docs/tutorial.md", "docs/library.md", "docs/recipes.md", "docs/data.md",
     "docs/experiments.md", "docs/scaling.md", "docs/gpu.md", "docs/results.md", "docs/results/outside.md",
-    "docs/results/equal_flops.md", "docs/results/first_round.md", "docs/speed.md", "docs/reliability.md", "docs/serving.md",
+    "docs/results/equal_flops.md", "docs/results/first_round.md", "docs/speed.md", "docs/reliability.md",
+    "docs/serving.md",
 ]  # fmt: skip
 """Pages held to short sentences and paragraphs."""
 
