@@ -209,37 +209,6 @@ def test_compiled_steps_over_a_static_cache_are_one_graph(padded: bool):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-# Refusals.
-
-
-def test_what_cannot_work_says_so():
-    model, ids = wrapped(FULL), ids_of(1, 5)
-    cases = {
-        "stateful": lambda: made(model, ids, assistant_model=wrapped(SHARED)),
-        "stateful models": lambda: made(model, ids, prompt_lookup_num_tokens=3),
-        "layer": lambda: made(model, ids, cache_implementation="quantized"),
-        "from the model's own config": lambda: made(model, ids, past_key_values=transformers.DynamicCache()),
-        "one of them": lambda: model(ids, inputs_embeds=torch.zeros(1, 3, 24)),
-        "2 axes, not 4": lambda: model(ids, torch.ones(1, 1, 5, 5)),
-        "begin the next document at 0": lambda: model(ids, position_ids=torch.tensor([[0, 1, 2, 4, 5]])),
-        "target -1 is no token": lambda: model(ids, labels=ids.new_full(ids.shape, -1)),
-        "leave past_key_values": lambda: model.train()(ids, use_cache=True),
-    }
-    for words, call in cases.items():
-        with pytest.raises(ValueError, match=words):
-            call()
-    model.eval()
-    cache = model(ids).past_key_values
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.crop(-2)
-
-
-def test_continuous_batching_is_refused():
-    model = wrapped(FULL)
-    with pytest.raises((AttributeError, ValueError), match=r"continuous batching|Invalid layer type"):
-        model.generate_batch([[1, 2, 3]], generation_config=transformers.GenerationConfig(max_new_tokens=2))
-
-
 @pytest.mark.parametrize("change", [{"prefill": "some"}, {"schedule": "often"}, {"lrt": {"depht": 2}}])
 def test_a_configuration_is_checked(change: dict):
     with pytest.raises(ValueError, match=r"prefill is 'some'|unknown schedule|no field 'depht'"):

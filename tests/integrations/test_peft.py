@@ -69,3 +69,43 @@ def test_a_prompt_is_tuned():
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     assert model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
+KEPT = {
+    "all-linear": lambda: peft.LoraConfig(r=4, target_modules="all-linear", **LABELS),
+    "dora": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules="all-linear", **LABELS),
+    "ia3": lambda: peft.IA3Config(**LABELS),
+    "embeddings": lambda: peft.LoraConfig(r=4, target_modules=["embedding", "value_embedding"], **LABELS),
+    "tokens": lambda: peft.LoraConfig(r=4, trainable_token_indices=[3, 4], **LABELS),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **LABELS),
+    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **LABELS),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_adapters_are_saved_loaded_and_merged(name: str, tmp_path):
+    base, ids = wrapped(FULL), ids_of(2, 9)
+    model = peft.get_peft_model(copy.deepcopy(base), KEPT[name]()).double()
+    for i, (_, p) in enumerate(model.named_parameters()):
+        if p.requires_grad:
+            torch.nn.init.normal_(p.data, std=0.3, generator=torch.Generator().manual_seed(i))
+    model.eval()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).double().eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert (expected[:, -9:] - base(ids).logits).abs().max() > 1e-2
+        torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)  # prompts go to float32
+        options = {"max_new_tokens": 4, "do_sample": False}
+        answer = model.generate(input_ids=ids, **options)
+        assert torch.equal(again.generate(input_ids=ids, **options), answer)
+        if not again.active_peft_config.is_prompt_learning:
+            merged = again.merge_and_unload()
+            torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(merged.generate(ids, **options), answer)
+
+
+def test_prefix_tuning_is_refused():
+    model = peft.get_peft_model(wrapped(FULL), peft.PrefixTuningConfig(num_virtual_tokens=3, **LABELS)).double()
+    with pytest.raises(ValueError, match=r"PEFT's prefix tuning, whose cache has none, take prompt tuning"):
+        model(input_ids=ids_of(2, 9), labels=ids_of(2, 9))

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from lrt.config.model import require
 from lrt.integrations.hf.config import MEMORY_LAYER
 from lrt.integrations.hf.documents import DocumentRows, order, pick
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.shapes import HeadsBKNE, PositionsN
 from lrt.utils.compiling import mark_in_place
+
+BUILD = (
+    "build it from the model's own config, DynamicCache(config=model.config) or StaticCache(config=model.config, "
+    "max_cache_len=..); for PEFT's prefix tuning, whose cache has none, take prompt tuning"
+)
 
 
 class Kept(NamedTuple):
@@ -27,6 +33,8 @@ class Kept(NamedTuple):
     """int64 [B]"""
     document_start: Tensor
     """Position at which its document starts, int64 [B]."""
+    taken: Tensor
+    """Tokens that it has taken in, int64 [B]."""
 
 
 class _Memory:
@@ -55,7 +63,7 @@ class _Memory:
     def reset(self) -> None:
         super().reset()  # pyright: ignore[reportAttributeAccessIssue]
         if self.held is not None:
-            for x, nothing in zip(self.held, (0, -1, 0), strict=True):
+            for x, nothing in zip(self.held, (0, -1, 0, 0), strict=True):
                 x.fill_(nothing)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -105,14 +113,30 @@ class MemoryStaticLayer(_Memory, StaticLayer):
 
 def memory_layer(cache: Any, depth: int) -> MemoryDynamicLayer | MemoryStaticLayer:
     """The layer with the memory. ValueError: a cache that was built without this model's configuration."""
-    last: Any = cache.layers[-1] if isinstance(cache, Cache) and len(cache.layers) == depth else None
-    if last is None or last._layer_type != MEMORY_LAYER:  # not isinstance: remote code brings classes of its own
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__} without a layer for the memory: build it from the model's "
-            "own config, DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=..); for "
-            "PEFT's prefix tuning, whose cache has none, take prompt tuning"
-        )
+    layers: Any = getattr(cache, "layers", ())
+    last: Any = layers[-1] if len(layers) == depth else None
+    if getattr(last, "_layer_type", None) != MEMORY_LAYER:  # not isinstance: remote code brings classes of its own
+        raise ValueError(f"past_key_values is a {type(cache).__name__} without a layer for the memory: {BUILD}")
     return last
+
+
+def require_goes_on(cache: Cache, depth: int, seen: Tensor, new: int) -> None:
+    """ValueError: a cache that does not hold the `seen` [B, M] tokens so far, or has no room for `new` more."""
+    kept, used = memory_layer(cache, depth).kept, int(cache.get_seq_length())
+    require(kept is not None, f"past_key_values holds keys and values without the memory: {BUILD}")
+    assert kept is not None
+    rows = f"past_key_values holds {len(kept.taken)} rows for {len(seen)} of tokens; give one for each"
+    require(len(kept.taken) == len(seen), rows)
+    told = seen[:, :used].sum(1)
+    odd = (told != kept.taken).nonzero()[:1].flatten().tolist()
+    for row in odd:
+        raise ValueError(
+            f"the attention_mask tells {int(told[row])} tokens before these in row {row}, past_key_values has taken in "
+            f"{int(kept.taken[row])}; give the mask that it was filled with (without one, pad tokens count as padding)"
+        )
+    room = cache.get_max_length() if cache.is_compileable else used + new
+    full = f"past_key_values has room for {room} tokens, not for {used + new}; build it with a larger max_cache_len"
+    require(used + new <= room, full)
 
 
 class Layer(NamedTuple):
@@ -142,7 +166,7 @@ def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache
     (rows, used), length = seen.shape, seen.sum(1)
     shape = (rows, model.k, used + room + 1, model.e)
     keys, values = ([like.new_zeros(shape) for _ in range(model.layers)] for _ in range(2))
-    per_row = Kept(like.new_zeros(rows, model.d), torch.full_like(length, -1), torch.zeros_like(length))
+    per_row = Kept(like.new_zeros(rows, model.d), torch.full_like(length, -1), torch.zeros_like(length), length)
     if cache is not None and used:
         index = order(seen)
         layers: list[Any] = cache.layers
@@ -152,7 +176,7 @@ def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache
         kept = memory_layer(cache, model.layers).kept
         assert kept is not None
         per_row = Kept(*(x.clone() for x in kept))
-    memory, last_token, start = per_row
+    memory, last_token, start, _ = per_row
     return KVCache(tuple(keys), tuple(values), memory, length, last_token, start, int(length.max()))
 
 

@@ -79,6 +79,12 @@ def require_mask(mask: Tensor | None, like: TokensBN) -> None:
     )
 
 
+def require_open_end(mask: Tensor) -> None:
+    """ValueError: a row of a padding mask [B, M] that ends in padding, where its text is to go on."""
+    for row in ((mask[:, -1] == 0) & mask.any(1)).nonzero()[:1].flatten().tolist():
+        raise ValueError(f"row {row} ends in padding: pad prompts on the left (tokenizer.padding_side = 'left')")
+
+
 def unpacked(mask: Tensor | None, like: TokensBN) -> DocumentRows:
     """Every row of a batch [B, T] as one document, its tokens brought to the left."""
     rows, columns = like.shape

@@ -26,6 +26,7 @@ AUTO = {
     "AutoConfig": "configuration_lrt.LRTConfig",
     "AutoModel": "modeling_lrt.LRTModel",
     "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_lrt.LRTForSequenceClassification",
 }
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lrt.config.decoding import PrefillOptions
 from lrt.config.model import require
-from lrt.integrations.hf.cache import Gained, Kept, Layer, memory_layer, state_of, store
+from lrt.integrations.hf.cache import Gained, Kept, Layer, memory_layer, require_goes_on, state_of, store
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.documents import DocumentRows, pick, places, require_mask, rows_of, unpacked
 from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fold, in_order, recording, settled
@@ -50,6 +50,11 @@ class Outcome(NamedTuple):
     scored: list[tuple[DocumentRows, list[ScoredPass]]]
     """What a loss counts: documents of like length, each with its passes."""
     cache: Cache | None = None
+
+
+def free_to_look(x: Tensor) -> bool:
+    """Whether values may be looked at: not inside a graph, nor where one would wait for the device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outcome:
@@ -111,8 +116,9 @@ def _several(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     used = 0 if cache is None else int(cache.get_seq_length())
     require_mask(inputs.mask, tokens)
     mask = inputs.mask if inputs.mask is None else _cut(inputs.mask, used + n)
-    if used:
+    if cache is not None and used:
         seen = tokens.new_ones(len(tokens), used + n) if mask is None else mask
+        require_goes_on(cache, core.config.layers, seen, n)
         _require_following(inputs.positions, seen, n)
         return _prefill(core, config, inputs, unpacked(seen[:, used:], tokens), seen[:, :used].bool())
     groups = rows_of(mask, inputs.positions, tokens)
@@ -154,7 +160,10 @@ def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome
         keys = places(inputs.mask)
         queries = inputs.mask.long().sum(1, keepdim=True) - 1
     assert layer.kept is not None
-    m, last_token, start = layer.kept
+    m, last_token, start, _ = layer.kept
+    if free_to_look(tokens):
+        counted = torch.ones(len(tokens), int(seen), dtype=torch.int64) if inputs.mask is None else inputs.mask
+        require_goes_on(cache, core.config.layers, counted, 1)
     layers = [Layer(one, keys, queries) for one in cache.layers]
     read = PassInput(queries, layers, m[:, None], last_token[:, None], start[:, None])
     with recording(core, inputs.wanted) as recorder:
@@ -163,7 +172,7 @@ def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome
     memory = written.memory[:, 0]
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
     begins = start if written.starts is None else torch.where(written.starts[:, 0], queries.view(-1), start)
-    layer.keep(Kept(memory, tokens[:, 0], begins))
+    layer.keep(Kept(memory, tokens[:, 0], begins, (queries.view(-1) + 1).expand_as(begins)))
     rows = DocumentRows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
     scored = [ScoredPass(range(1), 1.0, written.hidden)]
     return Outcome(written.hidden, recorder.take().ending(written.hidden), [(rows, scored)], cache)
@@ -201,10 +210,11 @@ def _solved(
     hidden, before = [], state.length
     for _, solved in solve(core, tokens, count, state, configured_options(core, config)):
         hidden, state = [*hidden, solved.hidden], solved.cache
+    kept = Kept(state.memory, state.last_token, state.document_start, state.length)
     return (
         torch.cat(hidden, dim=1),
         PassStates(),
-        Gained(state.keys, state.values, before, Kept(state.memory, state.last_token, state.document_start)),
+        Gained(state.keys, state.values, before, kept),
     )
 
 
@@ -230,7 +240,7 @@ def _traced(
     memory = torch.where(some[:, None], pick(memory, last, 1)[:, 0], state.memory)
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
     last_token = torch.where(some, tokens.gather(1, last)[:, 0], state.last_token)
-    kept = Kept(memory, last_token, _document_start(core, tokens, count, state))
+    kept = Kept(memory, last_token, _document_start(core, tokens, count, state), state.length + count)
     return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), kept)
 
 

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from lrt.config.model import require
+from lrt.integrations.hf.cache import require_goes_on
 from lrt.integrations.hf.config import LRTConfig
+from lrt.integrations.hf.documents import require_open_end
 from lrt.integrations.hf.embeds import as_tokens
 from lrt.integrations.hf.fold import Wanted
-from lrt.integrations.hf.forward import Inputs, Outcome, by_schedule, decoded, is_step
+from lrt.integrations.hf.forward import Inputs, Outcome, by_schedule, decoded, free_to_look, is_step
 from lrt.integrations.hf.objective import objective
 from lrt.integrations.hf.pretrained import LRTPreTrainedModel, RecomputedBlock
 from lrt.model.lrt import LRT
+from lrt.model.recurrence import check_tokens
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.utils.compiling import outside_graphs
 
@@ -134,7 +138,7 @@ class LRTModel(LRTPreTrainedModel):
         require(position_ids is not None or not told, unread)
         rest = (attention_mask, position_ids, past_key_values, use_cache, wanted)
         if input_ids is not None:
-            out = self._run(Inputs(input_ids, *rest), scheduled)
+            out = self._run(Inputs(self._of_vocabulary(input_ids), *rest), scheduled)
         else:
             assert inputs_embeds is not None
             with as_tokens(self.core, inputs_embeds) as tokens:
@@ -146,6 +150,11 @@ class LRTModel(LRTPreTrainedModel):
             attentions=out.states.attentions if wanted.attentions else None,  # pyright: ignore[reportArgumentType]
             scored=out.scored if return_scored else None,
         )
+
+    def _of_vocabulary(self, tokens: TokensBN) -> TokensBN:
+        if free_to_look(tokens):
+            check_tokens(self.core, tokens)
+        return tokens
 
     def _run(self, inputs: Inputs, scheduled: bool) -> Outcome:
         if scheduled:
@@ -193,6 +202,26 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.core.head = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As the library has it; ValueError: rows padded on the right, or a cache of other tokens."""
+        if is_first_iteration and attention_mask is not None and attention_mask.dim() == 2:
+            require_open_end(attention_mask)
+            if past_key_values is not None and int(past_key_values.get_seq_length()):
+                require_goes_on(past_key_values, self.config.num_hidden_layers, attention_mask, 1)
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration,
+            **kwargs,
+        )  # fmt: skip
 
     @staticmethod
     def create_masks_for_generate(
@@ -253,3 +282,21 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+
+
+class LRTForSequenceClassification(GenericForSequenceClassification, LRTPreTrainedModel):
+    """Scores of whole rows, for rewards and classes, from the state of each row's last token that is no padding."""
+
+    def __init__(self, config: LRTConfig):
+        LRTPreTrainedModel.__init__(self, config)  # not by the library's Auto class, which folders of code lack
+        self.num_labels = config.num_labels or 1
+        self.model = LRTModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        weight = self.score.weight
+        if weight.device.type != "meta" and not getattr(weight, "_is_hf_initialized", False):
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)

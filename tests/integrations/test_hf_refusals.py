@@ -1,0 +1,100 @@
+"""What the transformers classes refuse, each in one sentence, where a result would be wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_hf import FULL, SHARED, ids_of, made, wrapped
+
+transformers = pytest.importorskip("transformers")
+
+
+def test_what_cannot_work_says_so():
+    model, ids = wrapped(FULL), ids_of(1, 5)
+    cases = {
+        "stateful": lambda: made(model, ids, assistant_model=wrapped(SHARED)),
+        "stateful models": lambda: made(model, ids, prompt_lookup_num_tokens=3),
+        "layer": lambda: made(model, ids, cache_implementation="quantized"),
+        "from the model's own config": lambda: made(model, ids, past_key_values=transformers.DynamicCache()),
+        "one of them": lambda: model(ids, inputs_embeds=torch.zeros(1, 3, 24)),
+        "2 axes, not 4": lambda: model(ids, torch.ones(1, 1, 5, 5)),
+        "begin the next document at 0": lambda: model(ids, position_ids=torch.tensor([[0, 1, 2, 4, 5]])),
+        "target -1 is no token": lambda: model(ids, labels=ids.new_full(ids.shape, -1)),
+        "leave past_key_values": lambda: model.train()(ids, use_cache=True),
+    }
+    for words, call in cases.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    model.eval()
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-2)
+
+
+def test_a_cache_that_a_call_does_not_go_on_from_is_refused():
+    """Padding that is told otherwise than it was, rows, room, and keys and values without their memory."""
+    model, ids = wrapped(FULL), ids_of(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    new, kinds = ids[:, :1], ("DynamicCache", "StaticCache")
+
+    def filled(kind: str, masked: bool = True):
+        sized = {"max_cache_len": 6} if kind == "StaticCache" else {}
+        cache = getattr(transformers, kind)(config=model.config, **sized)
+        model(ids, mask if masked else None, past_key_values=cache)
+        return cache
+
+    longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+    for kind in kinds:
+        padded = "tells 5 tokens before these in row 0, past_key_values has taken in 3"
+        cases = {
+            padded: lambda kind=kind: model(new, past_key_values=filled(kind)),
+            "tells 3 tokens": lambda kind=kind: model(new, longer, past_key_values=filled(kind, masked=False)),
+            "holds 2 rows for 1": lambda kind=kind: model(new[:1], past_key_values=filled(kind, masked=False)),
+        }
+        for words, call in cases.items():
+            with pytest.raises(ValueError, match=words):
+                call()
+    with pytest.raises(ValueError, match=r"tells 3 tokens before these in row 0, past_key_values has taken in 5"):
+        made(model, torch.cat((ids, new), dim=1), attention_mask=longer, past_key_values=filled("DynamicCache", False))
+    cache = filled("StaticCache")
+    model(new, longer, past_key_values=cache)
+    for more in (new, ids):
+        told = torch.nn.functional.pad(longer, (0, more.shape[1]), value=1)
+        with pytest.raises(ValueError, match=r"room for 6 tokens, not for (7|11)"):
+            model(more, told, past_key_values=cache)
+    layers = [(layer.keys, layer.values) for layer in filled("DynamicCache").layers]
+    bare = transformers.DynamicCache(layers, config=model.config)
+    both = transformers.EncoderDecoderCache(filled("DynamicCache"), transformers.DynamicCache(config=model.config))
+    for cache in (bare, transformers.DynamicCache(layers), tuple(layers), both):
+        with pytest.raises(ValueError, match=r"without .*memory: build it from the model's own config"):
+            model(new, past_key_values=cache)
+
+
+def test_prompts_that_end_in_padding_are_refused():
+    model, ids = wrapped(FULL), ids_of(2, 5)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    with pytest.raises(ValueError, match=r"row 1 ends in padding: pad prompts on the left"):
+        made(model, ids, attention_mask=mask)
+    left = mask.flip(1)
+    assert made(model, ids.flip(1), attention_mask=left, prefill_chunk_size=2).equal(
+        made(model, ids.flip(1), attention_mask=left, use_cache=False)
+    )
+
+
+def test_tokens_that_are_none_are_named():
+    model, ids = wrapped(FULL), ids_of(2, 5)
+    for training in (True, False):
+        model.train(training)
+        for wrong in (ids + 50, ids - 30, ids * 0 - 100):
+            with pytest.raises(ValueError, match=r"token -?\d+ is outside the vocabulary of 19"):
+                model(wrong)
+        with pytest.raises(ValueError, match="at least 1 token"):
+            model(ids[:, :0])
+
+
+def test_continuous_batching_is_refused():
+    model = wrapped(FULL)
+    with pytest.raises((AttributeError, ValueError), match=r"continuous batching|Invalid layer type"):
+        model.generate_batch([[1, 2, 3]], generation_config=transformers.GenerationConfig(max_new_tokens=2))

@@ -1,0 +1,1 @@
+"""The tests of tests/test_cuda.py, by part."""

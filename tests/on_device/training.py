@@ -1,0 +1,121 @@
+"""Training, and what is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import events, tiny
+
+import lrt.training.session
+from lrt.benchmarks.latency import latencies
+from lrt.benchmarks.profile import parts
+from lrt.benchmarks.training_step import SteppedModel, measure
+from lrt.config.benchmarks import StepBenchmark
+from lrt.config.recipes import cpu_demo
+from lrt.experiments.runner import at_once
+from lrt.training import checkpoint
+from lrt.training.checkpoint import Writer
+from lrt.training.logging import Jsonl
+from lrt.training.trainer import train
+from lrt.utils.distributed import join
+from lrt.utils.hardware import accelerator, peak_flops, peak_memory, resolve_device, resolve_dtype, synchronise
+from on_device.common import CONFIG, floats
+
+# Training.
+
+
+def trained(source: Path, run: Path, device: torch.device, **training) -> list[float]:
+    """Losses of a tiny training on a device."""
+    base = tiny(cpu_demo(), source, steps=6, device=device.type, log_every=1, save_every=3, eval_rows=2, **training)
+    train(base, run, sinks=[Jsonl(run / "metrics.jsonl")], resume=None)
+    return [e["loss"] for e in events(run, "train")]
+
+
+@floats
+def test_training(kind: str, source: Path, tmp_path: Path, device: torch.device):
+    """Batches in page-locked memory, steps, evaluation, sample and checkpoints: the same losses as on the CPU."""
+    losses = [trained(source, tmp_path / on.type, on, dtype=kind) for on in {torch.device("cpu"), device}]
+    assert all(len(x) == 6 and x[-1] < x[0] for x in losses)
+    torch.testing.assert_close(losses[0], losses[-1], rtol=1e-3 if kind == "float32" else 3e-2, atol=0)
+    assert json.loads((tmp_path / device.type / "result.json").read_text())["peak_memory_bytes"] > 0
+
+
+def test_checkpoint_across_devices(source: Path, tmp_path: Path, device: torch.device):
+    """What the device trained half-way the CPU ends, and the other way round."""
+    cpu = torch.device("cpu")
+    whole = trained(source, tmp_path / "whole", cpu)
+    for name, first, second in (("out", device, cpu), ("back", cpu, device)):
+        run = tmp_path / name
+        trained(source, run, first)
+        shutil.rmtree(checkpoint.checkpoints(run)[-1])
+        (run / "metrics.jsonl").unlink()
+        loaded = checkpoint.load_model(run, second)
+        assert loaded.step == 3 and loaded.model.device.type == second.type
+        torch.testing.assert_close(trained(source, run, second), whole[3:], rtol=1e-3, atol=0)
+
+
+def test_background_saving(source: Path, tmp_path: Path, device: torch.device, monkeypatch):
+    """A checkpoint written beside the next steps holds the weights of its own step."""
+    weights = []
+    for background in (False, True):
+        monkeypatch.setattr(lrt.training.session, "Writer", lambda _, how=background: Writer(how))
+        run = tmp_path / str(background)
+        trained(source, run, device, keep=3)
+        weights.append(checkpoint.open_checkpoint(checkpoint.checkpoints(run)[0]).weights())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_process_group_of_one(mode: str, source: Path, tmp_path: Path, device: torch.device, monkeypatch):
+    """DDP and FSDP2 on one device, over nccl on cuda, lose what a plain process does."""
+    if device.type == "mps":
+        pytest.skip("no process group on mps")
+    import socket
+
+    expected = trained(source, tmp_path / "alone", device)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in launched.items():
+        monkeypatch.setitem(os.environ, name, value)
+    with join(device.type) as world:
+        assert world.grouped and world.device.type == device.type
+        losses = trained(source, tmp_path / mode, device, parallel=mode)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+
+
+# What is measured.
+
+
+def test_hardware(device: torch.device):
+    assert resolve_device(device.type) == device
+    if device.type == "cuda":
+        assert resolve_device("auto").type == "cuda" and at_once() == 1
+    assert resolve_dtype("auto", device) in ("bfloat16", "float32")
+    most, source = peak_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    assert most > 1e8 and source
+    synchronise(device)
+    assert bool(accelerator()) == torch.cuda.is_available()
+    assert peak_memory(device) > 0
+
+
+def test_benchmarks(device: torch.device):
+    """`lrt bench train` with its division of a step, and the latencies of `lrt bench decode`, at tiny sizes."""
+    tiny_step = StepBenchmark(
+        device=device.type, depth=2, width=32, vocab_size=64, batch=2, length=32, repeats=1, memory=False,
+        schedules=("interleaved-2",),
+    )  # fmt: skip
+    plain, interleaved = measure(tiny_step)["rows"]
+    assert plain["mfu"] > 0 and interleaved["ratio"] > 0
+    if device.type != "mps":
+        stepped = SteppedModel(tiny_step, "interleaved-2")
+        assert parts(stepped.step, stepped.model)["attention"] > 0
+    (cell,) = latencies(replace(CONFIG, context=64), device, [2], [16], 2, False, 6.0)
+    assert cell["ms"] > 0
