@@ -49,8 +49,8 @@ def test_int8_weights(device: torch.device):
     """The kernel of the CPU, or the formula elsewhere, against the formula in float64."""
     linear, x = torch.nn.Linear(64, 48, bias=False), drawn(5, 64).float()
     small = Int8Linear(linear)
-    whole, scale = (small.get_buffer(name).double() for name in ("whole", "scale"))
-    require_near(small.to(device)(x.to(device)), x.double() @ (whole * scale[:, None]).T, FLOATS["bfloat16"][1])
+    integers, scale = (small.get_buffer(name).double() for name in ("integers", "scale"))
+    require_near(small.to(device)(x.to(device)), x.double() @ (integers * scale[:, None]).T, FLOATS["bfloat16"][1])
 
 
 def test_matrices_by_columns(device: torch.device):
