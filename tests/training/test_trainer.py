@@ -14,6 +14,7 @@ from helpers import CODE, events, tiny
 
 from lrt.config.recipes import cpu_demo, cpu_demo_layerwise, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
+from lrt.evaluation.bits_per_byte import evaluate
 from lrt.model.flops import scaling_parameters, train_flops_per_token
 from lrt.schedule import Curriculum, Schedule
 from lrt.training import checkpoint
@@ -189,10 +190,14 @@ def test_resume_refuses_a_checkpoint_that_does_not_say_what_was_spent(source, tm
 
 
 def test_a_widening_live_gap_is_said_aloud(source, tmp_path, monkeypatch):
-    said = []
-    config = tiny(cpu_demo(), source, steps=2, gap_warning=-9.0)
-    train(config, tmp_path / "run", sinks=[said.append])
-    assert any(e["kind"] == "warning" and "live gap" in e["text"] for e in said)
+    def widened(*args, **options):
+        bpb = evaluate(*args, **options)
+        return replace(bpb, decoded=bpb.merged + 0.5)
+
+    monkeypatch.setattr("lrt.training.session.evaluate", widened)
+    heard = []
+    train(tiny(cpu_demo(), source, steps=2), tmp_path / "run", sinks=[heard.append])
+    assert any(e["kind"] == "warning" and "live gap 0.500" in e["text"] for e in heard)
 
 
 @pytest.mark.parametrize(
