@@ -35,9 +35,9 @@ def test_prefill_and_scores(mode: str, cfg: ModelConfig, device: torch.device):
 
 
 def greedy(model: LRT, run=next_logits, count: int = 24) -> list[int]:
-    law = SamplingParams(max_new_tokens=count, temperature=0, stop_tokens=())
+    sampling = SamplingParams(max_new_tokens=count, temperature=0, stop_tokens=())
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
-    steps = generate(model, prompts, law, run=run, mode="exact")
+    steps = generate(model, prompts, sampling, run=run, mode="exact")
     return [e.token for step in steps for e in step.emissions]
 
 
@@ -69,9 +69,9 @@ def test_matrices_by_columns(device: torch.device):
 
 
 def test_sampling_is_the_same_on_every_device(device: torch.device):
-    law = SamplingParams(max_new_tokens=24, temperature=0.9, top_k=12, top_p=0.95, repetition_penalty=1.2, seed=4)
+    sampling = SamplingParams(max_new_tokens=24, temperature=0.9, top_k=12, top_p=0.95, repetition_penalty=1.2, seed=4)
     rows = [
-        [e.token for step in generate(m, [[3, 1, 4]], law, mode="exact") for e in step.emissions]
+        [e.token for step in generate(m, [[3, 1, 4]], sampling, mode="exact") for e in step.emissions]
         for m in (exact_on(CONFIG, torch.device("cpu")), exact_on(CONFIG, device))
     ]
     assert rows[0] == rows[1]
