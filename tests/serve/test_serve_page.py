@@ -59,7 +59,7 @@ def opened(context, server):
     page = context.new_page()
     page.set_default_timeout(60_000)
     page.goto(server.url)
-    page.get_by_text("layerwise memory from block 2").wait_for()
+    page.get_by_text("memory from block 2").wait_for()
     return page
 
 
@@ -221,7 +221,7 @@ def test_what_was_chosen_survives_a_reload(page, context, server):
     page.get_by_role("button", name="Change to dark").click()
     for again in (page, opened(context, server)):
         again.reload()
-        again.get_by_text("layerwise memory from block 2").wait_for()
+        again.get_by_text("memory from block 2").wait_for()
         settled(again, 2)
         assert again.get_by_role("tab", name="Chat").get_attribute("aria-selected") == "true"
         assert said(again) == before and again.locator("#say").input_value() == "not sent yet"
@@ -241,7 +241,7 @@ def test_what_was_chosen_survives_a_reload(page, context, server):
 def test_a_damaged_memory_of_the_browser_is_no_error(page, stored):
     page.evaluate("text => localStorage.setItem('lrt-page', text)", stored)
     page.reload()
-    page.get_by_text("layerwise memory from block 2").wait_for()
+    page.get_by_text("memory from block 2").wait_for()
     assert page.get_by_role("tab", name="Write").get_attribute("aria-selected") == "true"
 
 
