@@ -190,7 +190,7 @@ def test_at_a_terminal(endless: Path, tmp_path: Path):
     at.until(b"2 turns")
     assert (tmp_path / "talk.txt").read_text(encoding="utf-8").count("hello") == 2
     at.type(b"/new\n")
-    at.until(b"(a new conversation)")
+    at.until(b"(a new conversation)\r\n> ")  # what is typed before the prompt may be dropped
     at.type(b"\x04")
     assert at.process.wait(60) == 0
     os.close(at.master)
