@@ -193,7 +193,7 @@ def _own(served: Served) -> APIRouter:
         return ids, body.top
 
     @routes.post("/api/inspect", response_model=None, openapi_extra=described(InspectRequest))
-    async def look(request: Request) -> dict[str, Any]:
+    async def answer_inspect(request: Request) -> dict[str, Any]:
         """What the memory does to every token of a text."""
         ids, top = await served.intake.take(request, inspected)
         call = Call(served, request.state.owner)

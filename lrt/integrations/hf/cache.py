@@ -24,7 +24,7 @@ BUILD = (
 )
 
 
-class Kept(NamedTuple):
+class RowState(NamedTuple):
     """What a cache holds of each row beside keys and values."""
 
     m: Tensor
@@ -41,15 +41,15 @@ class _Memory:
     """What each row holds beside what the other base keeps; nothing before the first token."""
 
     held: list[Tensor] | None = None
-    """The fields of `Kept`; a list, which the library's exporters can take apart and put together."""
+    """The fields of `RowState`; a list, which the library's exporters can take apart and put together."""
     is_croppable = False
 
     @property
-    def kept(self) -> Kept | None:
+    def kept(self) -> RowState | None:
         """What is held."""
-        return None if self.held is None else Kept(*self.held)
+        return None if self.held is None else RowState(*self.held)
 
-    def keep(self, new: Kept) -> None:
+    def keep(self, new: RowState) -> None:
         """Take in the newest of all, in place where some are held: a compiled step knows their addresses."""
         if self.held is None:
             self.held = [x.detach().clone() for x in new]
@@ -84,7 +84,7 @@ class MemoryDynamicLayer(_Memory, DynamicLayer):
     _layer_type = MEMORY_LAYER
     is_croppable = False
 
-    def keep(self, new: Kept) -> None:
+    def keep(self, new: RowState) -> None:
         self.held = [x.clone() for x in new]  # with their gradient, as keys and values here
 
     def reset(self) -> None:
@@ -166,7 +166,7 @@ def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache
     (rows, used), length = seen.shape, seen.sum(1)
     shape = (rows, model.k, used + room + 1, model.e)
     keys, values = ([like.new_zeros(shape) for _ in range(model.layers)] for _ in range(2))
-    per_row = Kept(like.new_zeros(rows, model.d), torch.full_like(length, -1), torch.zeros_like(length), length)
+    per_row = RowState(like.new_zeros(rows, model.d), torch.full_like(length, -1), torch.zeros_like(length), length)
     if cache is not None and used:
         index = order(seen)
         layers: list[Any] = cache.layers
@@ -175,7 +175,7 @@ def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache
                 mine[:, :, :used] = pick(theirs[:, :, :used], index, 2)
         kept = memory_layer(cache, model.layers).kept
         assert kept is not None
-        per_row = Kept(*(x.clone() for x in kept))
+        per_row = RowState(*(x.clone() for x in kept))
     memory, last_token, start, _ = per_row
     return KVCache(tuple(keys), tuple(values), memory, length, last_token, start, int(length.max()))
 
@@ -187,7 +187,7 @@ class Gained(NamedTuple):
     values: tuple[HeadsBKNE, ...]
     offset: Tensor
     """Where in them each row's new tokens begin, int64 [B]."""
-    kept: Kept
+    kept: RowState
 
 
 def store(cache: Cache, rows: DocumentRows, gained: Gained) -> None:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lrt.config.decoding import PrefillOptions
 from lrt.config.model import require
-from lrt.integrations.hf.cache import Gained, Kept, Layer, memory_layer, require_goes_on, state_of, store
+from lrt.integrations.hf.cache import Gained, Layer, RowState, memory_layer, require_goes_on, state_of, store
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.documents import DocumentRows, pick, places, require_mask, rows_of, unpacked
 from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fold, in_order, recording, settled
@@ -172,7 +172,7 @@ def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome
     memory = written.memory[:, 0]
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
     begins = start if written.starts is None else torch.where(written.starts[:, 0], queries.view(-1), start)
-    layer.keep(Kept(memory, tokens[:, 0], begins, (queries.view(-1) + 1).expand_as(begins)))
+    layer.keep(RowState(memory, tokens[:, 0], begins, (queries.view(-1) + 1).expand_as(begins)))
     rows = DocumentRows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
     scored = [ScoredPass(range(1), 1.0, written.hidden)]
     return Outcome(written.hidden, recorder.take().ending(written.hidden), [(rows, scored)], cache)
@@ -210,7 +210,7 @@ def _solved(
     hidden, before = [], state.length
     for _, solved in solve(core, tokens, count, state, configured_options(core, config)):
         hidden, state = [*hidden, solved.hidden], solved.cache
-    kept = Kept(state.memory, state.last_token, state.document_start, state.length)
+    kept = RowState(state.memory, state.last_token, state.document_start, state.length)
     return (
         torch.cat(hidden, dim=1),
         PassStates(),
@@ -240,7 +240,7 @@ def _traced(
     memory = torch.where(some[:, None], pick(memory, last, 1)[:, 0], state.memory)
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
     last_token = torch.where(some, tokens.gather(1, last)[:, 0], state.last_token)
-    kept = Kept(memory, last_token, _document_start(core, tokens, count, state), state.length + count)
+    kept = RowState(memory, last_token, _document_start(core, tokens, count, state), state.length + count)
     return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), kept)
 
 
