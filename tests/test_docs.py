@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from prose import anchor, headings, paragraphs, sentences, words
+from prose import FENCE, anchor, headings, paragraphs, sentences, words
 
 import lrt
 
@@ -95,6 +98,80 @@ def test_every_public_name_is_on_a_reference_page():
     assert {m for m in used if (ROOT / (m.replace(".", "/") + ".py")).is_file()} - shown == set()
 
 
+# Names of code on the pages.
+
+HISTORY = {"log.md", "CHANGELOG.md"}
+"""Pages that speak of code as it once was."""
+ELSEWHERE = {
+    "CPOTrainer", "DynamoExporter", "KTOTrainer", "ORPOTrainer", "OnnxExporter", "RLOOTrainer", "scatter_", "step_N",
+    "test_training_overfit", "use_liger_kernel",
+}  # fmt: skip
+"""Names of other libraries that our sources do not hold, and a placeholder."""
+
+
+@functools.cache
+def words_of_sources() -> set[str]:
+    """Every word of the code, and every name of a file."""
+    folders = [ROOT / name for name in ("lrt", "tests", "tools", "sweeps")]
+    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".sh", ".js", ".toml")]
+    texts = (p.read_text(encoding="utf-8") for p in files if p.name != "test_docs.py")
+    return {p.name for p in files} | {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+@functools.cache
+def classes() -> dict[str, Path]:
+    """The package's classes, and where they are defined."""
+    trees = {p: ast.parse(p.read_text(encoding="utf-8")) for p in (ROOT / "lrt").rglob("*.py")}
+    return {node.name: p for p, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def resolves(dotted: str) -> bool:
+    """Whether `lrt.room.module.Name.attribute` can be reached."""
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def members(name: str) -> set[str]:
+    """Methods, fields and constants of one of the package's classes."""
+    module = ".".join(classes()[name].relative_to(ROOT).with_suffix("").parts)
+    one = pkgutil.resolve_name(f"{module}.{name}")
+    return set(dir(one)) | {field for parent in one.__mro__ for field in inspect.get_annotations(parent)}
+
+
+def unknown_names(page: str) -> set[str]:
+    """What a page calls code, and no code is called."""
+    imports = re.findall(r"^from (lrt[\w.]*) import ([\w, ]+)", page, re.M)
+    names = {f"{module}.{name.strip()}" for module, names in imports for name in names.split(",")}
+    page = FENCE.sub("", page)
+    names |= set(re.findall(r"(?<![\w/.-])lrt(?:\.[A-Za-z_]\w*)+", page))
+    unknown = {name for name in names if not resolves(name)}
+    for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*\))?`", page):
+        first, *rest = name.split(".")
+        if first in classes() and rest:
+            unknown |= set() if rest[0] in members(first) else {name}
+        elif name not in words_of_sources() and first != "lrt":
+            unknown |= {name} if {first, *rest} - words_of_sources() - ELSEWHERE - {""} else set()
+    return unknown
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in HISTORY], ids=lambda p: p.name)
+def test_names_of_code_exist(page: Path):
+    assert unknown_names(page.read_text(encoding="utf-8")) == set()
+
+
+def test_wrong_names_are_found():
+    page = (
+        "`KVCache.load(path)`, `KVCache.lode(path)`, `cache.take(rows)`, `lrt.inference.prefill`, `no_such_name(x)`\n"
+    )
+    page += "```python\nfrom lrt.inference.prefill import prefill, prefil\n```\nand lrt.inference.prefil\n"
+    assert unknown_names(page) == {
+        "KVCache.lode", "no_such_name", "lrt.inference.prefill.prefil", "lrt.inference.prefil",
+    }  # fmt: skip
+
+
 # Prose.
 
 LONGEST_SENTENCE, LONGEST_PARAGRAPH = 25, 70
@@ -103,7 +180,7 @@ PLAIN_PAGES = [
     "docs/should_i_use_it.md", "docs/tutorial.md", "docs/library.md", "docs/recipes.md", "docs/data.md",
     "docs/experiments.md", "docs/scaling.md", "docs/gpu.md", "docs/results.md", "docs/results/outside.md",
     "docs/results/equal_flops.md", "docs/results/first_round.md", "docs/speed.md", "docs/reliability.md",
-    "docs/serving.md",
+    "docs/serving.md", "docs/decoding.md", "docs/results/decoding.md",
 ]  # fmt: skip
 """Pages held to short sentences and paragraphs."""
 

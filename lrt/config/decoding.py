@@ -11,9 +11,9 @@ from lrt.passes import Pass, no_grad_pass
 Weights = Literal["full", "int8"]
 """Large matrices as they are, or in 8 bits (docs/decoding.md#weights-in-8-bits)."""
 DEFAULT_MODE = "interleaved-8"
-"""The fastest that agrees with exact decoding on trained models: measured in docs/decoding.md."""
+"""Fast whether the memory settles soon or late: measured in docs/results/decoding.md."""
 DEFAULT_TOLERANCE = 1e-4
-"""Under every mode no measured prompt's logits differed from exact decoding's by 1e-3 (docs/decoding.md)."""
+"""Under every mode no measured prompt's logits differed from exact decoding's by 1e-3 (docs/results/decoding.md)."""
 DEFAULT_CHUNK = 1024
 DEFAULT_SWEEPS = 32
 PENALTIES = (0.01, 100.0)

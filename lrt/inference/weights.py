@@ -50,7 +50,7 @@ def by_columns(model: LRT) -> LRT:
     """The model itself, its matrices stored column by column on a CPU, their values and shapes as they were.
 
     A product with one row then takes half to nine tenths of the time; with four and more the layout does not matter
-    (docs/decoding.md#matrices-by-columns). For a model that decodes: files take contiguous tensors alone.
+    (docs/results/decoding.md#matrices-by-columns). For a model that decodes: files take contiguous tensors alone.
     """
     for linear in model.modules():
         if type(linear) is nn.Linear and linear.weight.device.type == "cpu":
