@@ -28,7 +28,7 @@ from lrt.inference.prefill import compiled, decode_step, next_logits
 from lrt.inference.weights import by_columns
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import Effort, OneToken, advance, solve
+from lrt.model.recurrence import Effort, OneToken, advance, prefill_options, solve
 from lrt.model.shapes import IGNORE, TokensBN
 from lrt.utils.hardware import resolve_device, synchronise
 
@@ -208,7 +208,7 @@ def prefill_times(model: LRT, prompts: TokensBN, modes: Sequence[str]) -> list[d
 
     The first `TIMED` prompts are timed, one at a time and in turns; the median counts.
     """
-    plans = {mode: PrefillOptions.parse(mode) for mode in ("exact", *modes)}
+    plans = {mode: prefill_options(model, mode) for mode in ("exact", *modes)}
     compared: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for group in prompts.split(GROUP):
         exact = _take_in(model, group, plans["exact"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,12 @@ def sweep_errors(model: LRT, tokens: TokensBN, starts: Tensor | None, exact: Exa
 
 
 def contraction(residuals: Sequence[float]) -> float:
-    """Factor by which a sweep shrinks the change of the memory: geometric mean over the sweeps that still change it."""
+    """Factor by which a sweep shrinks the change of the memory: geometric mean over the sweeps that still change it.
+
+    nan where a change is not finite.
+    """
+    if not all(math.isfinite(r) for r in residuals):
+        return math.nan
     falling = [r for r in residuals if r > 1e-6]
     return (falling[-1] / falling[0]) ** (1 / (len(falling) - 1)) if len(falling) > 1 else 0.0
 
@@ -100,4 +106,5 @@ def _compare(model: LRT, hidden: StreamBND, exact: StreamBND) -> tuple[Tensor, T
         q, p = (model.logits(x).to(widest(x.device)).log_softmax(-1) for x in (h, e))
         same += (q.argmax(-1) == p.argmax(-1)).sum(1)
         divergence += (p.exp() * (p - q)).sum((1, 2))
+    same = same.masked_fill(~divergence.isfinite(), torch.nan)  # the largest of what is not finite says nothing
     return same / hidden.shape[1], divergence / hidden.shape[1]

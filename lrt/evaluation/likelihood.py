@@ -16,6 +16,7 @@ from lrt.utils.hardware import widest
 
 POSITIONS = 8192
 """Positions of a batch, padding counted."""
+SOUND = "use an earlier checkpoint, or float32 in place of a narrower type"
 
 
 class Candidate(NamedTuple):
@@ -90,6 +91,11 @@ def _scored(model: LRT, rows: Sequence[Candidate], mode: str) -> list[Likelihood
 def _tokens(model: LRT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, float64 [N], and whether it is the most probable token; hidden [N, D]."""
     logits = model.logits(hidden)
-    return logits.to(widest(logits.device)).log_softmax(-1).gather(-1, targets[:, None])[:, 0], logits.argmax(
-        -1
-    ) == targets
+    logprobs = logits.to(widest(logits.device)).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    require_finite(logprobs)
+    return logprobs, logits.argmax(-1) == targets
+
+
+def require_finite(scores: Tensor) -> None:
+    """ValueError if a score is not a finite number: the largest of such scores would name an answer all the same."""
+    require(bool(scores.isfinite().all()), "the model's logits are not finite, so nothing is scored; " + SOUND)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrt.config.model import require
 from lrt.data.synthetic import TaskRows
+from lrt.evaluation.likelihood import require_finite
 from lrt.evaluation.suite import Scorer, Scores, Suite, share
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import states
@@ -31,7 +32,9 @@ def accuracy(model: LRT, task: TaskRows, length: int, rows: int = ROWS, mode: st
     """
     tokens, targets, _ = (x.to(model.device) for x in task.batch(rows, length, length, whole=True))
     hidden = torch.cat([h for _, h, _ in states(model, tokens, mode=mode)], dim=1)
-    right, scored = model.logits(hidden).argmax(-1) == targets, targets != IGNORE
+    best = model.logits(hidden).max(-1)
+    require_finite(best.values)
+    right, scored = best.indices == targets, targets != IGNORE
     last = int(scored.any(0).nonzero()[-1])
     at_end = share(int(right[:, last][scored[:, last]].sum()), int(scored[:, last].sum()))
     every, error = _ratio((right & scored).sum(1).cpu().double(), scored.sum(1).cpu().double())

@@ -109,7 +109,7 @@ def _figures(record: Record) -> dict[str, Figure]:
 def _cell(g: RunGroup, row: str) -> str:
     figures = [_figures(record).get(row) for record in g.records]
     measured = [figure for figure in figures if figure is not None]
-    if not measured:
+    if len(measured) < len(figures):  # a mean of some seeds would stand under the number of all
         return ""
     spread = statistics.stdev(f.value for f in measured) if len(measured) > 1 else measured[0].error
     return f"{statistics.fmean(f.value for f in measured):.1%} ± {spread:.1%}"

@@ -325,7 +325,7 @@ def run_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
-    """Copy weights into the model; one that is missing, extra, or of another shape or number type raises ValueError."""
+    """Copy weights into the model. ValueError: missing, extra, not finite, of another shape or number type."""
     own = model.state_dict()
     for name in sorted(own.keys() ^ weights.keys()):
         where = "the model, not the checkpoint," if name in own else "the checkpoint, not the model,"
@@ -335,6 +335,7 @@ def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
             kinds = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (value, own[name])]
             difference = f"{kinds[0]} in the checkpoint, {kinds[1]} in the model"
             raise ValueError(f"weight {name} is {difference}; the checkpoint is of another model: use its own config")
+        require(bool(value.isfinite().all()), f"weight {name} holds values that are not finite; use another checkpoint")
     for name, value in weights.items():
         fill(own[name], value)
 

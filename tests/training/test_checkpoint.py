@@ -145,6 +145,7 @@ def test_what_is_no_checkpoint_says_so(where: str, tmp_path: Path):
         ),
         (lambda w: w | {"extra.weight": w["head.weight"]}, ["the checkpoint, not the model", "extra.weight"]),
         (lambda w: w | {"head.weight": w["head.weight"][:5]}, ["head.weight", "(5, 24)", "(19, 24)"]),
+        (lambda w: w | {"head.weight": w["head.weight"].log()}, ["head.weight holds values that are not finite"]),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, names: list[str]):
