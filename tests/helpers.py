@@ -19,7 +19,7 @@ from torch import Tensor
 from lrt.config.model import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
 from lrt.config.run import RunConfig
 from lrt.model.lrt import LRT
-from lrt.model.reference import _logits, _token, reference
+from lrt.model.reference import Position, _logits, _memories, _token, reference
 from lrt.model.run_passes import run_passes
 from lrt.schedule import Pass, Schedule, check
 
@@ -206,10 +206,11 @@ def slow_passes(model: LRT, row: list[int], run: Sequence[Pass]) -> list[tuple[T
         before, logits = list(memory), []
         for t in p.positions:
             first = t == 0 or row[t] == c.bos
-            reads, token_before = (zero, None) if first else (before[t - 1], row[t - 1])
+            carried, token_before = (zero, None) if first else (before[t - 1], row[t - 1])
             begins = [i for i in range(t + 1) if c.document_attention and row[i] == c.bos] or [0]
             seen = [layer[begins[-1] : t] for layer in past]
-            x, memory[t] = _token(w, c, row[t], token_before, t, reads, seen)
+            position = Position(row[t], t, _memories(w, c, token_before, carried), seen)
+            x, memory[t] = _token(w, c, position)
             for layer, extended in zip(past, seen, strict=True):
                 layer[t] = extended[-1]
             logits.append(_logits(w, c, x))

@@ -41,7 +41,7 @@ def make_run(folder: Path, context: int = 256, tokenizer: Tokenizer | None = Non
             if p.ndim == 2 and "embedding" not in name:
                 p.normal_(0, 0.7 / p.shape[1] ** 0.5 * (6 if "head" in name else 1), generator=random)
     tokenizer.save(folder / "tokenizer")
-    checkpoint.save(folder, 1, config, lrt, {}, {}, keep=1)
+    checkpoint.save(folder, 1, config, lrt, {}, extra={}, keep=1)
     return folder
 
 

@@ -151,7 +151,7 @@ def demo_run(tmp_path: Path, monkeypatch) -> None:
     words.save(folder / "tokenizer")
     train = TrainConfig(length=32, schedule="settled-1..3", horizon="steps=2", batch=2, eval_rows=2)
     settings = RunConfig(name="lrt", model=model, data=DataConfig(folder=str(tmp_path / "data")), train=train)
-    checkpoint.save(folder, 1, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)
+    checkpoint.save(folder, 1, settings, randomised(model, scale=0.2).float(), {}, extra={}, keep=1)
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     monkeypatch.chdir(tmp_path)
 

@@ -59,7 +59,7 @@ def row(config: RunConfig, cluster: Cluster, name: str, mode: Parallelism, resha
     rows = min(rows, t.micro_batch or own)
     compute = average(lambda passes: step_flops(config, passes, devices, mode)) / cluster.flops / cluster.efficiency
     micro = own // max(rows, 1)
-    sent = average(lambda passes: traffic(config.model, passes, devices, mode, reshard, micro))
+    sent = average(lambda passes: traffic(config.model, passes, devices, mode, reshard, micro=micro))
     seconds, steps = (compute, compute + sent / cluster.speed), horizon(replace_schedule(config, name))
     tokens = steps * t.batch * t.length
     return {
@@ -164,7 +164,7 @@ def gathers(passes: Passes, reshard: bool) -> float:
 
 
 def traffic(
-    model: ModelConfig, passes: Passes, devices: int, mode: Parallelism, reshard: bool, micro: int = 1
+    model: ModelConfig, passes: Passes, devices: int, mode: Parallelism, reshard: bool, *, micro: int = 1
 ) -> float:
     """Bytes that one device sends in a step of `micro` micro-batches: ring collectives of float32 numbers."""
     total = sum(parameters_by_group(model).values())

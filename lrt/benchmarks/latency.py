@@ -65,7 +65,7 @@ def run(settings: DecodingBenchmark, tell: Callable[[str], None] = lambda line: 
         "projection": config.memory.projection,
     }  # fmt: skip
     grid = settings.batches, settings.contexts
-    for cell in latencies(config, device, *grid, settings.steps, settings.compile, CACHE_GIB):
+    for cell in latencies(config, device, *grid, steps=settings.steps, compile=settings.compile):
         result["decode"].append(cell)
         tell(DECODE_LINE.format(**cell))
     if result["decode"]:
@@ -132,9 +132,10 @@ def latencies(
     device: torch.device,
     batches: Sequence[int],
     contexts: Sequence[int],
+    *,
     steps: int,
     compile: bool,
-    cache_gib: float,
+    cache_gib: float = CACHE_GIB,
 ) -> Iterator[dict[str, Any]]:
     """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell."""
     models = [LRT(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]

@@ -72,7 +72,7 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
         source.tokenizer.save(out / "tokenizer")
         write_json(out / "config.json", to_dict(run))
         tokens = of_another(source.run.extra, source.run.run, source.data, out) if source.run is not None else {}
-        checkpoint.save(out, 0, run, model, {}, origin | tokens, keep=1)
+        checkpoint.save(out, 0, run, model, {}, extra=origin | tokens, keep=1)
     return config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,19 @@ from lrt.model.shapes import IGNORE, StreamBND, TokensBN
 
 CHUNK = {"cpu": 2**20, "cuda": 2**27, "mps": 2**24}
 """Logits that exist at a time, by device: what fits the processor's cache, or fills a GPU."""
+
+
+class PassRows(NamedTuple):
+    """One pass's part of the loss."""
+
+    hidden: Tensor
+    """[n, D]"""
+    targets: Tensor
+    """int64 [n]"""
+    scale: Tensor
+    """What its summed nats count, a scalar."""
+    dhidden: Tensor | None
+    """Where the gradient by `hidden` goes, [n, D]; None if none is asked for."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -28,8 +41,8 @@ class _HeadLoss(torch.autograd.Function):
         hidden, targets = rows[: len(scales)], rows[len(scales) :]
         w, dw = weight.to(hidden[0].dtype), torch.zeros_like(weight) if differentiate else None
         dhidden = [torch.empty_like(h) if differentiate else None for h in hidden]
-        groups = zip(hidden, targets, scales, dhidden, strict=True)
-        sums = torch.stack([_summed(w, cap, *one, dw) for one in groups])
+        passes = map(PassRows, hidden, targets, scales, dhidden)
+        sums = torch.stack([_summed(w, cap, rows, dw) for rows in passes])
         if differentiate:
             ctx.save_for_backward(dw, *dhidden)
         ctx.mark_non_differentiable(sums)
@@ -41,10 +54,9 @@ class _HeadLoss(torch.autograd.Function):
         return dw * grads[0], None, None, None, *(dh * grads[0] for dh in dhidden), *(None for _ in dhidden)
 
 
-def _summed(
-    w: Tensor, cap: float | None, h: Tensor, targets: Tensor, scale: Tensor, dh: Tensor | None, dw: Tensor | None
-) -> Tensor:
-    """Summed nats of one pass whose rows are `h` [n, D]; its gradients fill `dh` and are added to `dw`."""
+def _summed(w: Tensor, cap: float | None, rows: PassRows, dw: Tensor | None) -> Tensor:
+    """Summed nats of one pass; its gradients fill `dhidden` and are added to `dw`."""
+    h, targets, scale, dh = rows
     size, sums = max(1, CHUNK[h.device.type] // len(w)), []
     for i in range(0, len(h), size):
         chunk, target = h[i : i + size], targets[i : i + size, None]

@@ -150,7 +150,7 @@ def _chunk(model: Transformer, tokens: TokensBN, count: Tensor, cache: KVCache, 
         cache = cache.commit(group.buffer, group.rows, group.taken)
         begin[group.rows] = group.taken
         sweeps, residual = max(sweeps, group.sweeps), max(residual, group.residual)
-    cache = _recur(model, tokens, begin, count, cache, hidden, memory)
+    cache = _recur(model, tokens, (begin, count), cache, (hidden, memory))
     forwards = sweep_forwards(model.config, sweeps) + float((count - begin).max()) / tokens.shape[1]
     return Solved(hidden, memory, cache, Effort(sweeps, residual, forwards, count - begin))
 
@@ -234,13 +234,12 @@ def change_of(old: StreamBND | None, new: StreamBND, count: Tensor) -> Tensor:
 def _recur(
     model: Transformer,
     tokens: TokensBN,
-    begin: Tensor,
-    end: Tensor,
+    columns: tuple[Tensor, Tensor],
     cache: KVCache,
-    hidden: StreamBND,
-    memory: StreamBND,
+    filled: tuple[StreamBND, StreamBND],
 ) -> KVCache:
-    """Take in columns begin..end-1 of each row token by token; fills `hidden` and `memory` there in place."""
+    """Take in columns begin..end-1 of each row token by token; fills head's input and memory there in place."""
+    begin, end = columns
     rows = (begin < end).nonzero()[:, 0]
     if not len(rows):
         return cache
@@ -249,8 +248,8 @@ def _recur(
     for t in range(int(begin.min()), int(end.max())):
         active = (begin <= t) & (t < end)
         now, part = advance(model, tokens[rows, t], part, active)
-        for filled, new in ((hidden, now), (memory, part.memory)):
-            filled[rows, t] = torch.where(active[:, None], new.to(filled.dtype), filled[rows, t])
+        for stream, new in zip(filled, (now, part.memory), strict=True):
+            stream[rows, t] = torch.where(active[:, None], new.to(stream.dtype), stream[rows, t])
     return cache.put(rows, part) if part.rows < cache.rows else part
 
 

@@ -23,6 +23,17 @@ class Trace(NamedTuple):
     """m_t, [T, D]"""
 
 
+class Position(NamedTuple):
+    """What the loop knows at one position."""
+
+    token: int
+    t: int
+    read: dict[str, Tensor]
+    """The memories that are read, [D], by the prefix of their weights' names."""
+    past: list[list[tuple[Tensor, Tensor]]]
+    """Keys and values of the positions so far, by layer; each layer adds its own."""
+
+
 def _norm(x: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean() + eps)
 
@@ -73,7 +84,8 @@ def reference(weights: dict[str, Tensor], config: ModelConfig, tokens: list[int]
         if token == config.bos:
             memory = torch.zeros_like(memory)
             past = [[] for _ in range(config.layers)] if config.document_attention else past
-        x, memory = _token(weights, config, token, previous, t, memory, past)
+        read = _memories(weights, config, previous, memory)
+        x, memory = _token(weights, config, Position(token, t, read, past))
         logits.append(_logits(weights, config, x))
         memories.append(memory)
     return Trace(torch.stack(logits), torch.stack(memories))
@@ -86,24 +98,30 @@ def _logits(w: dict[str, Tensor], config: ModelConfig, x: Tensor) -> Tensor:
     return config.softcap * torch.tanh(z / config.softcap) if config.softcap else z
 
 
-def _token(
-    w: dict[str, Tensor], config: ModelConfig, token: int, previous: int | None, t: int, memory: Tensor, past: list
-) -> tuple[Tensor, Tensor]:
-    """The stream after the last block and m_t; `previous` is the token at t-1, None at the start of a document."""
-    back = config.backbone
-    x = w["embedding.weight"][token]
-    written = _norm(x, back.norm_eps)
-    shift = torch.zeros_like(x) if previous is None else _norm(w["embedding.weight"][previous], back.norm_eps)
+def _memories(w: dict[str, Tensor], config: ModelConfig, previous: int | None, memory: Tensor) -> dict[str, Tensor]:
+    """What a position reads; `previous` is the token at t-1, None at the start of a document."""
+    shift = torch.zeros_like(memory)
+    if previous is not None:
+        shift = _norm(w["embedding.weight"][previous], config.backbone.norm_eps)
     read = {"": memory} if config.memory.source != 0 else {}
-    read |= {"shift_": shift} if config.memory.source == 0 or config.memory.shift else {}
+    return read | ({"shift_": shift} if config.memory.source == 0 or config.memory.shift else {})
+
+
+def _token(w: dict[str, Tensor], config: ModelConfig, position: Position) -> tuple[Tensor, Tensor]:
+    """The stream after the last block, and m_t."""
+    back = config.backbone
+    x = w["embedding.weight"][position.token]
+    written = _norm(x, back.norm_eps)
     x = x0 = _norm(x, back.norm_eps) if back.embedding_norm else x
     for layer in range(config.layers):
         name = f"blocks.{layer % config.depth}."
         if config.residual_scalars:
             x = w[name + "injection.alpha"] * x + w[name + "injection.beta"] * x0
-        x = x + sum((_injected(w, config, name + f"injection.{which}gamma", x, m) for which, m in read.items()), 0 * x)
+        x = x + sum(
+            (_injected(w, config, name + f"injection.{which}gamma", x, m) for which, m in position.read.items()), 0 * x
+        )
         a = _learned(w, name + "attention_norm", x, back.norm_eps)
-        x = x + _attention(w, config, layer % config.depth, a, token, t, read, past[layer])
+        x = x + _attention(w, config, layer, a, position)
         a = _learned(w, name + "mlp_norm", x, back.norm_eps)
         up = _linear(w, name + "mlp.up", a)
         if back.mlp == "swiglu":
@@ -127,15 +145,16 @@ def _injected(w: dict[str, Tensor], config: ModelConfig, gamma: str, x: Tensor, 
     return w[gamma] * (long if config.memory.injection == "matched" else long - x)
 
 
-def _attention(
-    w: dict[str, Tensor], config: ModelConfig, layer: int, a: Tensor, token: int, t: int, read: dict, past: list
-) -> Tensor:
-    name, e, heads = f"blocks.{layer}.attention.", config.e, config.k
+def _attention(w: dict[str, Tensor], config: ModelConfig, layer: int, a: Tensor, position: Position) -> Tensor:
+    block, past, t = layer % config.depth, position.past[layer], position.t
+    name, e, heads = f"blocks.{block}.attention.", config.e, config.k
     q, k, v = (_linear(w, name + part, a) for part in ("query", "key", "value"))
-    embedded = w[name + "value_embedding.weight"][token] if config.has_value_embedding(layer) else torch.zeros_like(v)
+    embedded = (
+        w[name + "value_embedding.weight"][position.token] if config.has_value_embedding(block) else torch.zeros_like(v)
+    )
     mode, window = config.memory.projection, config.memory.blocks or (1, config.depth)
-    if mode != "none" and window[0] <= layer + 1 <= window[1]:
-        where, terms = "" if mode == "shared" else name, {} if mode == "gates" else read
+    if mode != "none" and window[0] <= block + 1 <= window[1]:
+        where, terms = "" if mode == "shared" else name, {} if mode == "gates" else position.read
         mk, mv = (
             sum((w[f"{where}{which}projection.{x}.weight"] @ m for which, m in terms.items()), torch.zeros_like(v))
             for x in ("key", "value")
@@ -145,7 +164,7 @@ def _attention(
         k, v, embedded = g[0] * k + g[1] * mk, g[0] * v + g[1] * mv, g[2] * embedded
     keys = torch.cat([_turned(w, config, name + "key_norm", part, t) for part in k.split(e)])
     past.append((keys, v + embedded))
-    window, out = config.windows()[layer], []
+    window, out = config.windows()[block], []
     seen = past if window is None else past[-window:]
     for head, part in enumerate(q.split(e)):
         mine = slice((head // (config.h // heads)) * e, (head // (config.h // heads)) * e + e)

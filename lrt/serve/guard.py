@@ -24,7 +24,14 @@ class Guard:
     """Asks for host name and key before a byte of the body is read, limits bodies, and counts requests."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, keys: ApiKeys, hosts: HostNames, public: frozenset[str], max_body: int
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        *,
+        keys: ApiKeys,
+        hosts: HostNames,
+        public: frozenset[str],
+        max_body: int,
     ):
         """`public` are the paths that need no key."""
         self.app, self.metrics, self.keys, self.hosts = app, metrics, keys, hosts

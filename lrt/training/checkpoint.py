@@ -88,6 +88,7 @@ def save(
     config: RunConfig,
     weights: LRT | dict[str, Tensor],
     optimizer: dict[str, Tensor],
+    *,
     extra: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -308,7 +309,7 @@ def write_weights(loaded: Loaded, folder: Path) -> None:
     weights = {name: x.to(torch.bfloat16) for name, x in loaded.model.state_dict().items()}
     shutil.copytree(loaded.run / "tokenizer", folder / "tokenizer")
     write_json(folder / "config.json", to_dict(loaded.config))
-    save(folder, loaded.step, loaded.config, weights, {}, without_places(stored.extra), keep=1)
+    save(folder, loaded.step, loaded.config, weights, {}, extra=without_places(stored.extra), keep=1)
 
 
 def run_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

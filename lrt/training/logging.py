@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -25,6 +25,16 @@ LEGENDS = {
     "eval": LEGEND,
 }
 """What an event's figures mean, said under the first of its kind."""
+
+
+class Bar(NamedTuple):
+    """What a progress bar shows."""
+
+    activity: str
+    done: float
+    total: float | None
+    """None: not known; the bar moves to and fro."""
+    note: str
 
 
 class Jsonl:
@@ -101,7 +111,7 @@ class Live:
         """Show an event of the run called `name`."""
         if event["kind"] in BARS:
             bar = {"prepare": _prepared, "train": _trained, "stage": _stage, "queue": _queue}[event["kind"]](event)
-            self._advance(name, *bar, always=event["kind"] == "stage" or event.get("changed", False))
+            self._advance(name, bar, always=event["kind"] == "stage" or event.get("changed", False))
         lines = {"start": _start, "note": _note, "eval": _eval, "sample": _sample, "warning": _warning}
         if event["kind"] in lines and (self.samples or event["kind"] != "sample"):
             for text in lines[event["kind"]](event):
@@ -121,40 +131,40 @@ class Live:
         shown = fitted(shown, self.console.width) if self.console.is_terminal else shown
         self.console.print(shown, style=style, markup=False, soft_wrap=True)
 
-    def _advance(self, name: str, what: str, done: float, total: float | None, note: str, always: bool) -> None:
-        """Move the bar of a run, or begin another one if it does something else now; a total of None moves to and fro.
+    def _advance(self, name: str, bar: Bar, *, always: bool) -> None:
+        """Move the bar of a run, or begin another one if it does something else now.
 
         Where there is no terminal: a line every now and then, or `always`.
         """
-        shown = printable(f"{name}: {what}" if name else what)
+        shown = printable(f"{name}: {bar.activity}" if name else bar.activity)
         if self.console.is_terminal:
             before, task = self.tasks.get(name, ("", None))
-            if task is None or before != what:
+            if task is None or before != bar.activity:
                 if task is not None:
                     self.bar.remove_task(task)
-                task = self.bar.add_task(shown, total=total, note="")
-                self.tasks[name] = (what, task)
+                task = self.bar.add_task(shown, total=bar.total, note="")
+                self.tasks[name] = (bar.activity, task)
                 self.bar.start()
-            self.bar.update(task, completed=done, total=total, note=note)
+            self.bar.update(task, completed=bar.done, total=bar.total, note=bar.note)
         elif always or time.monotonic() - self.last.get(name, 0) >= self.EVERY:
             self.last[name] = time.monotonic()
-            share = f"{done / total:4.0%} " if total else ""
-            self._print(f"{shown} {share}{note}")
+            share = f"{bar.done / bar.total:4.0%} " if bar.total else ""
+            self._print(f"{shown} {share}{bar.note}")
 
 
-def _prepared(e: Event) -> tuple[str, float, float | None, str]:
+def _prepared(e: Event) -> Bar:
     """Totals are estimates, so that a bar ends where the text does."""
     total = e["total"] and max(e["total"], e["done"])
-    return f"data: {e['note']}", e["done"], total, f"{e['done'] / 1e6:.1f} MB"
+    return Bar(f"data: {e['note']}", e["done"], total, f"{e['done'] / 1e6:.1f} MB")
 
 
-def _trained(e: Event) -> tuple[str, float, float | None, str]:
+def _trained(e: Event) -> Bar:
     passes = " ".join(f"{x:.3f}" for x in e["per_pass"][:6]) + (" ..." if len(e["per_pass"]) > 6 else "")
     note = (
         f"step {e['step']:,}/{e['steps']:,}  loss {e['loss']:.3f} (passes {passes})  "
         f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  {_duration(e['seconds_left'])} left"
     )
-    return "train", e["step"], e["steps"], note
+    return Bar("train", e["step"], e["steps"], note)
 
 
 def _duration(seconds: float) -> str:
@@ -162,15 +172,15 @@ def _duration(seconds: float) -> str:
     return (f"{hours}:" if hours else "") + f"{rest // 60:02}:{rest % 60:02}"
 
 
-def _queue(e: Event) -> tuple[str, float, float | None, str]:
+def _queue(e: Event) -> Bar:
     parts = [f"{e['done']} of {e['total']} done"]
     parts += [f"next {', '.join(e['waiting'][:4])}{', ...' * (len(e['waiting']) > 4)}"] if e["waiting"] else []
     parts += [f"about {_duration(e['seconds_left'])} of training left"] if e["seconds_left"] is not None else []
-    return "all runs", e["done"], e["total"], "; ".join(parts)
+    return Bar("all runs", e["done"], e["total"], "; ".join(parts))
 
 
-def _stage(e: Event) -> tuple[str, float, float | None, str]:
-    return e["what"], 0, None, e["text"]
+def _stage(e: Event) -> Bar:
+    return Bar(e["what"], 0, None, e["text"])
 
 
 def _note(e: Event) -> list[str]:

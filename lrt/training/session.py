@@ -64,6 +64,7 @@ class Session:
         prepared: Prepared,
         sinks: Sequence[Sink],
         started: Checkpoint | None,
+        *,
         world: World | None = None,
     ):
         t = config.train
@@ -314,10 +315,9 @@ class Session:
         weights, optimizer = self._snapshot(self.model.state_dict()), self._snapshot(self.optimizer.state())
 
         def write() -> None:
-            folder = checkpoint.save(
-                self.run, extra["progress"]["step"], self.config, weights, optimizer, extra, t.keep
-            )
-            tell(self.sinks, kind="checkpoint", step=extra["progress"]["step"], folder=str(folder))
+            step = extra["progress"]["step"]
+            folder = checkpoint.save(self.run, step, self.config, weights, optimizer, extra=extra, keep=t.keep)
+            tell(self.sinks, kind="checkpoint", step=step, folder=str(folder))
 
         if self.world.first:
             self.writer.submit(write)

@@ -74,7 +74,7 @@ def train(config: RunConfig, run: Path, *, resume: bool | None = False, sinks: S
             checkpoint.require_same(config, started)
         config, choice = _with_threads(config, started)
         with threads(choice.threads):
-            session = Session(config, lock, prepared, sinks, started, world)
+            session = Session(config, lock, prepared, sinks, started, world=world)
             if world.device.type == "cpu" and session.progress.step < session.steps:
                 tell(sinks, kind="note", text=_threads_note(choice))
             try:

@@ -29,7 +29,9 @@ def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
 def test_the_bench_measures_every_part(tmp_path):
     model = randomised(config(vocab_size=64), seed=2, scale=0.2).float()
     prompts = tokens(model.config, 2, 20)
-    cells = list(bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], 1, False, cache_gib=0.01))
+    cells = list(
+        bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], steps=1, compile=False, cache_gib=0.01)
+    )
     prefills = bench.prefill_times(model, prompts, ["jacobi", "interleaved-4"])
     assert [(c["batch"], c["context"]) for c in cells] == [(1, 8), (2, 8)]
     assert bench.score_times(model, prompts)["max_nats_diff"] < 1e-2

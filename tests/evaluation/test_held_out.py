@@ -36,7 +36,7 @@ def saved(run: Path, tokenizer: Tokenizer) -> Path:
     """A run of an untrained model that says nothing of its text."""
     model = config(vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, context=32)
     settings = RunConfig(model=model, train=TrainConfig(length=16))
-    checkpoint.save(run, 0, settings, randomised(model).float(), {}, {}, keep=1)
+    checkpoint.save(run, 0, settings, randomised(model).float(), {}, extra={}, keep=1)
     return run
 
 

@@ -71,7 +71,7 @@ def some_run(folder: Path, vocabulary: int) -> Path:
     model = config(vocab_size=words.vocab_size, bos=words.bos, context=48)
     words.save(folder / "tokenizer")
     settings = RunConfig(model=model, train=TrainConfig(length=32))
-    checkpoint.save(folder, 1, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)
+    checkpoint.save(folder, 1, settings, randomised(model, scale=0.2).float(), {}, extra={}, keep=1)
     return folder
 
 

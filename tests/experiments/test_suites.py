@@ -36,7 +36,7 @@ def make_run(folder: Path, name: str, seed: int) -> Path:
     )  # fmt: skip
     run = folder / settings.name
     ByteTokenizer().save(run / "tokenizer")
-    checkpoint.save(run, 3, settings, randomised(model, seed=seed).float(), {}, {}, keep=1)
+    checkpoint.save(run, 3, settings, randomised(model, seed=seed).float(), {}, extra={}, keep=1)
     return run
 
 

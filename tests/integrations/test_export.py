@@ -58,7 +58,7 @@ def run(request, tmp_path_factory) -> Path:
     model = config(vocab_size=words.vocab_size, bos=words.bos, context=96, shift=shift)
     settings = RunConfig(name="small", model=model, train=TrainConfig(length=64, schedule="interleaved-2"))
     words.save(folder / "tokenizer")
-    checkpoint.save(folder, 7, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)
+    checkpoint.save(folder, 7, settings, randomised(model, scale=0.2).float(), {}, extra={}, keep=1)
     bpb = {
         "decoded": 1.5,
         "merged": 1.25,

@@ -29,7 +29,7 @@ def run(tmp_path_factory) -> Path:
     model = config(vocab_size=words.vocab_size, bos=words.bos, context=96, source=3)
     settings = RunConfig(name="small", model=model, train=TrainConfig(length=64, schedule="settled-1..3"))
     words.save(folder / "tokenizer")
-    checkpoint.save(folder, 7, settings, randomised(model, scale=0.2).float(), {}, {}, keep=1)
+    checkpoint.save(folder, 7, settings, randomised(model, scale=0.2).float(), {}, extra={}, keep=1)
     return folder
 
 

@@ -99,7 +99,7 @@ def test_gradient_is_the_slope_with_what_was_read_held_fixed(text: str):
 
 def _last(model: LRT, row: list[int], held: list[Tensor]) -> list[Tensor]:
     """The states of `settled`'s one trained pass, whose memory is that of the unmoved model: it carries no gradient."""
-    from lrt.model.reference import _token
+    from lrt.model.reference import Position, _memories, _token
 
     c, w = model.config, {name: p.detach() for name, p in model.named_parameters()}
     past: list[list] = [[] for _ in range(c.layers)]
@@ -107,7 +107,7 @@ def _last(model: LRT, row: list[int], held: list[Tensor]) -> list[Tensor]:
     for t, token in enumerate(row):
         first = t == 0 or token == c.bos
         reads, before = (torch.zeros(c.d, dtype=torch.float64), None) if first else (held[-2][t - 1], row[t - 1])
-        found.append(_token(w, c, token, before, t, reads, past)[1])
+        found.append(_token(w, c, Position(token, t, _memories(w, c, before, reads), past))[1])
     return [*held[:-1], torch.stack(found)]
 
 

@@ -117,5 +117,5 @@ def test_benchmarks(device: torch.device):
     if device.type != "mps":
         stepped = SteppedModel(tiny_step, "interleaved-2")
         assert parts(stepped.step, stepped.model)["attention"] > 0
-    (cell,) = latencies(replace(CONFIG, context=64), device, [2], [16], 2, False, 6.0)
+    (cell,) = latencies(replace(CONFIG, context=64), device, [2], [16], steps=2, compile=False)
     assert cell["ms"] > 0

@@ -34,7 +34,7 @@ MODEL_NOW, OPTIMIZER_NOW = trained()
 
 
 def saved(run: Path, step: int = 3, keep: int = 2) -> Path:
-    return save(run, step, RUN, MODEL_NOW, OPTIMIZER_NOW.state(), EXTRA, keep)
+    return save(run, step, RUN, MODEL_NOW, OPTIMIZER_NOW.state(), extra=EXTRA, keep=keep)
 
 
 def names(run: Path) -> list[int]:

@@ -59,7 +59,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path):
     own, other, smaller = train_bpe(["to be or not to be " * 9], 262), train_bpe(["a rose is a rose " * 9], 262), 259
     run = replace(RUN, model=replace(RUN.model, vocab_size=own.vocab_size))
     own.save(tmp_path / "tokenizer")
-    save(tmp_path, 1, run, LRT(run.model), {}, EXTRA, keep=1)
+    save(tmp_path, 1, run, LRT(run.model), {}, extra=EXTRA, keep=1)
     assert load_model(tmp_path).tokenizer.hash == own.hash
     for wrong in (other, train_bpe(["to be or not to be " * 9], smaller), ByteTokenizer()):
         wrong.save(tmp_path / "tokenizer")
@@ -75,7 +75,7 @@ def test_a_folder_holds_what_it_says_and_nothing_is_left_aside(tmp_path: Path):
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path):
     saved(tmp_path)
-    folder = save(tmp_path, 3, RUN, LRT(RUN.model, seed=9), {}, EXTRA, 2)
+    folder = save(tmp_path, 3, RUN, LRT(RUN.model, seed=9), {}, extra=EXTRA, keep=2)
     weights = open_checkpoint(folder).model().state_dict()
     assert torch.equal(weights["head.weight"], LRT(RUN.model, seed=9).head.weight)
     assert names(tmp_path) == [3]
@@ -159,7 +159,7 @@ def test_weights_that_do_not_fit_are_named(change, names: list[str]):
 
 def test_a_checkpoint_of_another_shape_with_a_valid_checksum(tmp_path: Path):
     other = replace(RUN, model=replace(RUN.model, width=48))
-    folder = save(tmp_path, 1, other, LRT(RUN.model), {}, EXTRA, 1)
+    folder = save(tmp_path, 1, other, LRT(RUN.model), {}, extra=EXTRA, keep=1)
     with pytest.raises(ValueError, match=r"in the checkpoint.*in the model"):
         open_checkpoint(folder).model()
 
@@ -188,7 +188,7 @@ def test_nothing_is_ever_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tensors_on_views_are_saved_whole(tmp_path: Path):
     """Optimizer state that is not contiguous must not be refused or scrambled."""
     state = {"a/exp_avg": torch.arange(6.0).view(2, 3).T}
-    folder = save(tmp_path, 1, RUN, MODEL_NOW, state, EXTRA, 1)
+    folder = save(tmp_path, 1, RUN, MODEL_NOW, state, extra=EXTRA, keep=1)
     assert torch.equal(open_checkpoint(folder).optimizer_state()["a/exp_avg"], state["a/exp_avg"])
     save_file({"x": torch.zeros(1)}, folder / MODEL)
     with pytest.raises(ValueError, match="checksum"):
@@ -204,7 +204,7 @@ SMALL = RunConfig(
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 61])
 def test_no_flipped_bit_is_accepted(every: int, tmp_path: Path):
     """Each byte of a whole checkpoint with one bit flipped, or replaced by a space or a digit: none opens."""
-    folder = save(tmp_path, 3, SMALL, LRT(SMALL.model), {"a/step": torch.ones(())}, EXTRA, 1)
+    folder = save(tmp_path, 3, SMALL, LRT(SMALL.model), {"a/step": torch.ones(())}, extra=EXTRA, keep=1)
     open_checkpoint(folder)
     accepted = []
     for file in sorted(folder.iterdir()):
@@ -283,7 +283,7 @@ def test_all_files_are_written_with_the_mode_that_the_umask_gives(tmp_path: Path
 def test_tensors_of_another_number_type_are_refused(dtype: torch.dtype, tmp_path: Path):
     weights = {k: v.to(dtype) if k == "head.weight" else v for k, v in MODEL_NOW.state_dict().items()}
     state = {k: v.to(dtype) if k == "head.weight/exp_avg" else v for k, v in OPTIMIZER_NOW.state().items()}
-    opened = open_checkpoint(save(tmp_path, 1, RUN, weights, state, EXTRA, 1))
+    opened = open_checkpoint(save(tmp_path, 1, RUN, weights, state, extra=EXTRA, keep=1))
     with pytest.raises(ValueError, match=r"head\.weight is .* in the checkpoint"):
         opened.model()
     with pytest.raises(ValueError, match=r"head\.weight/exp_avg is"):
@@ -307,7 +307,7 @@ def test_weights_alone_are_half_as_large_and_the_nearest_in_bfloat16(tmp_path: P
     config = replace(RUN, model=replace(RUN.model, vocab_size=300))
     model = randomised(config.model).float()
     lay = {"data": "1" * 64, "shards": {"val": "2" * 64, "places": ["../mine", "/home/me/mine"], "text": None}}
-    save(run, 7, config, model, {"x": torch.ones(1)}, EXTRA | lay, 1)
+    save(run, 7, config, model, {"x": torch.ones(1)}, extra=EXTRA | lay, keep=1)
     write_weights(load_model(run), tmp_path / "small")
     small = load_model(tmp_path / "small")
     assert small.extra == EXTRA | lay | {"shards": lay["shards"] | {"places": []}}
@@ -320,7 +320,7 @@ def test_weights_alone_are_half_as_large_and_the_nearest_in_bfloat16(tmp_path: P
 
 def test_weights_alone_are_not_resumed(tmp_path: Path):
     weights = {name: x.bfloat16() for name, x in MODEL_NOW.state_dict().items()}
-    save(tmp_path, 3, RUN, weights, {}, EXTRA, 1)
+    save(tmp_path, 3, RUN, weights, {}, extra=EXTRA, keep=1)
     with pytest.raises(ValueError, match="weights alone.*--init-from"):
         train(RUN, tmp_path, resume=True)
 

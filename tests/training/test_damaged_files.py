@@ -106,7 +106,9 @@ def made(tmp_path_factory) -> dict[str, Path]:
     """A run's checkpoint, shards and a BPE tokenizer."""
     folder = tmp_path_factory.mktemp("fuzz")
     run = RunConfig(model=config(), train=TrainConfig(length=8))
-    checkpoint = save(folder / "run", 3, run, LRT(run.model), {}, {"progress": {}, "data": "", "bpb": None}, 1)
+    checkpoint = save(
+        folder / "run", 3, run, LRT(run.model), {}, extra={"progress": {}, "data": "", "bpb": None}, keep=1
+    )
     tokenizer = train_bpe(DOCS, 270)
     write_shards(DOCS, tokenizer, folder / "shards", validation=0.2)
     tokenizer.save(folder / "tokenizer")

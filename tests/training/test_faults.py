@@ -182,7 +182,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(home: Path, tmp_path: Pat
     model = training.LRT(run.model)
     for step, score in [(1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 1.9), (6, math.nan)]:
         bpb = None if score is None else {"decoded": score}
-        checkpoint.save(tmp_path, step, run, model, {}, {"bpb": bpb}, keep=2)
+        checkpoint.save(tmp_path, step, run, model, {}, extra={"bpb": bpb}, keep=2)
     assert [int(p.name[-3:]) for p in checkpoint.checkpoints(tmp_path)] == [2, 5, 6]
 
 

@@ -186,7 +186,7 @@ def _prefill(core: LRT, config: LRTConfig, inputs: Inputs, rows: DocumentRows, s
     if config.prefill == "zero_memory":
         state = state._replace(memory=torch.zeros_like(state.memory))
     if config.prefill == "zero_memory" or inputs.wanted.any or differentiable(core, inputs):
-        hidden, states, gained = _traced(core, config, tokens, rows.length, state, inputs)
+        hidden, states, gained = _traced(core, config, inputs, rows, state)
     else:
         hidden, states, gained = _solved(core, config, tokens, rows.length, state)
     if inputs.cache is not None:
@@ -219,9 +219,10 @@ def _solved(
 
 
 def _traced(
-    core: LRT, config: LRTConfig, tokens: TokensBN, count: Tensor, state: KVCache, inputs: Inputs
+    core: LRT, config: LRTConfig, inputs: Inputs, rows: DocumentRows, state: KVCache
 ) -> tuple[StreamBND, PassStates, Gained]:
     """The same by passes that carry a gradient and can be watched: sweeps without, then one pass over everything."""
+    tokens, count = rows.take(inputs.tokens), rows.length
     n, buffer = tokens.shape[1], state.buffer()
     passes = [Pass(range(n), detach=True)]
     if config.prefill == "exact" and core.config.memory.recurrent:
