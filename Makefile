@@ -1,20 +1,26 @@
 # The two commands: `make demo` and `make test`. Both make .venv if it is not there.
-# constraints.txt pins torch to a version whose CPU build installs as it is. On a CUDA machine:
-#     make .venv CONSTRAINTS=          (takes the newest torch that pyproject.toml allows, with CUDA)
+# Versions and hashes are the tested set's (constraints.txt, *.lock; `make lock` makes them). torch comes in builds: the
+# one that your index offers is taken, at the version of constraints.txt. Others:
+#     make .venv TORCH='--require-hashes --no-deps -r requirements-torch.lock'   (the default build, with CUDA on Linux)
+#     make .venv TORCH='torch>=2.11'                                             (the newest)
 
 PYTHON ?= python3
-CONSTRAINTS ?= -c constraints.txt
+TORCH ?= -c constraints.txt torch
 BIN := .venv/bin
+# What pip builds from source is built with the tested set's setuptools; the second is read by pip 25.3 and newer.
+BUILDS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: .venv demo test test-slow check format docs clean
+.PHONY: .venv demo test test-slow check lock format docs clean
 
 .venv: .venv/installed
 
 # The mark is written last, so that an installation that failed is made again.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt requirements.lock
 	@echo "Making .venv and installing lrt with its tools. torch is the large part."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
+	$(BUILDS) $(BIN)/python -m pip install --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch .venv/installed
 	@echo "Installed. Next: make demo, or $(BIN)/lrt --help"
 
@@ -34,6 +40,9 @@ check: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/mkdocs build --strict --site-dir site
+
+lock: .venv/installed
+	$(BIN)/python tools/lock.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
