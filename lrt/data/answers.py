@@ -76,15 +76,15 @@ class DocumentEncoder:
 
     def _written(self, template: ChatTemplate, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
         """As the chat template writes it: what follows the prompt for an answer, up to the end of that turn."""
-        text, own = template.render(dialogue.messages, dialogue.tools, add_generation_prompt=False)
+        text, template_runs = template.render(dialogue.messages, dialogue.tools, add_generation_prompt=False)
         spans = [span for i in dialogue.learned if (span := _answer(template, dialogue, i, text)) is not None]
         if not spans:
             raise ValueError(
                 "the chat template writes no answer right behind its prompt for one, so that none can be learned: "
                 "use another template"
             )
-        placed = template.tokens(text, own, [cut for span in spans for cut in span])
-        learned = [any(start <= at < stop for start, stop in spans) for _, at in placed]
+        placed = template.tokens(text, template_runs, [cut for span in spans for cut in span])
+        learned = [any(start <= offset < stop for start, stop in spans) for _, offset in placed]
         if not any(learned):
             raise ValueError("the answers have no tokens of their own: give them some text")
         return [token for token, _ in placed], learned

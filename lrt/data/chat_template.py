@@ -119,9 +119,9 @@ def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
 @lru_cache(1)
 def shared_renderer() -> TemplateRenderer:
     """The renderer of this process; it ends with it."""
-    made = TemplateRenderer()
-    atexit.register(made.close)
-    return made
+    renderer = TemplateRenderer()
+    atexit.register(renderer.close)
+    return renderer
 
 
 def chat_template_of(tokenizer: Tokenizer, config: TokenizerConfig | None = None) -> ChatTemplate | None:
@@ -157,16 +157,16 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **variables: Any
     ) -> list[int]:
         """The prompt of a conversation; further variables go to the template. ValueError: it does not render."""
-        text, own = self.render(messages, tools, **variables)
-        return [token for token, _ in self.tokens(text, own)]
+        text, template_runs = self.render(messages, tools, **variables)
+        return [token for token, _ in self.tokens(text, template_runs)]
 
-    def tokens(self, text: str, own: Runs, cuts: Sequence[int] = ()) -> list[Placed]:
+    def tokens(self, text: str, template_runs: Runs, cuts: Sequence[int] = ()) -> list[Placed]:
         """The tokens of a rendered text, each with the place of its first character.
 
         `cuts` are places that no token spans, where the library's own encoding has to be given up.
         """
-        placed = self._as_transformers(text, own)
-        return self._piecewise(text, own, cuts) if placed is None else placed
+        placed = self._as_transformers(text, template_runs)
+        return self._piecewise(text, template_runs, cuts) if placed is None else placed
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **more: Any
@@ -178,7 +178,7 @@ class ChatTemplate:
         variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": True}
         return self._renderer.render(template, variables | more, self.specials)
 
-    def _as_transformers(self, text: str, own: Runs) -> list[Placed] | None:
+    def _as_transformers(self, text: str, template_runs: Runs) -> list[Placed] | None:
         """The tokens of the text with special tokens; None where a message would have spelt one of them."""
         if self._core is None:
             return None
@@ -189,20 +189,20 @@ class ChatTemplate:
         names = {i: name for name, i in self.tokenizer.specials.items()}
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token in names:
-                at = text.find(names[token], start, end)  # its white space may be a message's
-                if at < 0 or not _within(own, at, at + len(names[token])):
+                offset = text.find(names[token], start, end)  # its white space may be a message's
+                if offset < 0 or not _within(template_runs, offset, offset + len(names[token])):
                     return None
         return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
-    def _piecewise(self, text: str, own: Runs, cuts: Sequence[int]) -> list[Placed]:
+    def _piecewise(self, text: str, template_runs: Runs, cuts: Sequence[int]) -> list[Placed]:
         """The tokens of the text: special tokens where the template wrote them, all else as text."""
-        names = [name for start, end in own for name in self._special.finditer(text, start, end)]
-        placed, at = [], 0
+        names = [name for start, end in template_runs for name in self._special.finditer(text, start, end)]
+        placed, offset = [], 0
         for name in names:
-            placed += self._text(text, at, name.start(), cuts)
+            placed += self._text(text, offset, name.start(), cuts)
             placed.append((self.tokenizer.specials[name[0]], name.start()))
-            at = name.end()
-        return placed + self._text(text, at, len(text), cuts)
+            offset = name.end()
+        return placed + self._text(text, offset, len(text), cuts)
 
     def _text(self, text: str, start: int, end: int, cuts: Sequence[int]) -> list[Placed]:
         """The tokens of a run of text; each counts as placed where its piece between cuts begins."""
@@ -213,12 +213,12 @@ class ChatTemplate:
 
 def _as_given(message: Message) -> dict[str, Any]:
     """A message as transformers hands it to a template: nothing that is null, and its reasoning by every usual name."""
-    known = {name: value for name, value in message.items() if value is not None}
-    reasoning = next((known[name] for name in REASONING if name in known), None)
-    return known if reasoning is None else {"thinking": reasoning} | known | {"reasoning_content": reasoning}
+    fields = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((fields[name] for name in REASONING if name in fields), None)
+    return fields if reasoning is None else {"thinking": reasoning} | fields | {"reasoning_content": reasoning}
 
 
-def _within(own: Runs, start: int, end: int) -> bool:
+def _within(template_runs: Runs, start: int, end: int) -> bool:
     """Whether one of the runs, which are in order, holds all of [start, end)."""
-    at = bisect_right(own, start, key=lambda run: run[0]) - 1
-    return at >= 0 and end <= own[at][1]
+    index = bisect_right(template_runs, start, key=lambda run: run[0]) - 1
+    return index >= 0 and end <= template_runs[index][1]

@@ -132,19 +132,19 @@ def _message(message: Any, place: str) -> Message:
     """A message as templates know it; columns that others of a table have are null here, and left out."""
     if not isinstance(message, dict):
         raise ValueError(f'{place}: a message is no object: write it like {{"role": "user", "content": "..."}}')
-    known = {name: value for name, value in message.items() if value is not None}
-    role, content = known.pop("role", known.pop("from", None)), known.pop("content", known.pop("value", None))
+    fields = {name: value for name, value in message.items() if value is not None}
+    role, content = fields.pop("role", fields.pop("from", None)), fields.pop("content", fields.pop("value", None))
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{place}: a message has the role {str(role)[:40]!r}: give one of {', '.join(ROLES)}")
-    calls = known.get("tool_calls")
+    calls = fields.get("tool_calls")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
     content = "" if content is None and calls else content
     if not isinstance(content, str):
         raise ValueError(f"{place}: a message of the {role} holds no text: give its content as text")
     if calls is not None:
-        known["tool_calls"] = [_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
-    return {"role": ROLES[role], "content": valid_text(content)} | known
+        fields["tool_calls"] = [_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
+    return {"role": ROLES[role], "content": valid_text(content)} | fields
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Loader:
             # Raw bits, unlike numpy's own shuffle, are promised to stay the same in later versions.
             bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self.rows)
             order = np.argsort(bits, kind="stable")
-            self._orders = {e: kept for e, kept in self._orders.items() if e == epoch - 1} | {epoch: order}
+            self._orders = {e: rows for e, rows in self._orders.items() if e == epoch - 1} | {epoch: order}
         return order
 
 

@@ -26,9 +26,9 @@ class Marked(str):
     """One byte a character: 1 where the template wrote it."""
 
     def __new__(cls, text: str, mask: bytes | None = None) -> Self:
-        made = super().__new__(cls, text)
-        made._mask = bytes(len(text)) if mask is None else mask
-        return made
+        marked = super().__new__(cls, text)
+        marked._mask = bytes(len(text)) if mask is None else mask
+        return marked
 
     def __str__(self) -> str:
         return self
@@ -47,14 +47,14 @@ class Marked(str):
 
     def __mod__(self, values: Any) -> Any:
         text, parts, end = str.__mod__(self, values), [], 0
-        left = iter(values if isinstance(values, tuple) else (values,))
-        for found in DIRECTIVE.finditer(self):
-            parts += [self[end : found.start()], self._filled(found[0], values, left)]
-            end = found.end()
+        remaining = iter(values if isinstance(values, tuple) else (values,))
+        for directive in DIRECTIVE.finditer(self):
+            parts += [self[end : directive.start()], self._filled(directive[0], values, remaining)]
+            end = directive.end()
         marked = joined([*parts, self[end:]])
         return marked if marked == text else text
 
-    def _filled(self, directive: str, values: Any, left: Iterator[Any]) -> str:
+    def _filled(self, directive: str, values: Any, remaining: Iterator[Any]) -> str:
         """What one directive of `%` becomes; "" where there is no value for it."""
         if directive == "%%":
             return self[:0] + literal("%")
@@ -62,7 +62,7 @@ class Marked(str):
             value = values[directive[2 : directive.index(")")]] if isinstance(values, Mapping) else ""
             directive = "%" + directive[directive.index(")") + 1 :]
         else:
-            value = next(left, "")
+            value = next(remaining, "")
         return text_of(value) if directive == "%s" else str.__mod__(directive, (value,))
 
     def __getitem__(self, index: Any) -> Marked:
@@ -157,11 +157,11 @@ class Marked(str):
 
     def _located(self, parts: Iterable[str]) -> list[Any]:
         """The same parts, which follow each other in this text."""
-        pieces, at = [], 0
+        pieces, offset = [], 0
         for part in parts:
-            at = str.find(self, part, at)
-            pieces.append(self[at : at + len(part)])
-            at += len(part)
+            offset = str.find(self, part, offset)
+            pieces.append(self[offset : offset + len(part)])
+            offset += len(part)
         return pieces
 
 
@@ -211,16 +211,16 @@ def text_of(value: Any) -> str:
 
 def spelled(text: str, value: Any, form: Callable[[str], str], sort: bool = False) -> str:
     """`text`, in which the texts within `value` stand one after the other, each spelled by `form`, with their marks."""
-    mask, at = bytearray(len(text)), 0
+    mask, offset = bytearray(len(text)), 0
     for part in texts_in(value, sort):
-        whole, characters = form(part), [form(c)[1:-1] for c in part] if any(mask_of(part)) else []
-        at = text.find(whole, at)
-        if at < 0:
+        literal_form, characters = form(part), [form(c)[1:-1] for c in part] if any(mask_of(part)) else []
+        offset = text.find(literal_form, offset)
+        if offset < 0:
             return text
-        if sum(map(len, characters)) + 2 == len(whole):
+        if sum(map(len, characters)) + 2 == len(literal_form):
             marks = zip(mask_of(part), characters, strict=True)
-            mask[at + 1 : at + len(whole) - 1] = b"".join(bytes([mark]) * len(c) for mark, c in marks)
-        at += len(whole)
+            mask[offset + 1 : offset + len(literal_form) - 1] = b"".join(bytes([mark]) * len(c) for mark, c in marks)
+        offset += len(literal_form)
     return Marked(text, bytes(mask))
 
 

@@ -71,8 +71,8 @@ class _Text:
 
     def total(self) -> int | None:
         """About how many bytes of text will be read; None where unknown."""
-        known = [size for size in (source_bytes(self.data.source), self.data.max_bytes) if size is not None]
-        return min(known, default=None)
+        bounds = [size for size in (source_bytes(self.data.source), self.data.max_bytes) if size is not None]
+        return min(bounds, default=None)
 
     def sample(self, budget: float) -> Iterator[str]:
         """Training documents, evenly spread over the source so that about `budget` bytes come together at its end.
@@ -131,12 +131,14 @@ def _mixed(data: DataConfig, parts: list[Weighted], report: ReportProgress, veri
     each = [replace(data, source=p.name, max_bytes=most) for p, most in zip(parts, limits, strict=True)]
     base, pauses = _base_and_pauses(data.tokenizer)
     words = str(_common_bpe(each, parts, report)) + pauses if base == "bpe" else data.tokenizer
-    made = [_prepared(replace(one, tokenizer=words), report, verify) for one in each]
+    prepared = [_prepared(replace(one, tokenizer=words), report, verify) for one in each]
     weights = [part.weight for part in parts]
-    train, val = (Mixture(list(streams), weights) for streams in zip(*((m.train, m.val) for m in made), strict=True))
-    lost = any(m.normalised for m in made)
-    held = val if data.validation_source is None else made[0].val
-    return Prepared(made[0].folder.parent, made[0].tokenizer, train, held, lost, data_fingerprint(data))
+    train, val = (
+        Mixture(list(streams), weights) for streams in zip(*((m.train, m.val) for m in prepared), strict=True)
+    )
+    lost = any(m.normalised for m in prepared)
+    validation = val if data.validation_source is None else prepared[0].val
+    return Prepared(prepared[0].folder.parent, prepared[0].tokenizer, train, validation, lost, data_fingerprint(data))
 
 
 def _common_bpe(each: list[DataConfig], parts: list[Weighted], report: ReportProgress) -> Path:
@@ -146,9 +148,9 @@ def _common_bpe(each: list[DataConfig], parts: list[Weighted], report: ReportPro
     home = expand_home(each[0].folder) / f"bpe{size}-{_key(facts)}"
     if not home.is_dir():
         budgets = [part.weight * SAMPLE_BYTES for part in parts]
-        made = _train(texts, budgets, size, report)
+        tokenizer = _train(texts, budgets, size, report)
         aside = home.with_name(f"{home.name}.{uuid.uuid4().hex[:8]}.partial")
-        made.save(aside)
+        tokenizer.save(aside)
         try:
             os.rename(aside, home)
         except OSError:  # another process has made the same one meanwhile
@@ -158,8 +160,10 @@ def _common_bpe(each: list[DataConfig], parts: list[Weighted], report: ReportPro
 
 def _roles(tokenizer: Tokenizer) -> list[Any]:
     """What else of a tokenizer decides how dialogues are written; nothing without a chat template."""
-    own = tokenizer.config
-    return [dict(own.chat_templates), own.eos, own.pad, own.unknown, list(own.stops)] if own.chat_templates else []
+    settings = tokenizer.config
+    if not settings.chat_templates:
+        return []
+    return [dict(settings.chat_templates), settings.eos, settings.pad, settings.unknown, list(settings.stops)]
 
 
 def _prepared(data: DataConfig, report: ReportProgress, verify: str) -> Prepared:
@@ -171,8 +175,8 @@ def _prepared(data: DataConfig, report: ReportProgress, verify: str) -> Prepared
     name = _slug(kind if brought is None else data.tokenizer)
     home = expand_home(data.folder) / f"{_slug(data.source)}-{name}-{key}"
     if not home.exists():
-        made = brought or _train([text], [SAMPLE_BYTES], data.vocab_size, report)
-        _tokenize(text, _with_pauses(made) if pauses else made, home, report)
+        tokenizer = brought or _train([text], [SAMPLE_BYTES], data.vocab_size, report)
+        _tokenize(text, _with_pauses(tokenizer) if pauses else tokenizer, home, report)
     prepared = _open(home, verify, data.normalised)
     if brought is not None:  # the shards may have been made with the same tokens and other roles of them
         prepared.tokenizer.config = brought.config
@@ -181,18 +185,18 @@ def _prepared(data: DataConfig, report: ReportProgress, verify: str) -> Prepared
 
 def _tokenize(text: _Text, tokenizer: Tokenizer, home: Path, report: ReportProgress) -> None:
     """Write the shards; the last report says that all was read, for totals are estimates."""
-    total, read = text.total(), 0
+    total, bytes_read = text.total(), 0
 
     def tokenized(done: int) -> None:
-        nonlocal read
-        read = done
+        nonlocal bytes_read
+        bytes_read = done
         report(done, total, "tokenizing")
 
     write_shards(
         text.documents(), tokenizer, home, validation=text.held_out(), normalised=text.data.normalised,
         progress=tokenized,
     )  # fmt: skip
-    report(read, read, "tokenizing")
+    report(bytes_read, bytes_read, "tokenizing")
 
 
 def reopen(places: Iterable[Path], tokens: str, tokenizer: Tokenizer, normalised: bool, verify: str) -> Prepared | None:
@@ -251,8 +255,8 @@ def _with_pauses(tokenizer: Tokenizer) -> Tokenizer:
 
 def _train(texts: list[_Text], budgets: list[float], vocab_size: int, report: ReportProgress) -> Tokenizer:
     """A BPE of so many bytes of each text."""
-    known = [size for text in texts if (size := text.total()) is not None]
-    total = min(SAMPLE_BYTES, sum(known)) if len(known) == len(texts) else SAMPLE_BYTES
+    sizes = [size for text in texts if (size := text.total()) is not None]
+    total = min(SAMPLE_BYTES, sum(sizes)) if len(sizes) == len(texts) else SAMPLE_BYTES
 
     def sample() -> Iterator[str]:
         done = 0

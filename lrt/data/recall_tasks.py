@@ -27,8 +27,8 @@ def recall(random: np.random.Generator, rows: int, length: int) -> Pair:
     again = _distinct(random, rows, pairs, pairs)
     halves = [order, values], [np.take_along_axis(x, again, 1) for x in (order, values)]
     tokens, targets = _blank(rows, length)
-    for start, (keys, told) in zip((0, 2 * pairs), halves, strict=True):
-        tokens[:, start : start + 2 * pairs : 2], tokens[:, start + 1 : start + 2 * pairs : 2] = keys, told
+    for start, (keys, paired) in zip((0, 2 * pairs), halves, strict=True):
+        tokens[:, start : start + 2 * pairs : 2], tokens[:, start + 1 : start + 2 * pairs : 2] = keys, paired
     targets[:, 2 * pairs : 4 * pairs : 2] = halves[1][1]
     return tokens, targets
 
@@ -48,10 +48,10 @@ def mapping(random: np.random.Generator, rows: int, length: int) -> Pair:
     shown = length // 2
     x, f = random.integers(0, 8, (rows, shown)), 8 + _distinct(random, rows, 8, 8)
     y = np.take_along_axis(f, x, 1)
-    known = np.stack([(x[:, :t] == x[:, t : t + 1]).any(1) for t in range(shown)], axis=1)
+    shown_before = np.stack([(x[:, :t] == x[:, t : t + 1]).any(1) for t in range(shown)], axis=1)
     tokens, targets = _blank(rows, length)
     tokens[:, 0 : 2 * shown : 2], tokens[:, 1 : 2 * shown : 2] = x, y
-    targets[:, 0 : 2 * shown : 2] = np.where(known, y, IGNORE)
+    targets[:, 0 : 2 * shown : 2] = np.where(shown_before, y, IGNORE)
     return tokens, targets
 
 
@@ -87,12 +87,12 @@ def pointers(random: np.random.Generator, rows: int, length: int, hops: int) -> 
     if not hops < nodes <= 128:
         raise ValueError(f"task pointers-{hops} takes rows of {3 * (hops + 1)} to 386 positions, not {length}")
     cycle = _distinct(random, rows, 128, nodes)
-    told, asked = (_distinct(random, rows, nodes, nodes) for _ in range(2))
+    shown, queried = (_distinct(random, rows, nodes, nodes) for _ in range(2))
     tokens, targets = _blank(rows, length)
-    tokens[:, 0 : 2 * nodes : 2] = np.take_along_axis(cycle, told, 1)
-    tokens[:, 1 : 2 * nodes : 2] = np.take_along_axis(cycle, (told + 1) % nodes, 1)
-    tokens[:, 2 * nodes : 3 * nodes] = np.take_along_axis(cycle, asked, 1)
-    targets[:, 2 * nodes : 3 * nodes] = np.take_along_axis(cycle, (asked + hops) % nodes, 1)
+    tokens[:, 0 : 2 * nodes : 2] = np.take_along_axis(cycle, shown, 1)
+    tokens[:, 1 : 2 * nodes : 2] = np.take_along_axis(cycle, (shown + 1) % nodes, 1)
+    tokens[:, 2 * nodes : 3 * nodes] = np.take_along_axis(cycle, queried, 1)
+    targets[:, 2 * nodes : 3 * nodes] = np.take_along_axis(cycle, (queried + hops) % nodes, 1)
     return tokens, targets
 
 

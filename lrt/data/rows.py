@@ -52,16 +52,16 @@ def opened(file: Path) -> BinaryIO:
 
 def rows_of(file: Path, column: str | None) -> Iterator[Placed] | None:
     """The rows of a structured file, with at least `column` of each (None: all columns); None if it is not one."""
-    read = READERS.get(kind_of(file))
-    return None if read is None else read(file, column)
+    reader = READERS.get(kind_of(file))
+    return None if reader is None else reader(file, column)
 
 
 def document_in(row: Row, column: str, place: str) -> Document:
     """The document of a row: the text or the messages in `column`, or else a dialogue; a null counts as empty."""
     value = row.get(column)
     if value is None:
-        known = [name for name, cell in row.items() if cell is not None]
-        dialogue = dialogue_in(row, place) if holds_dialogue(known, column) else None
+        filled = [name for name, cell in row.items() if cell is not None]
+        dialogue = dialogue_in(row, place) if holds_dialogue(filled, column) else None
         if dialogue is None and column not in row:
             raise absent(place, column, row)
         return dialogue or ""
@@ -73,8 +73,8 @@ def document_in(row: Row, column: str, place: str) -> Document:
 
 def holds_dialogue(names: Iterable[str], column: str) -> bool:
     """Whether rows of these columns are read as dialogues, where `column` is the usual one and holds nothing."""
-    known = set(names)
-    return column == TEXT and (bool(known & set(MESSAGES)) or any(known >= set(pair) for pair in PAIRS))
+    columns = set(names)
+    return column == TEXT and (bool(columns & set(MESSAGES)) or any(columns >= set(pair) for pair in PAIRS))
 
 
 def _wanted(names: Sequence[str], column: str | None, file: Path) -> list[str]:
@@ -149,8 +149,8 @@ def _require_header(names: Sequence[str], file: Path) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: the header names a column twice ({one_line(', '.join(names), 120)}): rename one")
     if len(names) == 1 and (sign := next((sign for sign in ";\t|" if sign in names[0]), None)):
-        known = "name it .tsv" if sign == "\t" else "save it with commas"
-        raise ValueError(f"{file}: its cells are parted by {sign!r}, not by commas: {known}")
+        remedy = "name it .tsv" if sign == "\t" else "save it with commas"
+        raise ValueError(f"{file}: its cells are parted by {sign!r}, not by commas: {remedy}")
 
 
 def _parquet(file: Path, column: str | None) -> Iterator[Placed]:
@@ -173,8 +173,8 @@ def _arrow_file(file: Path, column: str | None) -> Iterator[Placed]:
             try:
                 reader = pyarrow.ipc.open_stream(raw)
             except pyarrow.ArrowInvalid:
-                whole = pyarrow.ipc.open_file(raw)
-                yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
+                table = pyarrow.ipc.open_file(raw)
+                yield from (table.get_batch(i) for i in range(table.num_record_batches))
             else:
                 yield from reader
 

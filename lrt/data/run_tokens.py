@@ -61,9 +61,9 @@ class RunTokens:
         if data.source.startswith(TASK):
             return self._same(prepare(data), run, data)
         places = self._places(run, data)
-        kept = reopen(places, self.train, tokenizer, data.normalised, verify)
-        if kept is not None:
-            return self._same(replace(kept, text=self.text), run, data)
+        reopened = reopen(places, self.train, tokenizer, data.normalised, verify)
+        if reopened is not None:
+            return self._same(replace(reopened, text=self.text), run, data)
         try:
             return self._same(prepare(data, progress=progress, verify=verify), run, data)
         except ValueError as error:
@@ -106,16 +106,16 @@ def of_another(extra: dict[str, Any], run: Path, data: DataConfig, out: Path) ->
 
     Places are named from there, and in full. Shards that lie within `run` are linked or copied, since it may be moved.
     """
-    tokens, said = RunTokens.of(extra), {name: extra[name] for name in RECORDED if name in extra}
-    if tokens is None or "shards" not in said:
-        return said
+    tokens, recorded = RunTokens.of(extra), {name: extra[name] for name in RECORDED if name in extra}
+    if tokens is None or "shards" not in recorded:
+        return recorded
     home = shards_of(tokens._places(run, data), tokens.train)
     if home is None:
-        return said
+        return recorded
     if home.resolve().is_relative_to(run.resolve()):
         home = Path(shutil.copytree(home, out / OWN, copy_function=_linked))
     places = [os.path.relpath(home.resolve(), out.resolve()), str(home.resolve())]
-    return said | {"shards": said["shards"] | {"places": places}}
+    return recorded | {"shards": recorded["shards"] | {"places": places}}
 
 
 def _linked(source: str, target: str) -> None:

@@ -83,13 +83,13 @@ class ShardFile:
             raise ValueError(f"{self.path}: cannot be read ({error.strerror}): check its permissions") from None
 
     def _blocks(self, file: int) -> Iterator[bytes]:
-        at = 0
-        while at < self._size:
-            block = os.pread(file, min(BLOCK, self._size - at), at)
+        offset = 0
+        while offset < self._size:
+            block = os.pread(file, min(BLOCK, self._size - offset), offset)
             if not block:
                 return
             yield block[: len(block) // self._dtype.itemsize * self._dtype.itemsize]
-            at += len(block)
+            offset += len(block)
 
     def _require_known(self, ids: np.ndarray) -> np.ndarray:
         if ids.size and ids.max() >= self._limit:

@@ -210,16 +210,16 @@ def split_documents(docs: Iterable[Document], validation: float | Iterable[Docum
     if len(texts) == len(first) < FEW:
         yield from _split_tails(texts, validation)
         return
-    held: list[tuple[float, Document]] = []  # the lowest and the highest so far
+    extremes: list[tuple[float, Document]] = []  # the lowest and the highest so far
     for doc in itertools.chain(first, docs):
-        held = sorted([*held, (_hash_share(text_of(doc)), doc)], key=lambda pair: pair[0])
-        if len(held) == 3:
-            share, middle = held.pop(1)
+        extremes = sorted([*extremes, (_hash_share(text_of(doc)), doc)], key=lambda pair: pair[0])
+        if len(extremes) == 3:
+            share, middle = extremes.pop(1)
             yield ("val" if share < validation else "train"), middle
-    if len(held) < 2:
+    if len(extremes) < 2:
         raise ValueError("one dialogue cannot be split into train and validation: give more of them")
-    yield "val", held[0][1]
-    yield "train", held[1][1]
+    yield "val", extremes[0][1]
+    yield "train", extremes[1][1]
 
 
 def _hash_share(doc: str) -> float:
@@ -233,12 +233,12 @@ def _split_tails(docs: list[str], validation: float) -> Iterator[tuple[str, str]
         raise ValueError(f"{size} characters of text cannot be split into train and validation: give more text")
     for doc in docs:
         tail = max(1, round(len(doc) * validation))
-        at = max(1, len(doc) - tail)
+        cut = max(1, len(doc) - tail)
         # A line break close by is the better place; the tail stays within twice the wanted length.
-        at = doc.rfind("\n", max(0, at - tail), at) + 1 or at
-        yield "train", doc[:at]
-        if at < len(doc):
-            yield "val", doc[at:]
+        cut = doc.rfind("\n", max(0, cut - tail), cut) + 1 or cut
+        yield "train", doc[:cut]
+        if cut < len(doc):
+            yield "val", doc[cut:]
 
 
 class _Assigned(NamedTuple):

@@ -75,8 +75,8 @@ def listed(source: str) -> list[str]:
 
 def require_apart(source: str, validation_source: str) -> None:
     """ValueError: a file, or a dataset, that is both trained on and held out."""
-    trained, held = ({name for one in listed(s) for name in _names(one)} for s in (source, validation_source))
-    if both := sorted(trained & held):
+    trained, validating = ({name for one in listed(s) for name in _names(one)} for s in (source, validation_source))
+    if both := sorted(trained & validating):
         raise ValueError(
             f"{both[0]}: is in data.source and in data.validation_source, so that its score would be of text that was "
             "trained on: take it out of one of them"
@@ -108,8 +108,8 @@ def source_bytes(source: str) -> int | None:
     """About how many bytes of text a source holds, for progress; None where only reading it all would tell."""
     if len(listed(source)) > 1:
         sizes = [source_bytes(one) for one in listed(source)]
-        known = [size for size in sizes if size is not None]
-        return sum(known) if len(known) == len(sizes) else None
+        numbers = [size for size in sizes if size is not None]
+        return sum(numbers) if len(numbers) == len(sizes) else None
     if source.startswith("hf:"):
         return None
     files, _ = _files(source)
@@ -125,22 +125,22 @@ def cut_pieces(blocks: Iterable[str], piece: int = PIECE) -> Iterator[str]:
 
     The pieces joined are the text. A cut at a newline leaves at least half a piece, so none but the last is tiny.
     """
-    rest = ""
+    buffered = ""
     for block in blocks:
-        rest += block
-        while len(rest) > piece:
-            cut = _cut(rest, piece)
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
+        buffered += block
+        while len(buffered) > piece:
+            cut = _cut(buffered, piece)
+            yield buffered[:cut]
+            buffered = buffered[cut:]
+    if buffered:
+        yield buffered
 
 
 def _cut(text: str, piece: int) -> int:
     for gap in ("\n\n", "\n\r\n", "\n"):
-        at = text.rfind(gap, piece // 2, piece)
-        if at >= 0:
-            return at + len(gap)
+        gap_start = text.rfind(gap, piece // 2, piece)
+        if gap_start >= 0:
+            return gap_start + len(gap)
     return piece
 
 
@@ -157,15 +157,15 @@ def _valid(source: str, texts: Iterator[Document]) -> Iterator[Document]:
 
 def _cut_off(texts: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
     """Stop after `max_bytes`, within a text where need be."""
-    left = max_bytes
+    bytes_left = max_bytes
     for text in texts:
         raw = text_of(text).encode()
-        if left is not None and len(raw) >= left:
-            last = raw[:left].decode("utf-8", errors="ignore")  # ignores the half character at the cut
+        if bytes_left is not None and len(raw) >= bytes_left:
+            last = raw[:bytes_left].decode("utf-8", errors="ignore")  # ignores the half character at the cut
             if last and isinstance(text, str):
                 yield last
             return
-        left = None if left is None else left - len(raw)
+        bytes_left = None if bytes_left is None else bytes_left - len(raw)
         yield text
 
 
@@ -286,18 +286,20 @@ def _decoded(file: Path) -> Iterator[str]:
     """The text of a UTF-8 file block by block, without its byte order mark; newlines are left as they are."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with opened(file) as stream:
-        at, block = 0, b""
+        offset, block = 0, b""
         while True:
-            at += len(block)
+            offset += len(block)
             block = stream.read(BLOCK)
-            if not at and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            if not offset and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise _NotText(f"{file}: UTF-16 text: convert it to UTF-8")
             if b"\0" in block:
-                raise _NotText(f"{file}: a binary file (NUL byte at {at + block.index(0)}): convert it to UTF-8 text")
+                raise _NotText(
+                    f"{file}: a binary file (NUL byte at {offset + block.index(0)}): convert it to UTF-8 text"
+                )
             try:
                 yield decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                near = at + error.start
+                near = offset + error.start
                 raise _NotText(f"{file}: not UTF-8 (near byte {near}): convert it to UTF-8 text") from None
             if not block:
                 return

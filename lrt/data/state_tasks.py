@@ -68,8 +68,8 @@ def word_problem(group: str) -> Callable[[np.random.Generator, int, int], Pair]:
 
     def draw(random: np.random.Generator, rows: int, length: int) -> Pair:
         table = products(group)
-        drawn = random.integers(0, len(table), (rows, length))
-        return drawn, np.stack(list(itertools.accumulate(drawn.T, lambda state, x: table[state, x])), axis=1)
+        symbols = random.integers(0, len(table), (rows, length))
+        return symbols, np.stack(list(itertools.accumulate(symbols.T, lambda state, x: table[state, x])), axis=1)
 
     return draw
 
@@ -80,9 +80,9 @@ def swaps(random: np.random.Generator, rows: int, length: int) -> Pair:
     for order, (a, b) in zip(places, SWAPS, strict=True):
         order[a], order[b] = b, a
     elements = np.array([PERMUTATIONS.index(tuple(order)) for order in places])
-    table, drawn = products("s5"), random.integers(0, len(SWAPS), (rows, length))
-    states = itertools.accumulate(elements[drawn].T, lambda state, x: table[state, x])
-    return drawn, np.stack(list(states), axis=1)
+    table, symbols = products("s5"), random.integers(0, len(SWAPS), (rows, length))
+    states = itertools.accumulate(elements[symbols].T, lambda state, x: table[state, x])
+    return symbols, np.stack(list(states), axis=1)
 
 
 # --- tasks that ask once, at the end of a string -------------------------------------------------------------------

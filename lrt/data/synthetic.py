@@ -92,8 +92,8 @@ class TaskRows:
         """
         kind, numbers = task_kind(self.name)
         draw = kind.whole if whole and kind.whole else kind.draw
-        drawn = draw(np.random.default_rng([self.split, *key]), rows, length, *numbers)
-        ids, answers = (torch.from_numpy(_beside_bos(x)) for x in drawn)
+        pair = draw(np.random.default_rng([self.split, *key]), rows, length, *numbers)
+        ids, answers = (torch.from_numpy(_beside_bos(x)) for x in pair)
         return Batch(ids, answers, torch.zeros_like(ids, dtype=torch.bool))
 
     def takes(self, length: int) -> bool:

@@ -96,10 +96,10 @@ class TemplateNamespace(Namespace):
 
     def __init__(*args: Any, **attributes: Any) -> None:  # pyright: ignore[reportSelfClsParameterName]
         self, *rest = args
-        known = dict(*rest, **attributes)
-        for name in known:
+        fields = dict(*rest, **attributes)
+        for name in fields:
             _check_name(name)
-        Namespace.__init__(self, known)
+        Namespace.__init__(self, fields)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
@@ -135,9 +135,9 @@ class MarkingEnvironment(ImmutableSandboxedEnvironment):
 
     def _formatted(self, form: Marked, args: Any, kwargs: Any) -> Iterator[str]:
         """The pieces of a formatted text; its own text counts as the template's where all of `form` is."""
-        formatter, own, fields = SandboxedFormatter(self), all(form._mask), itertools.count()
+        formatter, trusted, fields = SandboxedFormatter(self), all(form._mask), itertools.count()
         for text, name, spec, conversion in formatter.parse(form):
-            yield literal(text) if own else text
+            yield literal(text) if trusted else text
             if name is None:
                 continue
             name = f"{next(fields)}{name}" if name[:1] in ("", ".", "[") else name
@@ -148,7 +148,7 @@ class MarkingEnvironment(ImmutableSandboxedEnvironment):
 
 def environment() -> MarkingEnvironment:
     """The environment that templates are compiled in."""
-    made = MarkingEnvironment(
+    marking = MarkingEnvironment(
         trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
     )
 
@@ -166,17 +166,17 @@ def environment() -> MarkingEnvironment:
     def join(_context: Any, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> Any:
         """jinja2's filter, which would lose the marks of an empty separator."""
         if attribute is not None:
-            values = map(jinja2.filters.make_attrgetter(made, attribute), values)
+            values = map(jinja2.filters.make_attrgetter(marking, attribute), values)
         return Marked(d, mask_of(d)).join(map(text_of, values))
 
-    made.filters |= {"tojson": tojson, "safe": safe, "join": jinja2.pass_eval_context(join)}
-    made.globals |= {
+    marking.filters |= {"tojson": tojson, "safe": safe, "join": jinja2.pass_eval_context(join)}
+    marking.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": TemplateNamespace,
     }
-    return made
+    return marking
 
 
 @lru_cache(16)
@@ -190,11 +190,11 @@ def render(template: str, variables: Mapping[str, Any], trusted: Mapping[str, st
 
     `variables` are what messages hold; `trusted` are special tokens by their names.
     """
-    held = unmarked(variables)
-    messages = [m | {"role": literal(m["role"])} if m.get("role") in ROLES else m for m in held["messages"]]
-    known = {name: literal(text) for name, text in trusted.items()}
+    marked_variables = unmarked(variables)
+    messages = [m | {"role": literal(m["role"])} if m.get("role") in ROLES else m for m in marked_variables["messages"]]
+    special_tokens = {name: literal(text) for name, text in trusted.items()}
     parts, size = [], 0
-    for part in compiled(template).generate(**{**held, "messages": messages, **known}):
+    for part in compiled(template).generate(**{**marked_variables, "messages": messages, **special_tokens}):
         parts.append(part)
         size += len(part)
         if size > most:

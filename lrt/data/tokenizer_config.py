@@ -109,22 +109,22 @@ def _ending_ids(folder: Path) -> list[int]:
 
 def _chat_templates(folder: Path, facts: Mapping[str, Any]) -> dict[str, str]:
     """By name, from files of their own or from tokenizer_config.json, where one is a text and several are a list."""
-    own = {
+    files = {
         path.stem: read_text(path, "chat template", MOST_SETTINGS)
         for path in sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))
     }
     if (folder / TEMPLATE).exists():
-        return {DEFAULT: read_text(folder / TEMPLATE, "chat template", MOST_SETTINGS)} | own
+        return {DEFAULT: read_text(folder / TEMPLATE, "chat template", MOST_SETTINGS)} | files
     listed = facts.get("chat_template")
     if isinstance(listed, str):
-        return {DEFAULT: listed} | own
+        return {DEFAULT: listed} | files
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
     templates = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
     for name in templates:
         if not FILE_NAME.fullmatch(name):  # it will name a file
             raise ValueError(f"{folder / CONFIG}: chat template {name[:40]!r}: name it by letters and digits")
-    return templates | own
+    return templates | files
 
 
 def _write(file: Path, text: str) -> None:

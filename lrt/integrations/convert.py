@@ -138,8 +138,8 @@ def read(folder: Path, tokenizer: Path | None = None) -> ConversionSource:
     facts = read_json(folder / "config.json", "model description")
     words = load_tokenizer(tokenizer or folder)
     if tokenizer and words.config.eos is None:  # the checkpoint still says what ends a text
-        own = read_tokenizer_config(folder, words.vocabulary(), words.specials)
-        words.config = replace(words.config, eos=own.eos, stops=own.stops)
+        settings = read_tokenizer_config(folder, words.vocabulary(), words.specials)
+        words.config = replace(words.config, eos=settings.eos, stops=settings.stops)
     size = require_kind(facts.get("vocab_size", 0), int, f"{folder / 'config.json'}: vocab_size")
     bos = words.bos if words.bos < size else None
     weights = _weights(folder)

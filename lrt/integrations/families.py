@@ -60,8 +60,8 @@ def model_config(facts: Facts, bos: int | None = None) -> ModelConfig:
     ValueError: an unknown family, or a setting that this backbone does not have; the message names it.
     """
     kind = facts.get("model_type")
-    known = isinstance(kind, str) and kind in FAMILIES
-    require(known, f"model_type {kind!r} is not among the families that can be imported: {', '.join(FAMILIES)}")
+    supported = isinstance(kind, str) and kind in FAMILIES
+    require(supported, f"model_type {kind!r} is not among the families that can be imported: {', '.join(FAMILIES)}")
     _refuse(facts)
     family, heads = FAMILIES[str(kind)], _number(facts, "num_attention_heads")
     theta, rope = _rope(facts)
@@ -133,9 +133,9 @@ def family_config(kind: str, config: ModelConfig) -> dict[str, Any]:
 def imported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our weights from a family's, by name. ValueError: one is missing or has no place here."""
     names = _names(config)
-    wanted, ignored = set(names.values()), {"lm_head.weight"} if config.backbone.tied else set()
-    for name in sorted((wanted ^ weights.keys()) - ignored):
-        verb = "lacks" if name in wanted else "also holds"
+    expected, ignored = set(names.values()), {"lm_head.weight"} if config.backbone.tied else set()
+    for name in sorted((expected ^ weights.keys()) - ignored):
+        verb = "lacks" if name in expected else "also holds"
         require(name.endswith("inv_freq"), f"the checkpoint {verb} the weight {name}, unlike its config.json says")
     for ours, theirs in names.items():
         rows, turned = weights[theirs].shape[:1], ours.rpartition(".")[0].endswith(_TURNED)

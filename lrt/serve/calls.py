@@ -137,5 +137,9 @@ def head(served: Served, kind: str, object_: str) -> dict[str, Any]:
 
 def usage(prompts: Sequence[list[int]], choices: Sequence[Choice]) -> dict[str, int]:
     """Tokens taken in and made."""
-    taken, made = sum(map(len, prompts)), sum(len(c.tokens) for c in choices)
-    return {"prompt_tokens": taken, "completion_tokens": made, "total_tokens": taken + made}
+    prompt_tokens, answer_tokens = sum(map(len, prompts)), sum(len(c.tokens) for c in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": answer_tokens,
+        "total_tokens": prompt_tokens + answer_tokens,
+    }

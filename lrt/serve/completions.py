@@ -97,19 +97,19 @@ class Completion:
         for event in events:
             if event.number >= 0:
                 self.choices[event.number].take(event.what)
-        made = []
+        choices = []
         for choice in self.choices:
             front = self.echo(choice, scores.get(-1 - choice.index // self.body.n)) if self.body.echo else None
             answer = self.part(choice, choice.text, choice.tokens)
             answer["finish_reason"] = choice.finish or "length"
-            made.append(_joined(front, answer) if front else answer)
-        return self.head | {"choices": made, "usage": usage(self.prompts, self.choices)}
+            choices.append(_joined(front, answer) if front else answer)
+        return self.head | {"choices": choices, "usage": usage(self.prompts, self.choices)}
 
     async def pieces(self) -> AsyncIterator[list[dict[str, Any]]]:
         """The answer as chunks, those that are ready together at once."""
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         head = self.head | ({"usage": None} if with_usage else {})
-        held: list[Event] = []
+        waiting: list[Event] = []
         if self.body.echo:
             scores: dict[int, list] = {}
             while self.scored and len(scores) < len(self.prompts):
@@ -117,11 +117,11 @@ class Completion:
                     if event.number < 0:
                         scores[event.number] = event.what
                     else:
-                        held.append(event)
+                        waiting.append(event)
             fronts = [self.echo(c, scores.get(-1 - c.index // self.body.n)) for c in self.choices]
             yield [head | {"choices": [front]} for front in fronts]
-        while events := held or await self.call.next():
-            held, chunks = [], []
+        while events := waiting or await self.call.next():
+            waiting, chunks = [], []
             for event in events:
                 choice, e = self.choices[event.number], event.what
                 choice.take(e)

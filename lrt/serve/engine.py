@@ -236,44 +236,44 @@ class Engine:
 
     def _seat(self, answer: Answer, row: int) -> None:
         self._seated[row] = answer
-        kept, done = self.store.find(answer.scope, answer.prompt)
+        stored, done = self.store.find(answer.scope, answer.prompt)
         self.metrics.prompt_tokens.inc(len(answer.prompt))
         self.metrics.reused_tokens.inc(done)
-        rest = len(answer.prompt) - 1 - done
-        if self.plan.stride and rest >= self.settings.sweep_from:
-            self._lanes.append((answer, self._sweep(answer, row, kept, done)))
+        to_take_in = len(answer.prompt) - 1 - done
+        if self.plan.stride and to_take_in >= self.settings.sweep_from:
+            self._lanes.append((answer, self._sweep(answer, row, stored, done)))
             return
         cache = self._batch.cache
-        self._batch.cache = kept.into(cache, row, done, self.model.config.bos) if kept else cache.clear(row)
+        self._batch.cache = stored.into(cache, row, done, self.model.config.bos) if stored else cache.clear(row)
         self._join(answer, row, done)
 
-    def _sweep(self, answer: Answer, row: int, kept: StoredState | None, done: int) -> Lane:
+    def _sweep(self, answer: Answer, row: int, stored: StoredState | None, done: int) -> Lane:
         """Take in all of a long prompt but its last token, a chunk at a time, then join the batch."""
-        cache, known = KVCache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
-        cache = kept.into(cache, 0, done, self.model.config.bos) if kept else cache
+        cache, prompt_tokens = KVCache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
+        cache = stored.into(cache, 0, done, self.model.config.bos) if stored else cache
         first = -done % MARK_EVERY  # so that chunks end where others will look for them
-        for part in filter(None, (known[done : done + first], known[done + first :])):
+        for part in filter(None, (prompt_tokens[done : done + first], prompt_tokens[done + first :])):
             tokens = torch.tensor([part], device=self.model.device)
             lengths = torch.full_like(tokens[:, 0], len(part))
             for _, solved in solve(self.model, tokens, lengths, cache, self.plan):
                 cache = solved.cache
                 answer.marks[int(cache.length[0])] = cache.memory[0].clone()
                 yield
-        self.metrics.swept_tokens.inc(len(known) - done)
-        self.store.add(answer.scope, known, cache, 0, answer.marks)
+        self.metrics.swept_tokens.inc(len(prompt_tokens) - done)
+        self.store.add(answer.scope, prompt_tokens, cache, 0, answer.marks)
         self._batch.cache = self._batch.cache.put(torch.tensor([row], device=self.model.device), cache)
-        self._join(answer, row, len(known))
+        self._join(answer, row, len(prompt_tokens))
 
     def _join(self, answer: Answer, row: int, done: int) -> None:
         params = answer.sampling
-        left = min(params.max_new_tokens, self.capacity - len(answer.prompt) + 1)
+        tokens_left = min(params.max_new_tokens, self.capacity - len(answer.prompt) + 1)
         stream = TextStream(self._decode_bytes, params.stop)
         prompt = answer.prompt[done:][::-1]
         request = Request(
             row,
             params,
             params.stop_tokens or (),
-            left,
+            tokens_left,
             stream,
             answer.sample,
             done,

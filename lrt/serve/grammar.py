@@ -177,14 +177,14 @@ def written_out(pattern: str) -> int:
     That many characters the library looks at while others decode, a second for a million.
     """
     levels, last = [0], 0
-    for found in ATOM.finditer(pattern):
-        if found[1]:
-            times = max(int(found[1][:9]), int((found[2] or "0")[:9]))
+    for atom in ATOM.finditer(pattern):
+        if atom[1]:
+            times = max(int(atom[1][:9]), int((atom[2] or "0")[:9]))
             levels[-1] += last * (times - 1)
             last *= times
-        elif found[0] == "(":
+        elif atom[0] == "(":
             levels.append(0)
-        elif found[0] == ")" and len(levels) > 1:
+        elif atom[0] == ")" and len(levels) > 1:
             last = levels.pop()
             levels[-1] += last
         else:

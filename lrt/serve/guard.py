@@ -41,8 +41,8 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        asked = headers.get(b"x-request-id", b"")
-        request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex.encode()
+        client_id = headers.get(b"x-request-id", b"")
+        request_id = client_id if REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex.encode()
         inner = dict(scope)
         if scope["method"] == "HEAD":  # the same answer; the server sends no body
             inner["method"] = "GET"

@@ -60,12 +60,12 @@ def handle_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        headers, asked = dict(error.headers or {}), f"{request.method} {request.url.path[:100]}"
+        headers, route = dict(error.headers or {}), f"{request.method} {request.url.path[:100]}"
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"{asked} is not offered here; /openapi.json says what is"
+            message = f"{route} is not offered here; /openapi.json says what is"
         elif error.status_code == 405:
-            message = f"{asked} is not offered here; use {headers.get('Allow', 'another method')}"
+            message = f"{route} is not offered here; use {headers.get('Allow', 'another method')}"
         return ApiError(error.status_code, message, headers=headers).response()
 
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

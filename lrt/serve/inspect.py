@@ -52,19 +52,19 @@ class Strengths:
     def _seen(self, layer: int):
         def hook(part: nn.Module, inputs: tuple[Tensor, BlockContext]) -> None:
             x, context = inputs
-            at, unaided = context.positions.reshape(-1), context._replace(memories=Memories(), projected=None)
+            positions, unaided = context.positions.reshape(-1), context._replace(memories=Memories(), projected=None)
             if isinstance(part, ResidualInjection):
-                self._record(layer, "residual", at, part.forward(x, context), part.forward(x, unaided))
+                self._record(layer, "residual", positions, part.forward(x, context), part.forward(x, unaided))
             elif isinstance(part, Attention):
                 pairs = zip(part.keys_values(x, context), part.keys_values(x, unaided), strict=True)
                 for kind, (with_memory, without) in zip(("key", "value"), pairs, strict=True):
-                    self._record(layer, kind, at, with_memory.flatten(2), without.flatten(2))
+                    self._record(layer, kind, positions, with_memory.flatten(2), without.flatten(2))
 
         return hook
 
-    def _record(self, layer: int, kind: str, at: Tensor, with_memory: Tensor, without: Tensor) -> None:
+    def _record(self, layer: int, kind: str, positions: Tensor, with_memory: Tensor, without: Tensor) -> None:
         strength = (with_memory - without).norm(dim=-1) / without.norm(dim=-1).clamp(min=1e-12)
-        self.values[kind][layer, at.cpu()] = strength[0].float().cpu()
+        self.values[kind][layer, positions.cpu()] = strength[0].float().cpu()
 
 
 def trained_without_memory(schedule: str, length: int) -> bool:

@@ -158,8 +158,8 @@ def _busy() -> ApiError:
 
 def _json(body: bytes, values: int) -> Any:
     """Parse; the collector waits, or it would look at every new list again and again."""
-    if said := too_many(body, values):
-        raise ApiError(400, f"the body has {said}; send less at a time")
+    if excess := too_many(body, values):
+        raise ApiError(400, f"the body has {excess}; send less at a time")
     gc.disable()
     try:
         return from_json(body, allow_inf_nan=False)

@@ -138,21 +138,21 @@ class Served:
         """What the answers must look like, and the tools that they may call. ApiError: it cannot be kept."""
         try:
             form = answer_form(format_, tools, choice)
-            made = None if form is None else self.grammars.of(form.lark)
+            constraint = None if form is None else self.grammars.of(form.lark)
         except ValueError as error:
-            asked = format_ is not None and format_.type != "text"
-            raise ApiError(400, str(error), param="response_format" if asked else "tools") from None
-        if made is not None and (body.ignore_eos or body.min_tokens):
+            by_format = format_ is not None and format_.type != "text"
+            raise ApiError(400, str(error), param="response_format" if by_format else "tools") from None
+        if constraint is not None and (body.ignore_eos or body.min_tokens):
             raise ApiError(400, "an answer of a given form ends with it: leave out ignore_eos and min_tokens")
-        return made, () if form is None else form.tools
+        return constraint, () if form is None else form.tools
 
 
 def _invalid(error: ValidationError) -> ApiError:
     """The first error as one sentence that names its field."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = [str(part) for part in first["loc"] if not str(part).startswith("<")]  # a union's tag is no field
-    where, known = ".".join(part or "''" for part in path), first.get("ctx", {})
-    param, code = known.get("param", path[0] if path else None), known.get("code")
+    where, details = ".".join(part or "''" for part in path), first.get("ctx", {})
+    param, code = details.get("param", path[0] if path else None), details.get("code")
     message = "it must be an object" if first["type"] in OBJECTS else first["msg"].removeprefix("Value error, ")
     if first["type"] in WRONG:
         says, code = WRONG[first["type"]]

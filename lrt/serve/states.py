@@ -57,8 +57,8 @@ class StoredState(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes held."""
-        known = self.tokens.nbytes + self.marks.nbytes + self.numbers.nbytes
-        return known + STATE_BYTES + MARK_BYTES * len(self.marks)
+        arrays = self.tokens.nbytes + self.marks.nbytes + self.numbers.nbytes
+        return arrays + STATE_BYTES + MARK_BYTES * len(self.marks)
 
     def parts(self) -> tuple[list[Tensor], Tensor]:
         """Keys and values of every layer, in turns, and the memories [marks, D]."""
@@ -111,30 +111,30 @@ class StateStore:
 
         At least one token is left to take in.
         """
-        wanted = np.asarray(tokens, dtype=np.int32)
-        for mark, digest in reversed(list(self._beginnings(scope, wanted, len(wanted) - 1))):
+        prompt = np.asarray(tokens, dtype=np.int32)
+        for mark, digest in reversed(list(self._beginnings(scope, prompt, len(prompt) - 1))):
             for number in reversed(self._holders.get(digest, ())):
                 state = self._kept[number]
-                if np.array_equal(state.tokens[:mark], wanted[:mark]):
+                if np.array_equal(state.tokens[:mark], prompt[:mark]):
                     self._kept.move_to_end(number)
                     return state, mark
         return None, 0
 
     def add(self, scope: bytes, tokens: Sequence[int], cache: KVCache, row: int, marks: dict[int, Tensor]) -> None:
         """Keep a row that has taken in `tokens`; `marks` hold the memory at places where it may be continued."""
-        known = np.asarray(tokens, dtype=np.int32)
-        n, layout = len(known), Layout.of(cache)
+        taken_in = np.asarray(tokens, dtype=np.int32)
+        n, layout = len(taken_in), Layout.of(cache)
         wrapped = n > min(layout.rings)
         if not self.limit or not n:
             return
-        for number in self._beginnings_kept(scope, known):  # this one goes on from there: it replaces them
+        for number in self._beginnings_kept(scope, taken_in):  # this one goes on from there: it replaces them
             marks = self._kept[number].memories() | marks
             self._drop(number)
         # Once a window has wrapped, earlier keys are gone, and only the end can be continued.
         places = [n] if wrapped else _places(marks, n)
         pairs = [x[row, :, : min(n, x.shape[2])] for layer in zip(cache.keys, cache.values, strict=True) for x in layer]
         numbers = torch.cat([*(x.reshape(-1) for x in pairs), *(marks[mark] for mark in places)])
-        state = StoredState(known, np.array(places, dtype=np.int32), numbers, layout)
+        state = StoredState(taken_in, np.array(places, dtype=np.int32), numbers, layout)
         if state.size <= self.limit:
             self._keep(scope, state)
         while self.size > self.limit:
@@ -149,9 +149,9 @@ class StateStore:
             if not self._lengths[mark]:
                 insort(self._sorted, mark)
             self._lengths[mark] += 1
-        own = set(places)
+        marked = set(places)
         beginnings = self._beginnings(scope, state.tokens, len(state.tokens))
-        self._digests[number] = tuple(digest for mark, digest in beginnings if mark in own)
+        self._digests[number] = tuple(digest for mark, digest in beginnings if mark in marked)
         for digest in self._digests[number]:
             self._holders[digest] = (*self._holders.get(digest, ()), number)
 
@@ -159,9 +159,9 @@ class StateStore:
         state = self._kept.pop(number)
         self.size -= state.size
         for digest in self._digests.pop(number):
-            left = tuple(other for other in self._holders[digest] if other != number)
-            if left:
-                self._holders[digest] = left
+            holders = tuple(other for other in self._holders[digest] if other != number)
+            if holders:
+                self._holders[digest] = holders
             else:
                 del self._holders[digest]
         for mark in state.marks.tolist():
@@ -172,12 +172,12 @@ class StateStore:
 
     def _beginnings(self, scope: bytes, tokens: np.ndarray, most: int) -> Iterator[tuple[int, bytes]]:
         """The hashes of those beginnings of `tokens` that end where some state has a mark, up to `most` tokens."""
-        hashed, data, at = hashlib.blake2b(scope, key=self._secret, digest_size=16), tokens.tobytes(), 0
+        hashed, data, begin = hashlib.blake2b(scope, key=self._secret, digest_size=16), tokens.tobytes(), 0
         for mark in self._sorted:
             if mark > most:
                 return
-            hashed.update(data[4 * at : 4 * mark])
-            at = mark
+            hashed.update(data[4 * begin : 4 * mark])
+            begin = mark
             yield mark, hashed.copy().digest()
 
     def _beginnings_kept(self, scope: bytes, tokens: np.ndarray) -> list[int]:

@@ -70,9 +70,9 @@ class Vocabulary:
         reserved = {"messages", "tools", "documents", "add_generation_prompt", *self.template.specials}
         if wrong := [name for name in variables if name in reserved or not name.isidentifier()]:
             raise ValueError(f"chat_template_kwargs may not name {wrong[0][:40]!r}")
-        text, own = self.template.render(messages, tools, **variables)
+        text, template_runs = self.template.render(messages, tools, **variables)
         fits(self.least([text]))
-        ids = [token for token, _ in self.template.tokens(text, own)]
+        ids = [token for token, _ in self.template.tokens(text, template_runs)]
         if not ids:
             raise ValueError("the model's chat template makes nothing of these messages: send some text")
         return ids, ()

@@ -122,17 +122,17 @@ def memory_layer(cache: Any, depth: int) -> MemoryDynamicLayer | MemoryStaticLay
 
 def require_goes_on(cache: Cache, depth: int, seen: Tensor, new: int) -> None:
     """ValueError: a cache that does not hold the `seen` [B, M] tokens so far, or has no room for `new` more."""
-    kept, used = memory_layer(cache, depth).kept, int(cache.get_seq_length())
-    require(kept is not None, f"past_key_values holds keys and values without the memory: {BUILD}")
-    assert kept is not None
-    rows = f"past_key_values holds {len(kept.taken)} rows for {len(seen)} of tokens; give one for each"
-    require(len(kept.taken) == len(seen), rows)
-    told = seen[:, :used].sum(1)
-    odd = (told != kept.taken).nonzero()[:1].flatten().tolist()
+    state, used = memory_layer(cache, depth).kept, int(cache.get_seq_length())
+    require(state is not None, f"past_key_values holds keys and values without the memory: {BUILD}")
+    assert state is not None
+    rows = f"past_key_values holds {len(state.taken)} rows for {len(seen)} of tokens; give one for each"
+    require(len(state.taken) == len(seen), rows)
+    masked = seen[:, :used].sum(1)
+    odd = (masked != state.taken).nonzero()[:1].flatten().tolist()
     for row in odd:
         raise ValueError(
-            f"the attention_mask tells {int(told[row])} tokens before these in row {row}, past_key_values has taken in "
-            f"{int(kept.taken[row])}; give the mask that it was filled with (without one, pad tokens count as padding)"
+            f"the attention_mask tells {int(masked[row])} tokens before these in row {row}, past_key_values has taken "
+            f"in {int(state.taken[row])}; give the mask it was filled with (without one, pad tokens count as padding)"
         )
     room = cache.get_max_length() if cache.is_compileable else used + new
     full = f"past_key_values has room for {room} tokens, not for {used + new}; build it with a larger max_cache_len"
@@ -152,9 +152,9 @@ class Layer(NamedTuple):
         """All keys and values, once the pass's own have been added. A static cache holds values without gradient."""
         if not (self.layer.is_compileable and (k.requires_grad or v.requires_grad)):
             return self.layer.update(k, v)
-        own = (self.positions == self.queries).view(-1, 1, self.positions.shape[-1], 1)
+        newest = (self.positions == self.queries).view(-1, 1, self.positions.shape[-1], 1)
         keys, values = self.layer.update(k.detach(), v.detach())
-        return torch.where(own, k, keys), torch.where(own, v, values)
+        return torch.where(newest, k, keys), torch.where(newest, v, values)
 
 
 def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache:
@@ -173,9 +173,9 @@ def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache
         for i, layer in enumerate(layers):
             for mine, theirs in ((keys[i], layer.keys), (values[i], layer.values)):
                 mine[:, :, :used] = pick(theirs[:, :, :used], index, 2)
-        kept = memory_layer(cache, model.layers).kept
-        assert kept is not None
-        per_row = RowState(*(x.clone() for x in kept))
+        state = memory_layer(cache, model.layers).kept
+        assert state is not None
+        per_row = RowState(*(x.clone() for x in state))
     memory, last_token, start, _ = per_row
     return KVCache(tuple(keys), tuple(values), memory, length, last_token, start, int(length.max()))
 

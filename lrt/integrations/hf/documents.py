@@ -33,18 +33,18 @@ class DocumentRows(NamedTuple):
         """`x` [R, N, ..] in the columns of the batch, [B, T, ..]; elsewhere what `into` holds, or zeros."""
         if self.at is None:
             return x
-        places, rest = self.batch * self.columns, x.shape[2:]
-        base = x.new_zeros(places, *rest) if into is None else into.flatten(0, 1)
-        base = torch.cat((base, x.new_zeros(1, *rest)))  # what is no place goes there
+        places, features = self.batch * self.columns, x.shape[2:]
+        base = x.new_zeros(places, *features) if into is None else into.flatten(0, 1)
+        base = torch.cat((base, x.new_zeros(1, *features)))  # what is no place goes there
         return base.index_copy(0, self.at.flatten(), x.flatten(0, 1))[:places].unflatten(0, (-1, self.columns))
 
     def targets(self, labels: TokensBN, shifted: bool) -> TokensBN:
         """What each place is to predict, [R, N]: its document's next label, or IGNORE; `shifted` labels are targets."""
-        own = self.take(labels)
-        places = torch.arange(own.shape[1], device=own.device)
+        following = self.take(labels)
+        places = torch.arange(following.shape[1], device=following.device)
         if not shifted:
-            own = torch.cat((own[:, 1:], torch.full_like(own[:, :1], IGNORE)), dim=1)
-        return own.masked_fill(places >= self.length[:, None] - (0 if shifted else 1), IGNORE)
+            following = torch.cat((following[:, 1:], torch.full_like(following[:, :1], IGNORE)), dim=1)
+        return following.masked_fill(places >= self.length[:, None] - (0 if shifted else 1), IGNORE)
 
 
 def rows_of(mask: Tensor | None, positions: PositionsN | None, like: TokensBN) -> list[DocumentRows]:

@@ -29,8 +29,8 @@ def as_tokens(core: LRT, vectors: StreamBND) -> Iterator[TokensBN]:
     again = "with value embeddings inputs_embeds cannot be recomputed: disable activation checkpointing"
     require(not (valued and _recomputed(core) and torch.is_grad_enabled()), again)
     size, table = len(weight), vectors.flatten(0, 1)
-    known = known_tokens(weight.detach(), table.detach().to(weight.dtype))
-    tokens = torch.where(known < 0, size + torch.arange(len(known), device=known.device), known)
+    ids = known_tokens(weight.detach(), table.detach().to(weight.dtype))
+    tokens = torch.where(ids < 0, size + torch.arange(len(ids), device=ids.device), ids)
     swaps = [_Swap(core.embedding, table, size), *(_Swap(module, None, size) for module in valued)]
     try:
         yield tokens.view(vectors.shape[:2])

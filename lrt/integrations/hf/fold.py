@@ -86,26 +86,27 @@ def fold(
                 ran.append((p, written.hidden))
                 records.append(_in_columns(states, before, p, n) if wanted.attentions else states)
             before = buffer
-    at = [p.positions for p, _ in ran]
-    hidden = in_order(at, [h for _, h in ran], n, 1)
-    return Folded(hidden, ran, buffer, _last(at, records, n))
+    slices = [p.positions for p, _ in ran]
+    hidden = in_order(slices, [h for _, h in ran], n, 1)
+    return Folded(hidden, ran, buffer, _last(slices, records, n))
 
 
-def in_order(at: Sequence[range], parts: Sequence[Tensor], n: int, axis: int) -> Tensor:
+def in_order(slices: Sequence[range], parts: Sequence[Tensor], n: int, axis: int) -> Tensor:
     """Positions 0..n-1 along `axis`, each from the last of `parts` that covers it; part i covers `at[i]`."""
-    if at[-1] == range(n):
+    if slices[-1] == range(n):
         return parts[-1]
-    owner = {t: i for i, positions in enumerate(at) for t in positions}
-    offset = {i: sum(len(at[j]) for j in range(i)) for i in range(len(at))}
-    index = [offset[owner[t]] + at[owner[t]].index(t) for t in range(n)]
+    owner = {t: i for i, positions in enumerate(slices) for t in positions}
+    offset = {i: sum(len(slices[j]) for j in range(i)) for i in range(len(slices))}
+    index = [offset[owner[t]] + slices[owner[t]].index(t) for t in range(n)]
     return torch.cat(list(parts), dim=axis).index_select(axis, torch.tensor(index, device=parts[0].device))
 
 
-def _last(at: list[range], records: list[PassStates], n: int) -> PassStates:
+def _last(slices: list[range], records: list[PassStates], n: int) -> PassStates:
     """The states of each position's last pass."""
     streams, weights = (zip(*kind, strict=True) for kind in zip(*records, strict=True))
     return PassStates(
-        tuple(in_order(at, parts, n, 1) for parts in streams), tuple(in_order(at, parts, n, 2) for parts in weights)
+        tuple(in_order(slices, parts, n, 1) for parts in streams),
+        tuple(in_order(slices, parts, n, 2) for parts in weights),
     )
 
 
@@ -115,12 +116,13 @@ def _in_columns(states: PassStates, before: Buffer, p: Pass, n: int) -> PassStat
         return states  # the pass's own keys alone, in order
     weights = states.attentions[0]
     tokens = torch.zeros(len(weights), len(p.positions), dtype=torch.int64, device=weights.device)
-    read, _ = before.open(p.positions, tokens, range(len(states.attentions)))
+    opened, _ = before.open(p.positions, tokens, range(len(states.attentions)))
     past = 0 if before.prefix is None else int(before.prefix.length.max())
     start = 0 if before.prefix is None else before.prefix.length[:, None]
-    seen = [read.positions] * len(states.attentions) if read.kv is None else [layer.positions for layer in read.kv]
+    layers = len(states.attentions)
+    read_positions = [opened.positions] * layers if opened.kv is None else [layer.positions for layer in opened.kv]
     moved = []
-    for weights, keys in zip(states.attentions, seen, strict=True):
+    for weights, keys in zip(states.attentions, read_positions, strict=True):
         columns = _columns(keys, start, past, n).expand(len(weights), -1)
         wide = weights.new_zeros(*weights.shape[:3], past + n + 1)
         index = columns[:, None, None].expand(*weights.shape)
@@ -138,8 +140,8 @@ def _columns(keys: PositionsN, start: Tensor | int, past: int, n: int) -> Tensor
 @torch.no_grad()
 def settled(core: LRT, tokens: TokensBN, count: Tensor, state: KVCache, options: PrefillOptions) -> Buffer:
     """A buffer after `state`, which stays as it is, that holds the decoded memory of `tokens` and nothing else."""
-    own = state.take(torch.arange(state.rows, device=tokens.device))  # solving fills keys and values in place
-    memory = torch.cat([solved.memory for _, solved in solve(core, tokens, count, own, options)], dim=1)
+    copy = state.take(torch.arange(state.rows, device=tokens.device))  # solving fills keys and values in place
+    memory = torch.cat([solved.memory for _, solved in solve(core, tokens, count, copy, options)], dim=1)
     return state.buffer().write(None, PassOutput(tokens, None, memory, (), ()))
 
 

@@ -88,8 +88,8 @@ def _require_unpacked(inputs: Inputs, groups: list[DocumentRows]) -> bool:
 
 def _reaching(core: LRT, passes: Passes, folded: Folded) -> Folded:
     """The same, with zero-valued gradients, not missing ones, for parameters that only memory uses."""
-    read = any(p.weight > 0 and p is not passes[0] and p.positions[-1] > 0 for p in passes)
-    if read or not torch.is_grad_enabled():
+    memory_counts = any(p.weight > 0 and p is not passes[0] and p.positions[-1] > 0 for p in passes)
+    if memory_counts or not torch.is_grad_enabled():
         return folded
     zero = folded.hidden.new_zeros(()) + sum(0.0 * p.sum() for p in core.memory_parameters())
     zero = zero.to(folded.hidden.dtype)
@@ -151,23 +151,23 @@ def _require_following(positions: Tensor | None, seen: Tensor, n: int) -> None:
 
 def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome:
     """One token per row on top of the cache: tensors in and out, so that it can be compiled."""
-    tokens, layer, seen = inputs.tokens, memory_layer(cache, core.config.layers), cache.get_seq_length()
+    tokens, layer, past = inputs.tokens, memory_layer(cache, core.config.layers), cache.get_seq_length()
     if inputs.mask is None:
-        slots = cache.get_max_length() if cache.is_compileable else seen + 1
+        slots = cache.get_max_length() if cache.is_compileable else past + 1
         keys = torch.arange(slots, device=tokens.device)
-        queries = torch.zeros(1, dtype=torch.int64, device=tokens.device) + seen
+        queries = torch.zeros(1, dtype=torch.int64, device=tokens.device) + past
     else:
         keys = places(inputs.mask)
         queries = inputs.mask.long().sum(1, keepdim=True) - 1
     assert layer.kept is not None
     m, last_token, start, _ = layer.kept
     if free_to_look(tokens):
-        counted = torch.ones(len(tokens), int(seen), dtype=torch.int64) if inputs.mask is None else inputs.mask
+        counted = torch.ones(len(tokens), int(past), dtype=torch.int64) if inputs.mask is None else inputs.mask
         require_goes_on(cache, core.config.layers, counted, 1)
     layers = [Layer(one, keys, queries) for one in cache.layers]
-    read = PassInput(queries, layers, m[:, None], last_token[:, None], start[:, None])
+    reading = PassInput(queries, layers, m[:, None], last_token[:, None], start[:, None])
     with recording(core, inputs.wanted) as recorder:
-        written = core.forward_pass(tokens, read, core.starts(tokens))
+        written = core.forward_pass(tokens, reading, core.starts(tokens))
     assert written.hidden is not None
     memory = written.memory[:, 0]
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
@@ -210,11 +210,11 @@ def _solved(
     hidden, before = [], state.length
     for _, solved in solve(core, tokens, count, state, configured_options(core, config)):
         hidden, state = [*hidden, solved.hidden], solved.cache
-    kept = RowState(state.memory, state.last_token, state.document_start, state.length)
+    row_state = RowState(state.memory, state.last_token, state.document_start, state.length)
     return (
         torch.cat(hidden, dim=1),
         PassStates(),
-        Gained(state.keys, state.values, before, kept),
+        Gained(state.keys, state.values, before, row_state),
     )
 
 
@@ -230,19 +230,19 @@ def _traced(
     elif config.prefill == "sweeps" and core.config.memory.recurrent:
         buffer = settled(core, tokens, count, state, configured_options(core, config))
     folded = fold(core, tokens, passes, buffer, inputs.wanted)
-    at = [segment.positions for segment in folded.buffer.segments]
+    slices = [segment.positions for segment in folded.buffer.segments]
     written = [segment.written for segment in folded.buffer.segments]
     keys, values = (
-        tuple(in_order(at, parts, n, 2) for parts in zip(*(kind(w) for w in written), strict=True))
+        tuple(in_order(slices, parts, n, 2) for parts in zip(*(kind(w) for w in written), strict=True))
         for kind in (lambda w: w.keys, lambda w: w.values)
     )
     last, some = (count - 1).clamp(min=0)[:, None], count > 0
-    memory = in_order(at, [w.memory for w in written], n, 1)
+    memory = in_order(slices, [w.memory for w in written], n, 1)
     memory = torch.where(some[:, None], pick(memory, last, 1)[:, 0], state.memory)
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
     last_token = torch.where(some, tokens.gather(1, last)[:, 0], state.last_token)
-    kept = RowState(memory, last_token, _document_start(core, tokens, count, state), state.length + count)
-    return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), kept)
+    row_state = RowState(memory, last_token, _document_start(core, tokens, count, state), state.length + count)
+    return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), row_state)
 
 
 def _document_start(core: LRT, tokens: TokensBN, count: Tensor, state: KVCache) -> Tensor:
@@ -270,12 +270,12 @@ def _in_batch(states: PassStates, rows: DocumentRows, n: int, seen: Tensor | Non
         if rows.at is None and not past and x.shape[3] == n:
             return x
         before = x.shape[3] - (n if past else x.shape[3])
-        own = x[..., before : before + n]
-        own = own if rows.at is None else pick(own, (rows.at % rows.columns).argsort(dim=1), 3)
+        columns = x[..., before : before + n]
+        columns = columns if rows.at is None else pick(columns, (rows.at % rows.columns).argsort(dim=1), 3)
         if seen is None or not past:
-            return own
+            return columns
         position = (seen.long().cumsum(1) - 1).clamp(0, before - 1)
-        return torch.cat((pick(x[..., :before], position, 3) * seen[:, None, None], own), dim=3)
+        return torch.cat((pick(x[..., :before], position, 3) * seen[:, None, None], columns), dim=3)
 
     return PassStates(tuple(queries(x) for x in states.streams), tuple(weights(x) for x in states.attentions))
 

@@ -131,18 +131,16 @@ class LRTModel(LRTPreTrainedModel):
         require(not (scheduled and cached), without)
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not scheduled
         require((input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds, one of them")
-        told = [name for name in PACKED_BY if kwargs.get(name) is not None]
-        unread = (
-            f"{told} say where documents begin, which LRT reads from position_ids: have the collator return them too"
-        )
-        require(position_ids is not None or not told, unread)
-        rest = (attention_mask, position_ids, past_key_values, use_cache, wanted)
+        packed_by = [name for name in PACKED_BY if kwargs.get(name) is not None]
+        remedy = "which LRT reads from position_ids: have the collator return them too"
+        require(position_ids is not None or not packed_by, f"{packed_by} say where documents begin, {remedy}")
+        others = (attention_mask, position_ids, past_key_values, use_cache, wanted)
         if input_ids is not None:
-            out = self._run(Inputs(self._of_vocabulary(input_ids), *rest), scheduled)
+            out = self._run(Inputs(self._of_vocabulary(input_ids), *others), scheduled)
         else:
             assert inputs_embeds is not None
             with as_tokens(self.core, inputs_embeds) as tokens:
-                out = self._run(Inputs(tokens, *rest), scheduled)
+                out = self._run(Inputs(tokens, *others), scheduled)
         return LRTModelOutput(
             last_hidden_state=out.hidden,  # pyright: ignore[reportArgumentType]
             past_key_values=out.cache if use_cache else None,

@@ -72,29 +72,29 @@ def objective(
     require(labels.shape == (batch, columns), shape)
     require(not labels.is_floating_point(), f"labels are {labels.dtype}; give whole numbers, as int64")
     labels = labels.long()
-    hidden, aims, weights, kept = [], [], [], 0
+    hidden, aims, weights, counted = [], [], [], 0
     for rows, passes in scored:
         targets = rows.targets(labels, shifted)
-        kept = kept + (targets != IGNORE).sum()
+        counted = counted + (targets != IGNORE).sum()
         longest = max(one.positions[-1] + 1 for one in passes)
         targets = F.pad(targets, (0, longest - targets.shape[1]), value=IGNORE)
         for one in passes:
             hidden.append(one.hidden)
             aims.append(targets[:, one.positions.start : one.positions.stop : one.positions.step])
             weights.append(one.weight)
-    count = _count(kept if items is None else items, kept)
+    count = _count(counted if items is None else items, counted)
     scales = torch.tensor(weights, dtype=torch.float64, device="cpu")
     scales = scales.to(labels.device, widest(labels.device), non_blocking=True) / count
     return summed_nats(core, hidden, aims, scales)[0]
 
 
-def _count(items: Any, kept: Any) -> Tensor:
+def _count(items: Any, counted: Any) -> Tensor:
     """What the loss is a mean over, at least 1. ValueError: no such number; on a GPU its value is not looked at."""
-    count = torch.as_tensor(items, device=kept.device)
+    count = torch.as_tensor(items, device=counted.device)
     require(count.numel() == 1, f"num_items_in_batch holds {count.numel()} numbers; give one, of the whole step")
     if count.device.type == "cpu":
-        least = min(1, int(kept))
+        least = min(1, int(counted))
         require(
-            bool(count >= least), f"num_items_in_batch is {count.item()} for {int(kept)} targets in this batch alone"
+            bool(count >= least), f"num_items_in_batch is {count.item()} for {int(counted)} targets in this batch alone"
         )
     return count.reshape(()).clamp(min=1)

@@ -68,8 +68,8 @@ class LRTPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(folder, *model_args, key_mapping=mapping, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         renamed = vars(model).get("_weight_conversions") or ()  # would be undone when the model is saved
-        kept = [one for one in renamed if not set(MOVED) & set(one.source_patterns)]
-        vars(model)["_weight_conversions"] = kept or None
+        conversions = [one for one in renamed if not set(MOVED) & set(one.source_patterns)]
+        vars(model)["_weight_conversions"] = conversions or None
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -91,9 +91,9 @@ class LRTPreTrainedModel(PreTrainedModel):
                 buffer.zero_()
         for core in (module for module in self.modules() if isinstance(module, LRT) and module.device.type != "meta"):
             fresh = [(n, p) for n, p in core.named_parameters() if not _kept(core, n, p)]
-            drawn = LRT(core.config, core.device, self.config.seed) if fresh else core
+            fresh_model = LRT(core.config, core.device, self.config.seed) if fresh else core
             for name, p in fresh:
-                p.copy_(drawn.get_parameter(name))
+                p.copy_(fresh_model.get_parameter(name))
                 p._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - the library's own mark
 
     # Recomputation.
@@ -105,11 +105,13 @@ class LRTPreTrainedModel(PreTrainedModel):
 
         Values and gradients are those of the reentrant way.
         """
-        given = gradient_checkpointing_func
-        if isinstance(given, partial):
-            given = partial(given.func, *given.args, **given.keywords | {"use_reentrant": False})
+        checkpointing = gradient_checkpointing_func
+        if isinstance(checkpointing, partial):
+            checkpointing = partial(
+                checkpointing.func, *checkpointing.args, **checkpointing.keywords | {"use_reentrant": False}
+            )
         every = () if every_n_layers == 1 else (every_n_layers,)  # which older versions do not know
-        super()._set_gradient_checkpointing(enable, given, *every)
+        super()._set_gradient_checkpointing(enable, checkpointing, *every)
 
     # Embeddings.
 
@@ -130,8 +132,8 @@ class LRTPreTrainedModel(PreTrainedModel):
                 table.weight = nn.Parameter(_resized(table.weight.detach(), size), table.weight.requires_grad)
                 table.num_embeddings = size
             bos = core.config.bos
-            kept = None if bos is None or bos >= size else bos
-            core.config = replace(core.config, vocab_size=size, bos=kept)
+            new_bos = None if bos is None or bos >= size else bos
+            core.config = replace(core.config, vocab_size=size, bos=new_bos)
             self.config.lrt, self.config.vocab_size = to_dict(core.config), size
         return resized
 
