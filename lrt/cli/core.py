@@ -29,6 +29,8 @@ class CoreFlags:
     out: Path | None = None
     """Folder of the record, core-MODE.jsonl, and of what is kept of an evaluation that is stopped; by default
     RUN/suites."""
+    normalised: bool = False
+    """Score the texts even if the tokens lose some of them; figures are of the normalised text then."""
     device: Device = "auto"
     """cpu, cuda, mps (untested) or auto."""
     json: bool = False
@@ -49,6 +51,8 @@ def main(args: list[str]) -> int:
 
     read_bundle(flags.bundle)  # what is wrong with it is told before a model is loaded
     loaded = load_model(flags.run, resolve_device(flags.device))
-    request = SuiteRequest("core", flags.bundle, mode=flags.mode, limit=flags.limit, out=flags.out)
+    request = SuiteRequest(
+        "core", flags.bundle, mode=flags.mode, limit=flags.limit, out=flags.out, normalised=flags.normalised
+    )
     print(score_suite(loaded, request, as_json=flags.json))
     return 0

@@ -126,7 +126,7 @@ def sweep_lines(bpb: BPB) -> list[str]:
 
 def _request(flags: EvalFlags) -> SuiteRequest:
     f = flags
-    return SuiteRequest(f.suite or "", f.suite_data, f.lengths, f.mode, f.limit, f.out, f.arm)
+    return SuiteRequest(f.suite or "", f.suite_data, f.lengths, f.mode, f.limit, f.out, f.arm, f.normalised)
 
 
 def _tasks(flags: EvalFlags, loaded: Loaded) -> str:

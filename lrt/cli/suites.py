@@ -23,6 +23,8 @@ class SuiteRequest(NamedTuple):
     """Folder of the record; by default RUN/suites."""
     arm: str | None = None
     """What tables call the run; by default its name without the seed."""
+    normalised: bool = False
+    """Whether tokens may lose text, as they may where the run was trained so."""
 
 
 def score_suite(loaded: Loaded, request: SuiteRequest, *, as_json: bool) -> str:
@@ -36,10 +38,12 @@ def score_suite(loaded: Loaded, request: SuiteRequest, *, as_json: bool) -> str:
     suite = open_suite(request.name, request.data, request.lengths, loaded)
     scorer = Scorer(
         model=loaded.model, tokenizer=loaded.tokenizer, mode=request.mode or default_mode(request.name),
-        limit=request.limit, normalised=loaded.config.data.normalised,
+        limit=request.limit, normalised=request.normalised or loaded.config.data.normalised,
     )  # fmt: skip
     place = Place(request.out or loaded.run / "suites", request.arm or arm_of(loaded.config))
     record = run_suite(loaded, suite, scorer, place, lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
         return json.dumps({"run": str(loaded.run), "step": loaded.step} | record)
-    return "\n\n".join(table.markdown() for _, table in tables_of([RunGroup(suite.name, "", record["arm"], (record,))]))
+    tables = [table.markdown() for _, table in tables_of([RunGroup(suite.name, "", record["arm"], (record,))])]
+    lost = [f"Of the normalised text: {record['lost']}."] if record.get("lost") else []
+    return "\n\n".join([*lost, *tables])

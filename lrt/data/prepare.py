@@ -24,7 +24,7 @@ from lrt.data.synthetic import TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 from lrt.utils.files import expand_home
 
-CHECKED = 2  # of what a preparation checks: data prepared with less is prepared again
+CHECKED = 3  # of what a preparation checks: data prepared with less is prepared again
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
 
 ReportProgress = Callable[[int, int | None, str], None]

@@ -53,11 +53,21 @@ def _speller(decoders: list[dict[str, Any]]) -> Callable[[str], bytes]:
         return lambda token: token.replace(end, " ").encode()
     if not kinds:
         return lambda token: (" " + token).encode()
-    space = kinds.get("Metaspace", {}).get("replacement", "▁")
+    written = [pair for decoder in decoders for pair in _replaced(decoder)]
 
     def spell(token: str) -> bytes:
         if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
-        return token.replace(space, " ").encode()
+        for mark, text in written:
+            token = token.replace(mark, text)
+        return token.encode()
 
     return spell
+
+
+def _replaced(decoder: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a decoder writes for a mark inside tokens, if it does."""
+    if decoder["type"] == "Metaspace":
+        yield decoder.get("replacement", "▁"), " "
+    elif decoder["type"] == "Replace" and (mark := decoder["pattern"].get("String")):
+        yield mark, decoder["content"]

@@ -109,18 +109,26 @@ class BPB:
 def validation_rows(stream: RowSource | Mixture | TaskRows, tokenizer: Tokenizer, *, rows: int, length: int) -> Rows:
     """`rows` fixed rows spread over the validation split, or as many as there are.
 
-    Each answer of a task counts as one byte: its BPB is bits per answer. A space that the tokenizer puts in front of a
-    document is no byte of it, and is not counted unless its token spells nothing else.
+    Each answer of a task counts as one byte: its BPB is bits per answer.
     """
     if isinstance(stream, TaskRows):
         batch = stream.batch(rows, length)
         return Rows(batch.tokens, batch.targets, batch.starts, (batch.targets != IGNORE).long())
     most = stream.most_rows(length) if isinstance(stream, Mixture) else max(1, (len(stream) - 1) // length)
     batch = batches(stream, batch=min(rows, most), length=length, bos=tokenizer.bos, seed=0).batch(0)
-    sizes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))[batch.targets.clamp(min=0)]
+    return Rows(batch.tokens, batch.targets, batch.starts, target_bytes(tokenizer, batch.tokens, batch.targets))
+
+
+def target_bytes(tokenizer: Tokenizer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Bytes of the text that targets stand for, int64 like them; 0 for special and ignored ones.
+
+    A space that the tokenizer puts in front of a document is no byte of it, and is not counted unless its token spells
+    nothing else.
+    """
+    sizes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))[targets.clamp(min=0)]
     if tokenizer.space_in_front:
-        sizes -= ((batch.tokens == tokenizer.bos) & (sizes > 1)).long()
-    return Rows(batch.tokens, batch.targets, batch.starts, sizes.masked_fill(batch.targets == IGNORE, 0))
+        sizes -= ((tokens == tokenizer.bos) & (sizes > 1)).long()
+    return sizes.masked_fill(targets == IGNORE, 0)
 
 
 def held_out_name(data: DataConfig) -> str:

@@ -66,7 +66,7 @@ def report_blocks(groups: Sequence[RunGroup], baseline: str, files: Sequence[Pat
     for sweep in dict.fromkeys(g.sweep for g in text):
         last = [g for g in text if g.sweep == sweep][-1].point
         members = [g for g in text if (g.sweep, g.point) == (sweep, last)]
-        blocks += _inside(f"{sweep}: {last}" if last else sweep, members, colours)
+        blocks += _inside((f"{sweep}: {last}" if last else sweep) + _of(members), members, colours)
     return blocks
 
 

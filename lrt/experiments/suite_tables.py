@@ -29,7 +29,8 @@ def suite_tables(groups: Sequence[RunGroup], baseline: str) -> Iterator[tuple[st
     """Headings and tables of groups whose records are of suites."""
     for sweep, suite in dict.fromkeys((g.sweep, g.records[0]["suite"]) for g in groups):
         same = [g for g in groups if (g.sweep, g.records[0]["suite"]) == (sweep, suite)]
-        yield f"{sweep}: {TITLES.get(suite, suite)}", _table(same, baseline)
+        of = " of the normalised text" if any(r.get("lost") for g in same for r in g.records) else ""
+        yield f"{sweep}: {TITLES.get(suite, suite)}{of}", _table(same, baseline)
 
 
 def tables_of(groups: Sequence[RunGroup]) -> list[tuple[str, Table]]:

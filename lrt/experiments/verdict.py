@@ -34,7 +34,8 @@ def baseline_of(arms: Sequence[RunGroup], name: str) -> RunGroup:
 def _of_text(arms: list[RunGroup], base: RunGroup) -> str:
     ordered = sorted(arms, key=lambda g: g.mean(decoded))
     best = ordered[0]
-    text = f"{_called(best)} decodes best, {best.mean(decoded):.3f} bits per byte ({_seeds(len(best.records))})."
+    of = " of the normalised text" if any(r.get("normalised") for g in arms for r in g.records) else ""
+    text = f"{_called(best)} decodes best, {best.mean(decoded):.3f} bits per byte{of} ({_seeds(len(best.records))})."
     if best is base:
         return text + (
             f" The next, {_called(ordered[1])}, is {_difference(ordered[1], base)}." if len(arms) > 1 else ""

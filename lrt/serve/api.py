@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
 from lrt import __version__
+from lrt.data.normalised import Spelling
 from lrt.serve.calls import Call
 from lrt.serve.chat_completions import Chat, ReadyChat, conversation
 from lrt.serve.completions import Completion, ReadyCompletion
@@ -185,22 +186,24 @@ def _own(served: Served) -> APIRouter:
         """What the page shows of the model."""
         return served.about()
 
-    def inspected(data: object) -> tuple[list[int], int]:
+    def inspected(data: object) -> tuple[list[int], int, bool]:
         body = served.parsed(InspectRequest, data)
         ids = served.opened(body.text, "text")
         if len(ids) < 2:
             raise ApiError(400, "text is empty: give at least one character", param="text")
-        return ids, body.top
+        spelling = Spelling(served.words.tokenizer)
+        spelling.add_document(body.text, ids[1:])
+        return ids, body.top, spelling.changed > 0
 
     @routes.post("/api/inspect", response_model=None, openapi_extra=described(InspectRequest))
     async def answer_inspect(request: Request) -> dict[str, Any]:
         """What the memory does to every token of a text."""
-        ids, top = await served.intake.take(request, inspected)
+        ids, top, normalised = await served.intake.take(request, inspected)
         call = Call(served, request.state.owner)
         work = partial(inspect, served.model, served.words, ids, top, served.mode)
         call.submit([BackgroundTask(0, call.events, call.deadline, work=work)])
         (event,) = await call.all(request)
-        return event.what | {"model": served.about()}
+        return event.what | {"normalised": normalised, "model": served.about()}
 
     return routes
 

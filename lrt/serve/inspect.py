@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config.decoding import PrefillOptions
-from lrt.evaluation.bits_per_byte import bits_per_byte
+from lrt.evaluation.bits_per_byte import bits_per_byte, target_bytes
 from lrt.inference.batch import Ranked, ranked
 from lrt.model.blocks import Attention, Block, BlockContext, Memories, ResidualInjection
 from lrt.model.lrt import LRT
@@ -81,7 +81,7 @@ def inspect(model: LRT, words: Vocabulary, ids: list[int], top: int, mode: str |
     strengths = Strengths(model, len(ids) - 1)
     decoded = yield from score(model, ids, top, mode, strengths if model.config.memory.on else None)
     zero = yield from score(model, ids, top, "zero_memory")
-    sizes = torch.tensor([len(words.tokenizer.decode_bytes([i])) for i in ids[1:]])
+    sizes = target_bytes(words.tokenizer, *(torch.tensor(x) for x in (ids[:-1], ids[1:])))
     bpb = {}
     for name, rows in (("decoded", decoded), ("zero", zero)):
         bits = bits_per_byte(torch.tensor([-p for p, _ in rows]), sizes)

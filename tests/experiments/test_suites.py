@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import config, randomised
+from helpers import config, lossy_tokenizer, randomised
 
 from lrt.cli.main import main
 from lrt.config.run import DataConfig, RunConfig, TrainConfig
+from lrt.data import Tokenizer, load_tokenizer
 from lrt.data.tokenizer import ByteTokenizer
 from lrt.evaluation import blimp
 from lrt.experiments.groups import RunGroup
@@ -27,15 +28,16 @@ PAIRS = [
 COPA = [{"query": "It rained, so", "choices": ["wet.", "dry."], "gold": i % 2} for i in range(4)]
 
 
-def make_run(folder: Path, name: str, seed: int) -> Path:
-    """A random model of bytes, as if it had been trained."""
-    model = config(vocab_size=257, bos=256, context=48)
+def make_run(folder: Path, name: str, seed: int, tokenizer: Tokenizer | None = None) -> Path:
+    """A random model of bytes, or of other tokens, as if it had been trained."""
+    tokenizer = tokenizer or ByteTokenizer()
+    model = config(vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, context=48)
     settings = RunConfig(
         name=f"{name}-seed{seed}", model=model, data=DataConfig(source="task:parity"),
         train=TrainConfig(length=8, seed=seed),
     )  # fmt: skip
     run = folder / settings.name
-    ByteTokenizer().save(run / "tokenizer")
+    tokenizer.save(run / "tokenizer")
     checkpoint.save(run, 3, settings, randomised(model, seed=seed).float(), {}, extra={}, keep=1)
     return run
 
@@ -199,3 +201,20 @@ def test_a_line_that_is_no_record_of_a_suite_is_named(place, capsys):
     (place / "bad.jsonl").write_text(json.dumps({"arm": "a", "grid": {}, "seed": 1, "suite": "blimp"}) + "\n")
     assert main(["report", "bad.jsonl", "--out", "report"]) == 2
     assert "bad.jsonl:1 is not the record of a run" in capsys.readouterr().err
+
+
+def test_a_suite_of_texts_that_the_tokens_lose_is_refused_or_says_so(place, capsys):
+    """Whatever shows the figures; other weights than those of the run with bytes, so another folder."""
+    words = lossy_tokenizer(place / "words", "Lowercase", [p["sentence_good"] for p in PAIRS])
+    run = make_run(place, "lossy", 0, load_tokenizer(words))
+    (place / "data" / "blimp" / "all.jsonl").write_text(
+        "".join(json.dumps(p | {"sentence_bad": "A"}) + "\n" for p in PAIRS)
+    )
+    asked = (str(run), "--suite", "blimp", "--suite-data", "data")
+    assert evaluate(*asked) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "'A' comes back as 'a'" in error and "lrt eval: --normalised" in error and len(error) < 300
+    assert evaluate(*asked, "--normalised") == 0
+    assert capsys.readouterr().out.startswith("Of the normalised text: 3 of 6 documents")
+    assert main(["report", f"{run}/suites/blimp-interleaved-8.jsonl", "--out", "report"]) == 0
+    assert "BLiMP, accuracy of the normalised text" in capsys.readouterr().out

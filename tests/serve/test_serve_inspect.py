@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from serving import opened, post
+from helpers import lossy_tokenizer
+from serving import Server, make_run, opened, post
 
+from lrt.data import load_tokenizer
 from lrt.inference.generate import score
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's libraries
@@ -27,7 +29,7 @@ def test_inspect_scores_both_modes_and_measures_the_memory(server):
         assert rows.shape == (2, row.shape[1] - 1)
         assert (rows[:, 0] == 0).all()  # nothing to read at the first token
         assert (rows[:, 1:] > 0).all()
-    assert found["model"]["trained_without_memory"] is False
+    assert found["model"]["trained_without_memory"] is False and found["normalised"] is False
     assert all(part._forward_pre_hooks == {} for block in server.loaded.model.blocks for part in block.modules())
 
 
@@ -46,3 +48,10 @@ def test_strengths_are_the_norms_of_the_injections(server):
             x0 = rms_norm(model.embedding.weight[ids[t]])
             expected = (block.gamma * memory).norm() / ((block.alpha + block.beta) * x0).norm()
             assert found[t] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_bits_of_a_text_that_the_tokens_lose_say_so(tmp_path):
+    words = load_tokenizer(lossy_tokenizer(tmp_path / "words", "Lowercase", ["the euros"]))
+    with Server(make_run(tmp_path / "run", tokenizer=words)) as running:
+        for text, lost in (("the euros", False), ("The euros", True)):
+            assert post(running, "/api/inspect", {"text": text}).json()["normalised"] is lost

@@ -62,7 +62,7 @@ export async function inspect() {
 function summarise() {
   const { decoded, zero } = scored.bpb;
   const digits = (x) => (x === null ? "none" : x.toFixed(3));
-  const rows = [["decoded with memory, bits per byte (lower is better)", digits(decoded)], ["memory reset at every token", digits(zero)]];
+  const rows = [[`decoded with memory, bits per byte${scored.normalised ? " of the normalised text" : ""} (lower is better)`, digits(decoded)], ["memory reset at every token", digits(zero)]];
   if (decoded !== null && zero !== null) rows.push(["difference", `${decoded <= zero ? "−" : "+"}${Math.abs(decoded - zero).toFixed(3)}`]);
   rows.push(["tokens", scored.tokens.length]);
   $("totals").replaceChildren(...rows.map(([term, value]) => make("div", {}, make("dt", { textContent: term }), make("dd", { textContent: value }))));
