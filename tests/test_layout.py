@@ -41,6 +41,8 @@ FOREIGN = {
     "lrt.integrations.hf.fold.weighed": "as torch's scaled_dot_product_attention",
 }
 """Functions whose arguments others have laid down."""
+SAY_NOTHING = {"found", "given", "said", "here", "at", "law", "told", "asked", "it", "thing", "stuff", "tmp", "foo"}
+"""Names that do not say what a variable holds."""
 
 
 class Module(NamedTuple):
@@ -189,6 +191,17 @@ def test_arguments_are_few_or_named_at_the_call():
         if len(by_position) > MOST_ARGUMENTS and name not in FOREIGN:
             many.append((name, by_position))
     assert many == []
+
+
+def test_variables_say_what_they_hold():
+    vague = []
+    for name, module in modules().items():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in SAY_NOTHING:
+                vague.append((name, node.lineno, node.id))
+            if isinstance(node, ast.arg) and node.arg in SAY_NOTHING:
+                vague.append((name, node.lineno, node.arg))
+    assert vague == []
 
 
 def test_one_name_means_one_class():

@@ -189,15 +189,15 @@ def _lines() -> Iterator[str]:
 @contextlib.contextmanager
 def _stoppable() -> Iterator[list[int]]:
     """Within it Ctrl-C fills the list, however often; where nobody types, a second one interrupts."""
-    asked: list[int] = []
+    signals: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        asked.append(number)
+        signals.append(number)
         if not sys.stdin.isatty():
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        yield asked
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)

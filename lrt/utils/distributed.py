@@ -68,15 +68,15 @@ class World:
         """
         if self.size == 1:
             return work()
-        told = torch.tensor(FAILED, device=self.device)
+        answer = torch.tensor(FAILED, device=self.device)
         try:
             if self.first:
-                told.fill_(work())
+                answer.fill_(work())
         finally:
-            dist.broadcast(told, 0)
-        if int(told) == FAILED:
+            dist.broadcast(answer, 0)
+        if int(answer) == FAILED:
             raise SystemExit(2)
-        return int(told)
+        return int(answer)
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """`work` on the first process, then on the others, which find what it has made."""

@@ -193,7 +193,7 @@ class Gained(NamedTuple):
 def store(cache: Cache, rows: DocumentRows, gained: Gained) -> None:
     """Add to a transformers cache what was gained, in the columns of the batch that the rows are of."""
     places = torch.arange(rows.columns, device=gained.offset.device)
-    back = places if rows.at is None else (rows.at % rows.columns).argsort(dim=1)
+    back = places if rows.origin is None else (rows.origin % rows.columns).argsort(dim=1)
     slot = (gained.offset[:, None] + back).clamp(max=gained.keys[0].shape[2] - 1)
     layers: list[Any] = cache.layers
     for layer, k, v in zip(layers, gained.keys, gained.values, strict=True):

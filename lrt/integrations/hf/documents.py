@@ -16,7 +16,7 @@ from lrt.utils.hardware import widest
 class DocumentRows(NamedTuple):
     """Documents of a batch of B rows and T columns, as R rows of N places, padded on the right."""
 
-    at: Tensor | None
+    origin: Tensor | None
     """The place in the flattened batch of each token, int64 [R, N]; B T beyond `length`. None: the batch as it is."""
     length: Tensor
     """Tokens of each row, int64 [R]."""
@@ -25,18 +25,18 @@ class DocumentRows(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """Of `x` [B, T, ..] what belongs to each row, [R, N, ..]; anything where a row is padded."""
-        if self.at is None:
+        if self.origin is None:
             return x
-        return x.flatten(0, 1)[self.at.clamp(max=self.batch * self.columns - 1)]
+        return x.flatten(0, 1)[self.origin.clamp(max=self.batch * self.columns - 1)]
 
     def put(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """`x` [R, N, ..] in the columns of the batch, [B, T, ..]; elsewhere what `into` holds, or zeros."""
-        if self.at is None:
+        if self.origin is None:
             return x
         places, features = self.batch * self.columns, x.shape[2:]
         base = x.new_zeros(places, *features) if into is None else into.flatten(0, 1)
         base = torch.cat((base, x.new_zeros(1, *features)))  # what is no place goes there
-        return base.index_copy(0, self.at.flatten(), x.flatten(0, 1))[:places].unflatten(0, (-1, self.columns))
+        return base.index_copy(0, self.origin.flatten(), x.flatten(0, 1))[:places].unflatten(0, (-1, self.columns))
 
     def targets(self, labels: TokensBN, shifted: bool) -> TokensBN:
         """What each place is to predict, [R, N]: its document's next label, or IGNORE; `shifted` labels are targets."""

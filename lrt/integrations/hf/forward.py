@@ -266,12 +266,12 @@ def _in_batch(states: PassStates, rows: DocumentRows, n: int, seen: Tensor | Non
         return rows.put(x if x.shape[1] == n else x[:, :n])
 
     def weights(x: Tensor) -> Tensor:
-        x = x if rows.at is None and x.shape[2] == n else queries(x.transpose(1, 2)).transpose(1, 2)
-        if rows.at is None and not past and x.shape[3] == n:
+        x = x if rows.origin is None and x.shape[2] == n else queries(x.transpose(1, 2)).transpose(1, 2)
+        if rows.origin is None and not past and x.shape[3] == n:
             return x
         before = x.shape[3] - (n if past else x.shape[3])
         columns = x[..., before : before + n]
-        columns = columns if rows.at is None else pick(columns, (rows.at % rows.columns).argsort(dim=1), 3)
+        columns = columns if rows.origin is None else pick(columns, (rows.origin % rows.columns).argsort(dim=1), 3)
         if seen is None or not past:
             return columns
         position = (seen.long().cumsum(1) - 1).clamp(0, before - 1)
