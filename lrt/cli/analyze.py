@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def main(args: list[str]) -> int:
     scored = share_text({"rows": len(rows.tokens), "text": of.name, "share": of.share})
     findings = analyse(loaded.model, Rows(*(x.to(loaded.model.device) for x in rows)))
     picture = flags.out or loaded.run / "analysis.png"
-    if loaded.config.model.memory.projection != "none":
+    drawn = loaded.config.model.memory.projection != "none"
+    if drawn:
         heat_map(findings).savefig(picture, dpi=130)
     text = "\n\n".join([scored, *(f"{heading}\n\n{table.markdown()}" for heading, table in tables(findings))])
     about = {"run": str(flags.run), "step": loaded.step, "scored": scored}
@@ -60,4 +62,6 @@ def main(args: list[str]) -> int:
         print(json.dumps(about | findings))
     else:
         show(text)
+    if drawn:
+        show(f"picture: {picture}", sys.stderr)
     return 0

@@ -21,14 +21,21 @@ class HelpFlags:
 
 @dataclass(frozen=True)
 class CompletionFlags:
-    """Print a shell's completion script. bash: eval "$(lrt completion bash)", or keep it where the shell looks for it:
+    """Print a shell's completion script.
 
-    bash ~/.local/share/bash-completion/completions/lrt, zsh a folder of $fpath as _lrt,
-    fish ~/.config/fish/completions/lrt.fish
+    For one session of bash: eval "$(lrt completion bash)"
+
+    For all of them, write it where the shell looks:
+
+    bash  ~/.local/share/bash-completion/completions/lrt
+
+    zsh   _lrt, in a folder of $fpath
+
+    fish  ~/.config/fish/completions/lrt.fish
     """
 
     shell: Positional[Literal["bash", "zsh", "fish"]]
-    """The shell."""
+    """bash, zsh or fish."""
 
 
 FLAGS = CompletionFlags

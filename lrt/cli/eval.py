@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
@@ -16,7 +17,7 @@ from lrt.config.model import require, require_at_least
 from lrt.config.run import Device
 from lrt.schedule import Curriculum
 from lrt.utils.files import to_json
-from lrt.utils.score_names import LEGEND, share_text, unit
+from lrt.utils.score_names import LEGEND, share_text, signed, unit
 from lrt.utils.terminal import show
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ class EvalFlags:
     suite: str | None = None
     """Score a suite instead: core (CORE's tasks), blimp (minimal pairs), or a synthetic task by length, such as parity,
     sums, s5, a5, parity_check, mqar-8-8192 or pointers-2."""
-    suite_data: Path | None = None
-    """Folder of the files of core or blimp on this disk; nothing is downloaded."""
+    suite_data: Annotated[Path | None, tyro.conf.arg(aliases=["--bundle"])] = None
+    """Folder of the files of core or blimp on this disk; nothing is downloaded. Of core it is the published evaluation
+    bundle (core.yaml, eval_meta_data.csv and eval_data/), or task files as the gauntlet lays them out."""
     lengths: tuple[int, ...] = ()
     """Lengths of a synthetic task's rows; by default 1, 2, 4 and 8 times the trained length."""
     arm: str | None = None
@@ -71,9 +73,9 @@ class EvalFlags:
 FLAGS = EvalFlags
 
 
-def main(args: list[str]) -> int:
+def main(args: list[str], command: str = "eval", short_help: str = "") -> int:
     """Run the command; returns the exit code."""
-    flags = parse(EvalFlags, args, "eval")
+    flags = parse(EvalFlags, args, command, short_help)
     require_at_least(1, rows=flags.rows, limit=flags.limit)
     require_at_least(2, length=flags.length)
     require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")
@@ -89,12 +91,13 @@ def main(args: list[str]) -> int:
     from lrt.training.checkpoint import load_model
     from lrt.utils.distributed import join
 
+    request = _request(flags) if flags.suite else None
     with join(flags.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(flags.run, world.device)
         with_weights(loaded.model, flags.weights)
-        if flags.tasks or flags.suite:
+        if flags.tasks or request:
             require(world.size == 1, "--suite and --tasks are scored by one process; start them without torchrun")
-            print(score_suite(loaded, _request(flags), as_json=flags.json) if flags.suite else _tasks(flags, loaded))
+            print(score_suite(loaded, request, as_json=flags.json) if request else _tasks(flags, loaded))
             return 0
         length = loaded.config.train.length if flags.length is None else flags.length
         context = loaded.config.model.context
@@ -124,9 +127,16 @@ def sweep_lines(bpb: BPB) -> list[str]:
     return lines
 
 
-def _request(flags: EvalFlags) -> SuiteRequest:
-    f = flags
-    return SuiteRequest(f.suite or "", f.suite_data, f.lengths, f.mode, f.limit, f.out, f.arm, f.normalised)
+def _request(f: EvalFlags) -> SuiteRequest:
+    """What is asked of a suite. What is wrong with its files is told here, before a model is loaded."""
+    from lrt.evaluation.open_suite import published_suite
+
+    name = f.suite or ""
+    published = published_suite(name, f.suite_data, f.lengths)
+    return SuiteRequest(
+        name=name, published=published, data=f.suite_data, lengths=f.lengths, mode=f.mode, limit=f.limit, out=f.out,
+        arm=f.arm, normalised=f.normalised,
+    )  # fmt: skip
 
 
 def _tasks(flags: EvalFlags, loaded: Loaded) -> str:
@@ -166,7 +176,7 @@ def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
         f"passes of {bpb.schedule}": passes,
         "merged (parallel)": f"{bpb.merged:.4f}",
         "decoded (exact)": f"{bpb.decoded:.4f}",
-        "live gap": f"{bpb.live_gap:+.4f}",
+        "live gap": signed(bpb.live_gap),
         "sweeps contract by": f"{bpb.contraction:.3f}" if bpb.residuals else "nothing to sweep (no recurrence)",
     }.items():
         lines.append(f"  {name:<28}{text}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
-from typing import Any, Union, get_args
+from typing import Annotated, Any, Union, get_args
 
+import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -14,6 +16,11 @@ from tyro.constructors import (
     StructFieldSpec,
     StructTypeInfo,
 )
+
+from lrt.config.recipes import RECIPES
+
+RECIPE_NAMES = f"\n{' ' * 28}".join(textwrap.wrap(", ".join(RECIPES), 50))
+"""For a short help, whose descriptions begin in column 28."""
 
 
 def flag_rules() -> ConstructorRegistry:
@@ -34,19 +41,26 @@ def flag_rules() -> ConstructorRegistry:
             within.pop()
         if not isinstance(spec, StructConstructorSpec):
             return None
-        return dataclasses.replace(spec, fields=tuple(map(_flowing, spec.fields)))
+        return dataclasses.replace(spec, fields=tuple(map(_readable, spec.fields)))
 
     return rules
 
 
-def _flowing(field: StructFieldSpec) -> StructFieldSpec:
-    """The field with a description whose lines are joined; tyro keeps the breaks that the source file has."""
+def _readable(field: StructFieldSpec) -> StructFieldSpec:
+    """The field with a description whose lines are joined, since tyro keeps the breaks that the source file has.
+
+    A default of nothing, or one that the description tells in words, is not told again.
+    """
 
     def text() -> str | None:
         raw = field.helptext() if callable(field.helptext) else field.helptext
         return raw and " ".join(raw.split())
 
-    return dataclasses.replace(field, helptext=text)
+    def hint(default: str) -> str:
+        in_words = default in ("None", "") or "by default" in (text() or "")
+        return "" if in_words else f"(default: {default})"
+
+    return dataclasses.replace(field, helptext=text, type=Annotated[field.type, tyro.conf.arg(help_behavior_hint=hint)])
 
 
 def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from lrt.cli.flag_help import RECIPE_NAMES
 from lrt.cli.parse import early_positional, early_value, names_of, parse
 from lrt.config.model import ModelConfig, require, require_at_least
 from lrt.config.recipes import RecipeName, recipe
@@ -19,6 +20,23 @@ from lrt.utils.terminal import show
 if TYPE_CHECKING:
     from lrt.training.checkpoint import Checkpoint
 
+SHORT_HELP = f"""\
+usage: lrt info [RUN] [--recipe NAME] [--length N] [--json] [FLAGS]
+
+What a model costs: parameters by group, FLOPs per token of every schedule,
+bytes of cache. Of a run also how far it is trained, and its score.
+
+  RUN                       run folder, or one of its checkpoints; or else
+  --recipe NAME             {RECIPE_NAMES}
+  --length N                positions of a row, for the FLOPs
+  --json                    print one JSON object
+  --model.depth N           blocks; --model.width N channels
+  --model.memory.projection none, gates, shared or layerwise
+
+Every field of the model is a flag: lrt info --help-all lists them.
+
+lrt info pretrained/books
+lrt info --recipe d12 --model.memory.projection layerwise"""
 INFO_SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "refinement-3", "settled-1..3")
 
 
@@ -46,7 +64,7 @@ def main(args: list[str]) -> int:
     run = early_positional(args, ("--json", "--no-json"))
     run_checkpoint = None if run is None else _checkpoint_of(run)
     base = recipe(early_value(args, "--recipe", "cpu_demo")) if run_checkpoint is None else run_checkpoint.config
-    flags = parse(InfoFlags, args, "info", default=InfoFlags(base.model, length=base.train.length))
+    flags = parse(InfoFlags, args, "info", SHORT_HELP, default=InfoFlags(base.model, length=base.train.length))
 
     from lrt.model.flops import describe
 
@@ -79,7 +97,7 @@ def _trained(run_checkpoint: Checkpoint) -> list[str]:
     train, bpb = run_checkpoint.config.train, run_checkpoint.extra.get("bpb")
     lines = [f"trained {run_checkpoint.step:,} steps on {run_checkpoint.config.data.source} by {train.schedule}"]
     if isinstance(bpb, dict) and isinstance(bpb.get("decoded"), float):
-        lines.append(f"decoded {unit(bpb)} {bpb['decoded']:.4f} there: bits per byte, lower is better")
+        lines.append(f"decoded {unit(bpb)} of its held-out text {bpb['decoded']:.4f} (bits per byte, lower is better)")
     return lines
 
 
@@ -97,14 +115,15 @@ def _info_text(name: str, m: ModelConfig, facts: dict) -> str:
     )
     lines += [
         "",
-        f"FLOPs per token, training, rows of {facts['length']} (every pass counted, backward twice the forward)",
+        f"FLOPs per token of training, rows of {facts['length']} (backward twice the forward)",
     ]
     plain = facts["train_flops_per_token"]["parallel"]
     wide = max(map(len, facts["train_flops_per_token"]))
     for name, flops in facts["train_flops_per_token"].items():
         lines.append(f"  {name:<{wide}}{flops:>12.4g}  {flops / plain:.2f} x parallel")
+    lines += ["FLOPs of one decoded token"]
     for position, flops in facts["decode_flops_per_token"].items():
-        lines.append(f"  {'decode at ' + position:<{wide}}{flops:>12.4g}")
+        lines.append(f"  {f'after {position} tokens':<{wide}}{flops:>12.4g}")
     cache, memory = facts["cache_bytes_per_token"], facts["memory_bytes_per_sequence"]
     lines += ["", f"cache {cache:,} bytes per token, memory {memory:,} bytes per sequence (bfloat16)"]
     return "\n".join(lines)

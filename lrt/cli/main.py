@@ -23,7 +23,7 @@ COMMANDS = {
     "serve": "serve a model: an OpenAI-compatible API and a page",
     "sweep": "train a grid of recipe overrides and seeds, resumable",
     "report": "tables and pictures of recorded runs",
-    "core": "the CORE score of a run, with memory, from a local folder",
+    "core": "the CORE score of a run: eval --suite core in fewer words",
     "analyze": "where a run's memory acts, and how far back it reaches",
     "bench": "measure on this machine: bench train, decode, serve",
     "plan": "memory, step time and days of a recipe on a cluster",

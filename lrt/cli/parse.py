@@ -34,6 +34,8 @@ ERRORS = {
     r"Could not find valid parse for arguments: .*''.*()": r"\1 is empty; give a path",
 }
 """How Python and tyro say that a text is no number or path, and how it is said here."""
+MISSING = re.compile(r"((?:--[\w.-]+ )?[A-Z]+|\{[\w,]+\}) (.+?) ?\(required\)")
+"""What tyro says of an argument that has to be given."""
 BOX_CORNERS = ("╭", " --")
 
 
@@ -47,7 +49,8 @@ def parse(flags: type[T], args: Sequence[str], command: str, short_help: str = "
 
     from lrt.cli.flag_help import flag_rules
 
-    options |= {"prog": f"lrt {command}", "registry": flag_rules()}
+    by_name = (tyro.conf.PositionalMetavarFromFieldName,)  # RUN, where tyro says PATH
+    options |= {"prog": f"lrt {command}", "registry": flag_rules(), "config": by_name}
     if {"-h", "--help", "--help-all"} & set(args):
         if short_help and "--help-all" not in args:
             print(short_help)
@@ -149,7 +152,7 @@ def _terminal_of(columns: str) -> Iterator[None]:
 
 def _first_line(box: str) -> str:
     """The message in tyro's box, without title and frame (drawn or ASCII), plus the flag it suggests."""
-    plain = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
+    plain = [line.strip("│╭╮╰╯ ") for line in COLOUR.sub("", box).splitlines()[1:]]
     parts: list[list[str]] = [[]]
     for line in plain:
         if set(line) <= set("─- "):
@@ -157,6 +160,8 @@ def _first_line(box: str) -> str:
         else:
             parts[-1].append(line)
     message = re.sub(r"^Error parsing [\w.]+: (?=\w+\.\w+ )", "", " ".join(parts[0]).strip().rstrip("."))
+    if missing := MISSING.findall(message):
+        return "; ".join(f"{name} is missing: {what.rstrip('.')}" for name, what in missing)
     for form, plain_words in ERRORS.items():
         message = re.sub(rf"Error parsing (\S+|\[.*\]): {form}", plain_words, message)
     near = [part[1].split()[0] for part in parts if len(part) > 1 and part[0].startswith("Perhaps you meant")]

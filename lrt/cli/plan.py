@@ -6,16 +6,42 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 
+from lrt.cli.flag_help import RECIPE_NAMES
 from lrt.cli.parse import early_value, names_of, parse
 from lrt.config.benchmarks import Cluster
 from lrt.config.model import require
 from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig, with_vocabulary
 from lrt.utils.terminal import show
+
+SHORT_HELP = f"""\
+usage: lrt plan [--recipe NAME] [--cluster.devices N] [--json] [FLAGS]
+
+What a recipe needs on a cluster, by formulas: memory, time and communication of
+a step, and days, for DDP and FSDP. Nothing is run.
+
+  --recipe NAME             {RECIPE_NAMES}
+  --cluster.devices N       devices in all; --cluster.per-node N of a machine
+  --cluster.memory BYTES    of a device, such as 80e9
+  --cluster.flops N         peak FLOP/s of a device, such as 989e12
+  --cluster.efficiency X    share of the peak that is reached, such as 0.4
+  --cluster.within N        bytes/s between devices of a machine
+  --cluster.across N        bytes/s between machines
+  --train.batch N           rows of a step; --train.length N positions of each
+  --train.horizon WHEN      steps=1000, tokens=1e6, ratio=20 or compute=20
+  --json                    print one JSON object
+
+Every field of a recipe is a flag: lrt plan --help-all lists them.
+
+lrt plan --recipe d20_paper --cluster.devices 32"""
+Units: TypeAlias = tuple[tuple[float, str], ...]
+SIZES: Units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+TIMES: Units = ((86400, "days"), (3600, "h"), (1, "s"), (1e-3, "ms"), (1e-6, "us"))
+"""Units and their size in bytes and in seconds, largest first."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +65,7 @@ FLAGS = PlanFlags
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
-    flags = parse(PlanFlags, args, "plan", default=PlanFlags(base, recipe=base.name))
+    flags = parse(PlanFlags, args, "plan", SHORT_HELP, default=PlanFlags(base, recipe=base.name))
 
     from lrt.benchmarks.cluster import plan
 
@@ -73,21 +99,37 @@ def lines(name: str, config: RunConfig, c: Cluster, facts: dict[str, Any]) -> It
     )
     yield f"decoding: {facts['cache_bytes_per_row'] / 1e6:,.1f} MB of cache and memory for a row of {m.context} tokens"
     yield (
-        f"  {'parallel':<12}{'rows':>4}{'state GB':>9}{'activ. GB':>10}{'gathers':>8}{'sent GB':>8}{'step s':>14}"
-        f"{'comm.':>6}{'days':>7}"
+        f"  {'parallel':<12}{'rows':>4}{'state':>8}{'activ.':>8}{'gathers':>8}{'sent':>8}{'step':>15}{'comm.':>6}"
+        f"{'in all':>9}"
     )
     for (schedule, steps), rows in groupby(facts["rows"], key=lambda r: (r["schedule"], r["steps"])):
         yield f"{schedule}, {steps:,} steps"
         yield from map(_row, rows)
-    yield "step: communication hidden behind computing, to none hidden; days: none hidden; rows: of one micro-batch"
+    yield (
+        "rows: of one micro-batch; state: weights, gradients and optimizer; activ.: kept for the backward pass; "
+        "gathers: of a weight per step; sent: by a device per step; step: communication all hidden behind computing, "
+        "to none hidden; comm.: its share then; in all: the training, none hidden"
+    )
 
 
 def _row(r: dict[str, Any]) -> str:
     """One way of sharing a schedule's steps among the devices."""
     low, high = r["seconds"]
+    size, unit = _unit(high, TIMES[2:])
+    step = f"{low / size:.3g}-{high / size:.3g} {unit}"
     return (
-        f"  {r['parallel']:<12}{r['micro_batch'] or '-':>4}{sum(r['state_bytes'].values()) / 1e9:>9,.2f}"
-        f"{r['activation_bytes'] / 1e9:>10,.2f}{r['gathers']:>8.1f}{r['sent_bytes'] / 1e9:>8,.2f}"
-        f"{f'{low:.3f}-{high:.3f}':>14}{r['communication_share']:>6.0%}"
-        f"{format(r['days'], ',.2f') if r['fits'] else 'no fit':>7}"
+        f"  {r['parallel']:<12}{r['micro_batch'] or '-':>4}{_short(sum(r['state_bytes'].values()), SIZES):>8}"
+        f"{_short(r['activation_bytes'], SIZES):>8}{r['gathers']:>8.1f}{_short(r['sent_bytes'], SIZES):>8}"
+        f"{step:>15}{r['communication_share']:>6.0%}{_short(r['days'] * 86400, TIMES) if r['fits'] else 'no fit':>9}"
     )
+
+
+def _unit(value: float, units: Units) -> tuple[float, str]:
+    """The largest unit that `value` holds at least once; the smallest there is for less."""
+    return next((one for one in units if value >= one[0]), units[-1])
+
+
+def _short(value: float, units: Units) -> str:
+    """Three digits in a unit that suits them: 12.5 GB, 3.2 days."""
+    size, unit = _unit(value, units)
+    return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"

@@ -1,4 +1,4 @@
-"""What `lrt eval --suite` and `lrt core` do: a suite scored, its record written and shown."""
+"""What `lrt eval --suite` does: a suite scored, its record written and shown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from lrt.evaluation.suite import Suite
     from lrt.inference.loaded import Loaded
 
 
@@ -15,6 +16,8 @@ class SuiteRequest(NamedTuple):
     """Which suite is scored, how, and where its record goes."""
 
     name: str
+    published: Suite | None
+    """It, where it is read from files."""
     data: Path | None
     lengths: tuple[int, ...] = ()
     mode: str | None = None
@@ -35,7 +38,7 @@ def score_suite(loaded: Loaded, request: SuiteRequest, *, as_json: bool) -> str:
     from lrt.experiments.suite_run import Place, arm_of, run_suite
     from lrt.experiments.suite_tables import tables_of
 
-    suite = open_suite(request.name, request.data, request.lengths, loaded)
+    suite = request.published or open_suite(request.name, request.data, request.lengths, loaded)
     scorer = Scorer(
         model=loaded.model, tokenizer=loaded.tokenizer, mode=request.mode or default_mode(request.name),
         limit=request.limit, normalised=request.normalised or loaded.config.data.normalised,

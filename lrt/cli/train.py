@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,23 +11,23 @@ from typing import Annotated
 
 import tyro
 
+from lrt.cli.flag_help import RECIPE_NAMES
 from lrt.cli.parse import early_value, names_of, parse
 from lrt.cli.plan import planned
 from lrt.config.model import require
-from lrt.config.recipes import RECIPES, RecipeName, recipe
+from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig
 from lrt.schedule import Curriculum
 from lrt.utils.files import expand_home
 from lrt.utils.terminal import show
 
-_NAMES = f"\n{' ' * 28}".join(textwrap.wrap(", ".join(RECIPES), 50))
 SHORT_HELP = f"""\
 usage: lrt train [--recipe NAME] [--out FOLDER] [--data.source TEXT] [FLAGS]
 
 Train a recipe on your text. Every field of a recipe is a flag; these are the
 ones to begin with. lrt train --help-all lists all of them.
 
-  --recipe NAME             {_NAMES}
+  --recipe NAME             {RECIPE_NAMES}
   --out FOLDER              the run's folder, and its name (runs/NAME)
   --resume RUN              go on with a run as it was, from its last checkpoint
   --or-resume               go on if --out holds a run already, else begin
@@ -86,13 +85,13 @@ def main(args: list[str]) -> int:
 def _train(config: RunConfig, folder: Path, resume: bool | None) -> int:
     from lrt.training.logging import Jsonl, Live
     from lrt.training.trainer import train
-    from lrt.utils.score_names import unit
+    from lrt.utils.score_names import signed, unit
 
     with Live() as live:
         result = train(config, folder, resume=resume, sinks=[live, Jsonl(folder / "metrics.jsonl")])
     if result.first:
         name = unit(result.bpb.as_dict())
-        show(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {result.bpb.live_gap:+.4f}")
+        show(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {signed(result.bpb.live_gap)}")
         run = shlex.quote(str(folder))
         show(f"next: lrt sample {run}, lrt chat {run}, lrt eval {run} or lrt serve {run}", sys.stderr)
     return 0

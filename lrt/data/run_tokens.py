@@ -67,7 +67,10 @@ class RunTokens:
         try:
             return self._same(prepare(data, progress=progress, verify=verify), run, data)
         except ValueError as error:
-            raise ValueError(f"no token shards of {run} in {run / OWN} or where they were, and {error}") from None
+            raise ValueError(
+                f"no token shards of {run} in {run / OWN} or where they were (--source TEXT scores another text), "
+                f"and {error}"
+            ) from None
 
     def _places(self, run: Path, data: DataConfig) -> list[Path]:
         """Folders where its shards may lie, or that may hold them."""

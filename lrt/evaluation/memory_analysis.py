@@ -23,6 +23,7 @@ from lrt.model.parameters import role
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE
 from lrt.schedule import Schedule
+from lrt.utils.score_names import signed
 from lrt.utils.tables import Table
 
 REACH = 16
@@ -177,19 +178,22 @@ def analyse(model: LRT, rows: Rows) -> dict[str, Any]:
 
 def tables(findings: dict[str, Any]) -> list[tuple[str, Table]]:
     """The findings as tables under headings."""
-    layers = [
+    scalars = [
         [str(i), *(f"{s[n]:.3f}" if n in s else "" for n in ("alpha", "beta", "gamma", "shift_gamma"))]
-        + [" ".join(f"{x:.2f}" for x in g.get(n, [])) for n in ("local", "memory", "value")]
-        for i, (s, g) in enumerate(zip(findings["scalars"], findings["gates"], strict=True), 1)
+        for i, s in enumerate(findings["scalars"], 1)
     ]
-    header = ["layer", "alpha", "beta", "gamma", "shift gamma", "local gates by head", "memory gates", "value gates"]
-    changes = [[name, f"{x:+.4f}"] for name, x in findings["ablations"].items() if name != "loss"]
+    opened = [
+        [str(i), *(" ".join(f"{x:.2f}" for x in g.get(n, [])) for n in ("local", "memory", "value"))]
+        for i, g in enumerate(findings["gates"], 1)
+    ]
+    changes = [[name, signed(x)] for name, x in findings["ablations"].items() if name != "loss"]
     whole = f"nats per token more than {findings['ablations']['loss']:.4f}"
     reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(findings["influence"], 1)]
     sizes = [[k, f"{x:.4f}"] for k, x in findings["stream_rms_by_position"].items()]
     sweeps = [[str(k), f"{x:.2e}"] for k, x in enumerate(findings["sweep_residuals"], 1)]
     return [
-        ("scalars and gates", Table(header, layers)),
+        ("scalars", Table(["layer", "alpha", "beta", "gamma", "shift gamma"], scalars)),
+        ("mean gates by head", Table(["layer", "local", "memory", "value"], opened)),
         ("switched off", Table(["off", whole], changes)),
         ("reach of the memory", Table(["k", "norm of the loss's gradient at m_{t-k}"], reach)),
         ("the stream before it is normalised to the memory", Table(["from position", "root mean square"], sizes)),

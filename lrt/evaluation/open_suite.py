@@ -23,11 +23,9 @@ def open_suite(name: str, data: Path | None, lengths: Sequence[int], loaded: Loa
 
     ValueError: no such suite, no data for it, or what is wrong with them.
     """
-    if name in FROM_FILES:
-        require(data is not None, f"suite {name} is read from your disk; name its folder with --suite-data FOLDER")
-        require(not lengths, f"--lengths are of synthetic tasks; suite {name} has none")
-        assert data is not None
-        return FROM_FILES[name](data)
+    published = published_suite(name, data, lengths)
+    if published is not None:
+        return published
     synthetic = name.partition("-")[0] in TASKS
     require(synthetic, f"there is no suite {name!r}; choose {', '.join(FROM_FILES)}, or a task: {', '.join(TASKS)}")
     task_kind(name)
@@ -35,6 +33,16 @@ def open_suite(name: str, data: Path | None, lengths: Sequence[int], loaded: Loa
     trained, task = loaded.config.train.length, TaskRows(name, 1)
     multiples = [n * trained for n in LENGTHS if task.takes(n * trained)]
     return task_suite(name, lengths or multiples, loaded.config.model.vocab_size)
+
+
+def published_suite(name: str, data: Path | None, lengths: Sequence[int]) -> Suite | None:
+    """The one of FROM_FILES called `name`, if there is one. ValueError: no data for it, or what is wrong with them."""
+    if name not in FROM_FILES:
+        return None
+    require(data is not None, f"suite {name} is read from your disk; name its folder with --suite-data FOLDER")
+    require(not lengths, f"--lengths are of synthetic tasks; suite {name} has none")
+    assert data is not None
+    return FROM_FILES[name](data)
 
 
 def default_mode(name: str) -> str:

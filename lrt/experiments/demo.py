@@ -29,7 +29,7 @@ from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import write_sealed, write_text
 from lrt.utils.hardware import resolve_device
-from lrt.utils.score_names import LEGEND
+from lrt.utils.score_names import LEGEND, signed
 from lrt.utils.tables import Table
 
 ARMS: dict[str, Callable[[], RunConfig]] = {
@@ -53,7 +53,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "BPB, zero memory": lambda r: f"{r['bpb']['zero_memory']:.4f}",
     "BPB, merged": lambda r: f"{r['bpb']['merged']:.4f}",
     "BPB, decoded": lambda r: f"{r['bpb']['decoded']:.4f}",
-    "live gap": lambda r: f"{r['live_gap']:+.4f}",
+    "live gap": lambda r: signed(r["live_gap"]),
     "decoded tokens/s": lambda r: f"{r['decode_tokens_per_second']:,.0f}",
 }
 """The rows of the table, from an arm's record; the arms stand side by side, so that a narrow screen holds them."""
@@ -146,7 +146,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     """The comparison in words: who decodes best, and how far each arm is from the plain transformer."""
     bits = {row["name"]: row["bpb"]["decoded"] for row in rows}
     best = min(bits, key=lambda name: bits[name])
-    others = [f"{name} {bits[name] - bits['plain']:+.3f}" for name in bits if name != "plain"]
+    others = [f"{name} {signed(bits[name] - bits['plain'], 3)}" for name in bits if name != "plain"]
     return (
         f"Verdict: {best} decodes best, {bits[best]:.3f} bits per byte (lower is better). Less the plain transformer: "
         f"{', '.join(others)}. One seed each: a difference below 0.03 is none. docs/results.md has several seeds."

@@ -16,6 +16,7 @@ from lrt.experiments.plots import decoded
 from lrt.experiments.suite_tables import length_table, suite_tables
 from lrt.experiments.verdict import baseline_of, next_commands, report_verdict
 from lrt.utils.files import printable, read_text, write_text
+from lrt.utils.score_names import signed
 from lrt.utils.tables import Table
 
 HEADER = (
@@ -116,7 +117,7 @@ def _row(g: RunGroup, base: RunGroup) -> list[str]:
         _spread(g.mean(decoded), g.deviation(decoded), len(g.records)),
         "" if difference is None else _spread(*difference, len(g.paired(base, decoded)), sign="+"),
         _where_measured(g, "decoded_bfloat16", lambda r: r["decoded_bfloat16"], ".4f"),
-        f"{g.mean(lambda r: r['bpb']['zero_memory']):.3f}", f"{g.mean(lambda r: r['live_gap']):+.4f}",
+        f"{g.mean(lambda r: r['bpb']['zero_memory']):.3f}", signed(g.mean(lambda r: r["live_gap"])),
         _where_measured(g, "in_context_score", lambda r: r["in_context_score"], ".3f"),
         *(_where_measured(g, "decoded_at_length", lambda r, n=n: r["decoded_at_length"][n], ".3f") for n in ("2", "4")),
         f"{g.mean(lambda r: 1e3 / r['decode_tokens_per_cpu_second']):.2f}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lrt.experiments.groups import RunGroup, seeds_and_mean
 from lrt.experiments.plots import decoded
+from lrt.utils.score_names import signed
 
 NO_DIFFERENCE = 0.03
 """Bits per byte by which single seeds of the same arm differ."""
@@ -48,7 +49,7 @@ def _difference(arm: RunGroup, base: RunGroup) -> str:
     if not each:
         return f"of other seeds than {_called(base)}, so not compared"
     mean, deviation = seeds_and_mean(each)
-    text = f"{mean:+.3f}" + (f" ± {deviation:.3f}" if len(each) > 1 else "") + f" from {_called(base)}"
+    text = signed(mean, 3) + (f" ± {deviation:.3f}" if len(each) > 1 else "") + f" from {_called(base)}"
     if len(each) == 1:
         return f"{text}: one seed, and seeds differ by {NO_DIFFERENCE}"
     agree = all(x < 0 for x in each) or all(x > 0 for x in each)

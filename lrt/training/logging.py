@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lrt.config.model import require
 from lrt.utils.files import parse_json, printable, to_json
-from lrt.utils.score_names import LEGEND, unit
+from lrt.utils.score_names import LEGEND, signed, unit
 from lrt.utils.terminal import fitted
 
 Event = dict[str, Any]
@@ -199,7 +199,7 @@ def _eval(e: Event) -> list[str]:
     residuals = " ".join(f"{r:.1e}" for r in b["residuals"][:5])
     text = (
         f"  step {e['step']:,}: {unit(b)} decoded {b['decoded']:.4f}, merged {b['merged']:.4f}, zero memory "
-        f"{b['zero_memory']:.4f}, live gap {b['live_gap']:+.4f}"
+        f"{b['zero_memory']:.4f}, live gap {signed(b['live_gap'])}"
     )
     return [text + (f", sweep residuals {residuals}" if residuals else "")]
 

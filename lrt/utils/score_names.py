@@ -47,6 +47,12 @@ def share_text(bpb: Mapping[str, Any]) -> str:
     return f"{bpb['rows']} rows of {bpb['text']}" + ("" if share is None else f" ({percent(share)} of it)")
 
 
+def signed(difference: float, digits: int = 4) -> str:
+    """A difference with its sign, which one that is rounded to nothing has not."""
+    rounded = round(difference, digits)
+    return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
+
+
 def percent(share: float) -> str:
     """A share as a percentage of two digits that count; all is 100 %, and nothing less is."""
     return f"{100 * share:.3g} %" if share < 0.9995 or share == 1 else "99.9 %"

@@ -22,6 +22,7 @@ from lrt.cli.train import SHORT_HELP, _placed
 from lrt.config.model import ModelConfig
 from lrt.config.recipes import RECIPES, recipe
 from lrt.config.run import DataConfig, RunConfig, expected_vocabulary
+from lrt.utils.score_names import signed
 
 
 def printed(capsys, arguments: list[str]) -> str:
@@ -92,9 +93,42 @@ def test_help_of_training_is_one_screen_and_all_of_it_is_behind(capsys):
     assert all(name in short and name in whole for name in RECIPES)
 
 
+@pytest.mark.parametrize("command", ["info", "plan", "core"])
+def test_other_long_help_is_one_screen_too(command: str, capsys):
+    short, whole = printed(capsys, [command, "--help"]), printed(capsys, [command, "--help-all"])
+    assert len(short.splitlines()) <= 23 and max(map(len, short.splitlines())) <= 80
+    flags = {word.strip(";,[]") for word in short.split() if word.lstrip("[").startswith("--")} - {"--help-all"}
+    assert len(flags) >= 5 and all(flag in whole for flag in flags)
+
+
+def test_arguments_told_by_place_are_called_by_name_and_nothing_is_no_default(capsys):
+    assert printed(capsys, ["export", "--help"]).startswith("usage: lrt export [-h] [OPTIONS] RUN FOLDER\n")
+    text = " ".join(printed(capsys, ["eval", "--help"]).replace("│", " ").split())
+    assert "default: None" not in text and "default: )" not in text and "(default: 64)" in text
+    assert "by default the one trained with. --" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["sample", "export", "sweep", "eval x --rows three", "info --recpie d4", "train --model.memory.projection big"],
+)
+def test_errors_say_the_same_on_a_terminal_that_has_colours(arguments: str, capsys, monkeypatch):
+    """tyro paints its message boxes where standard output is a terminal."""
+    plain = failure(capsys, arguments.split())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert failure(capsys, arguments.split()) == plain and plain.isprintable()
+
+
+def test_what_is_missing_is_named(capsys):
+    assert "RUN is missing: Run folder, or one of its checkpoints; see lrt sample --help" in failure(capsys, ["sample"])
+    assert "--out PATH is missing: Folder of the new run" in failure(capsys, ["convert", "x"])
+    assert "bash, zsh or fish" in failure(capsys, ["completion"])
+
+
 def test_a_run_says_how_far_it_has_come(random_run: Path, capsys):
     said = printed(capsys, ["info", str(random_run)])
-    assert said.startswith("trained 1 steps on python by settled-1..3\n") and "decode at 0" in said
+    assert said.startswith("trained 1 steps on python by settled-1..3\n") and "after 0 tokens" in said
     facts = json.loads(printed(capsys, ["info", str(random_run), "--json"]))
     assert (facts["run"], facts["step"], facts["source"]) == (str(random_run), 1, "python")
 
@@ -153,6 +187,22 @@ def test_completion_and_help_of_any_command_need_no_torch():
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Figures.
+
+
+def test_a_difference_of_nothing_has_no_sign():
+    assert [signed(x) for x in (-0.00004, 0.0, 0.00006, -0.5)] == ["0.0000", "0.0000", "+0.0001", "-0.5000"]
+    assert (signed(-0.0004, 3), signed(float("nan")), signed(float("-inf"))) == ("0.000", "+nan", "-inf")
+
+
+def test_a_plan_has_units_that_suit_and_fits_a_narrow_screen(capsys):
+    small, large = (printed(capsys, ["plan", "--recipe", name]) for name in ("cpu_demo", "d20_paper"))
+    assert " us " in small and " MB " in small and " h\n" not in small
+    assert " GB " in large and (" h\n" in large or " days\n" in large)
+    rows = [line for text in (small, large) for line in text.splitlines() if line.startswith("  ")]
+    assert len(rows) > 30 and max(map(len, rows)) <= 80
 
 
 # Arguments that are read before the rest.
