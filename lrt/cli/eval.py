@@ -107,7 +107,7 @@ def main(args: list[str], command: str = "eval", short_help: str = "") -> int:
         sample = held_out(loaded, flags.source, rows=flags.rows, length=length, normalised=normalised)
         bpb = score_rows(loaded.model, curriculum, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
-    where |= {"dtype": "float32", "weights": flags.weights}
+    where |= {"dtype": "float32", "stored": loaded.stored, "weights": flags.weights}
     if world.first:
         if flags.json:
             print(to_json(where | bpb.as_dict()))
@@ -166,6 +166,7 @@ def _tasks(flags: EvalFlags, loaded: Loaded) -> str:
 
 def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
     figures, weights = bpb.as_dict(), ", matrices in 8 bits" if where["weights"] == "int8" else ""
+    weights += "" if where["stored"] == "float32" else f" of weights stored in {where['stored']}"
     lines = [
         f"{where['run']} step {where['step']}, {share_text(figures)}, {where['length']} tokens each, float32{weights}, "
         f"{unit(figures)}"

@@ -97,7 +97,9 @@ def _trained(run_checkpoint: Checkpoint) -> list[str]:
     train, bpb = run_checkpoint.config.train, run_checkpoint.extra.get("bpb")
     lines = [f"trained {run_checkpoint.step:,} steps on {run_checkpoint.config.data.source} by {train.schedule}"]
     if isinstance(bpb, dict) and isinstance(bpb.get("decoded"), float):
-        lines.append(f"decoded {unit(bpb)} of its held-out text {bpb['decoded']:.4f} (bits per byte, lower is better)")
+        before = "" if run_checkpoint.stored == "float32" else f" before the weights were {run_checkpoint.stored}"
+        of = f"decoded {unit(bpb)} of its held-out text{before}"
+        lines.append(f"{of} {bpb['decoded']:.4f} (bits per byte, lower is better)")
     return lines
 
 

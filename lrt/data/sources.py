@@ -75,12 +75,23 @@ def listed(source: str) -> list[str]:
 
 def require_apart(source: str, validation_source: str) -> None:
     """ValueError: a file, or a dataset, that is both trained on and held out."""
-    trained, validating = ({name for one in listed(s) for name in _names(one)} for s in (source, validation_source))
-    if both := sorted(trained & validating):
+    if twice := both(source, validation_source):
         raise ValueError(
-            f"{both[0]}: is in data.source and in data.validation_source, so that its score would be of text that was "
+            f"{twice[0]}: is in data.source and in data.validation_source, so that its score would be of text that was "
             "trained on: take it out of one of them"
         )
+
+
+def both(source: str, other: str) -> list[str]:
+    """Files, or datasets, that two sources share."""
+    own, others = ({name for one in listed(s) for name in _names(one)} for s in (source, other))
+    return sorted(own & others)
+
+
+def is_one_text(source: str) -> bool:
+    """Whether a source is one file that is its text: its size is that of the text."""
+    files, named = ([], False) if source.startswith("hf:") or len(listed(source)) > 1 else _files(source)
+    return named and not is_packed(files[0]) and rows_of(files[0], None) is None
 
 
 def _names(source: str) -> list[str]:

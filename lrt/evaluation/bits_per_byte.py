@@ -131,9 +131,10 @@ def target_bytes(tokenizer: Tokenizer, tokens: Tensor, targets: Tensor) -> Tenso
     return sizes.masked_fill(targets == IGNORE, 0)
 
 
-def held_out_name(data: DataConfig) -> str:
-    """What a training holds out, by name."""
-    return data.validation_source or f"the validation split of {data.source}"
+def held_out_name(data: DataConfig, changed: bool = False) -> str:
+    """What a training holds out, by name; `changed`: the text is no longer what its tokens were made of."""
+    name = data.validation_source or f"the validation split of {data.source}"
+    return name + (" as it was tokenised" if changed else "")
 
 
 def of_split(stream: RowSource | Mixture | TaskRows, rows: Rows, name: str, normalised: bool = False) -> HeldOut:

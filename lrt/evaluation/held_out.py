@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lrt.config.run import DataConfig
 from lrt.data import RowSource, Tokenizer, TokenStream, documents, source_bytes
 from lrt.data.answers import DocumentEncoder
 from lrt.data.dialogue import Document, text_of
+from lrt.data.mixture import read_mixture
 from lrt.data.normalised import Spelling
 from lrt.data.run_tokens import RunTokens
+from lrt.data.sources import both, is_one_text
 from lrt.evaluation.bits_per_byte import HeldOut, Rows, held_out_name, named, of_split, validation_rows
 from lrt.inference.loaded import Loaded
+from lrt.utils.score_names import BEGINNING
 
 BYTES_PER_TOKEN = 16
 """Text read for a row of another source, per token: more than tokens spell on average."""
+COUNTED = 2**26
+"""Bytes of the largest source of several files, or of structured ones, whose text is counted."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,7 @@ def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:
     if isinstance(prepared.val, TokenStream):
         prepared.val.verify(checksum=True)
     chosen = validation_rows(prepared.val, tokenizer, rows=rows, length=length)
-    return of_split(prepared.val, chosen, _name(d, tokens.changed(d)), prepared.normalised)
-
-
-def _name(data: DataConfig, changed: bool) -> str:
-    """The text that a run holds out, by name."""
-    return held_out_name(data) + (" as it was tokenised" if changed else "")
+    return of_split(prepared.val, chosen, held_out_name(d, tokens.changed(d)), prepared.normalised)
 
 
 def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool) -> HeldOut:
@@ -79,12 +77,34 @@ def _other(loaded: Loaded, source: str, rows: int, length: int, normalised: bool
     if not normalised:
         spelling.require_same()
     sample = validation_rows(stream, tokenizer, rows=rows, length=length)
-    sizes = (len(text_of(doc).encode()) for doc in documents(source, text_column=d.text_column))
-    partial, total = any(size > read for size in itertools.accumulate(sizes)), source_bytes(source)
+    total = _whole(source, d.text_column, read)
     part = sample.tokens.numel() / (len(stream) - 1)
-    share = min(1.0, part * read / total) if partial and total else None if partial else min(1.0, part)
-    name = f"the first {read:,} bytes of {source}" if partial and not total else source
-    return named(sample, name, share, spelling.changed > 0)
+    if total == read:
+        return named(sample, source + _trained_on(loaded, source), min(1.0, part), spelling.changed > 0)
+    name = f"{BEGINNING}{read:,} bytes of {source}{_trained_on(loaded, source)}"
+    return named(sample, name, None if total is None else part * read / total, spelling.changed > 0)
+
+
+def _whole(source: str, text_column: str, read: int) -> int | None:
+    """Bytes of all text of a source of which `read` were read; None where only reading very much would tell."""
+    size, plain, counted = source_bytes(source), is_one_text(source), 0
+    for doc in documents(source, text_column=text_column):
+        counted += len(text_of(doc).encode())
+        if counted > read and (plain or size is None or size > COUNTED):
+            return size if plain else None
+    return counted
+
+
+def _trained_on(loaded: Loaded, source: str) -> str:
+    """What a name adds where the text is, in part, what the run was trained on."""
+    tokens, d = RunTokens.of(loaded.extra), loaded.config.data
+    if tokens is None or tokens.changed(d):
+        return ""
+    try:
+        same = any(both(part.name, source) for part in read_mixture(d.source))
+    except (ValueError, OSError):
+        return ""
+    return ", which the run was trained on" if same else ""
 
 
 def _read(tokenizer: Tokenizer, texts: Iterable[Document]) -> tuple[TextInMemory, Spelling, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lrt import __version__
 from lrt.config.decoding import SamplingParams
+from lrt.config.model import require
 from lrt.config.run import TASK, RunConfig, to_dict
 from lrt.data.synthetic import TaskRows
 from lrt.evaluation.bits_per_byte import bits_per_byte
@@ -39,6 +40,8 @@ def record(folder: Path, longer: bool = True) -> dict[str, Any]:
     result = read_result(folder / "result.json")
     loaded = load_model(folder, resolve_device("auto"))
     p, bpb, model = result["progress"], result["bpb"], loaded.model
+    same = p["step"] == loaded.step
+    require(same, f"{folder / 'result.json'} is of step {p['step']}, the newest checkpoint of {loaded.step}; resume it")
     wall, cpu = decoding_speed(model)
     each, t = loaded.tokenizer.positions, loaded.config.train
     scaling = scaling_parameters(model.config)

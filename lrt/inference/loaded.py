@@ -25,3 +25,5 @@ class Loaded:
     """The run's folder."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What its training stored beside it, such as which tokens it was trained on."""
+    stored: str = "float32"
+    """Number type of the stored weights; figures of their training were of float32."""

@@ -295,7 +295,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Loaded
     tokenizer.widen(checkpoint.config.model.vocab_size)
     return Loaded(
         checkpoint.model(device), tokenizer, checkpoint.config, checkpoint.step, checkpoint.folder, run,
-        checkpoint.extra,
+        checkpoint.extra, checkpoint.stored,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
 from lrt.data import Batch, Prepared, batches, prefetch
-from lrt.data.run_tokens import recorded
+from lrt.data.run_tokens import RunTokens, recorded
 from lrt.evaluation.bits_per_byte import BPB, evaluate, held_out_name, of_split, validation_rows
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group
@@ -79,7 +79,9 @@ class Session:
             prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size
         )
         rows = validation_rows(prepared.val, prepared.tokenizer, rows=t.eval_rows, length=t.length)
-        self.held_out = of_split(prepared.val, rows, held_out_name(config.data), prepared.normalised)
+        tokens = None if started is None else RunTokens.of(started.extra)
+        text = held_out_name(config.data, tokens is not None and tokens.changed(config.data))
+        self.held_out = of_split(prepared.val, rows, text, prepared.normalised)
         with torch.device("meta"):
             self.model = LRT(config.model)
         self.model.execution = t.execution

@@ -10,6 +10,8 @@ from lrt.utils.files import read_json, require_fields, require_kind
 
 ANSWERS = "the answers in "
 """Beginning of the name of a text of which answers alone are scored."""
+BEGINNING = "the first "
+"""Beginning of the name of a text of which no more than that was read."""
 FIGURES = ("zero_memory", "merged", "decoded", "live_gap")
 LEGEND = (
     "bits per byte, lower is better. decoded: token by token, what you get; merged: as the training computes it; "
@@ -20,15 +22,19 @@ LEGEND = (
 
 def read_result(file: Path) -> dict[str, Any]:
     """A run's result.json, whose `bpb` is such figures, null where one was not finite. ValueError: one is no number."""
-    result, where = read_json(file, "result"), f"{file}: bpb"
+    result = read_json(file, "result")
     require_fields(result, {"bpb": dict}, str(file))
-    bpb = result["bpb"]
+    return result | {"bpb": checked_figures(result["bpb"], f"{file}: bpb")}
+
+
+def checked_figures(bpb: dict[str, Any], where: str) -> dict[str, Any]:
+    """Figures of `BPB.as_dict` that were read from a file. ValueError: one is no number."""
     require_fields(bpb, {"rows": int, "schedule": str} | ({"text": str} if "text" in bpb else {}), where)
     numbers = {name: bpb.get(name) for name in (*FIGURES, "share")}
     for name, value in numbers.items():
         if value is not None:
             require_kind(value, float, f"{where}: {name}")
-    return result | {"bpb": bpb | numbers}
+    return bpb | numbers
 
 
 def unit(bpb: Mapping[str, Any]) -> str:
@@ -44,7 +50,8 @@ def share_text(bpb: Mapping[str, Any]) -> str:
     if "text" not in bpb:
         return f"{bpb['rows']} held-out rows"
     share = bpb["share"]
-    return f"{bpb['rows']} rows of {bpb['text']}" + ("" if share is None else f" ({percent(share)} of it)")
+    whole = "the whole" if bpb["text"].removeprefix(ANSWERS).startswith(BEGINNING) else "it"
+    return f"{bpb['rows']} rows of {bpb['text']}" + ("" if share is None else f" ({percent(share)} of {whole})")
 
 
 def signed(difference: float, digits: int = 4) -> str:

@@ -16,6 +16,7 @@ from lrt.cli.main import main
 from lrt.config.recipes import cpu_demo_plain
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import ByteTokenizer, Tokenizer, load_tokenizer
+from lrt.evaluation import held_out as module
 from lrt.evaluation.bits_per_byte import evaluate
 from lrt.evaluation.held_out import held_out
 from lrt.schedule import Schedule
@@ -80,6 +81,44 @@ def test_another_text_says_how_much_of_it_was_scored(folder: Path, tmp_path: Pat
     parquet.write_table(pyarrow.table({"text": [LINES] * 20}), tmp_path / "rows.parquet")
     rows = scored(capsys, "--source", str(tmp_path / "rows.parquet"))
     assert rows["text"] == f"the first 1,024 bytes of {tmp_path / 'rows.parquet'}" and rows["share"] is None
+    assert long["text"] == f"the first 1,024 bytes of {tmp_path / 'long.txt'}"
+    assert share_text(long).endswith("long.txt (0.028 % of the whole)"), "which is told where no more was read"
+
+
+def test_shares_are_of_the_text_alone(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """Not of what else the files hold: other columns, binary neighbours. A large source is not read for its share."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'text': LINES, 'other': 'x' * 10**5})}\n" * 3)
+    size = 3 * len(LINES.encode())
+    assert scored(capsys, "--source", str(tmp_path / "rows.jsonl"))["share"] == pytest.approx(64 / size, rel=0.01)
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "text.txt").write_text(LINES * 3)
+    (tmp_path / "both" / "picture").write_bytes(bytes(10**5))
+    both = scored(capsys, "--source", str(tmp_path / "both"))
+    assert both["share"] == pytest.approx(64 / size, rel=0.01)
+    monkeypatch.setattr(module, "COUNTED", 10**4)
+    capped = scored(capsys, "--source", str(tmp_path / "both"))
+    assert capped["share"] is None and capped["text"] == both["text"] == f"the first 1,024 bytes of {tmp_path / 'both'}"
+
+
+def test_text_that_the_run_was_trained_on_is_called_so(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    own = "the first 1,024 bytes of text.txt, which the run was trained on"
+    assert scored(capsys, "--source", "text.txt")["text"] == own
+    shutil.copy("text.txt", tmp_path / "copy.txt")
+    assert "trained on" not in scored(capsys, "--source", str(tmp_path / "copy.txt"))["text"]
+
+
+def test_a_run_that_goes_on_without_its_text_does_not_call_it_by_its_name(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(LINES)
+    flags = ["--data.tokenizer", "bytes", "--data.source", "text.txt", "--out", "run", "--train.save-every", "1"]
+    assert main([*TRAIN, *flags]) == 0
+    shutil.rmtree("run/checkpoints/step_00000002")
+    Path("run/result.json").unlink()
+    Path("text.txt").write_text(LINES.upper())
+    assert main(["train", "--resume", "run"]) == 0
+    assert read_result(Path("run/result.json"))["bpb"]["text"] == "the validation split of text.txt as it was tokenised"
 
 
 def test_the_share_counts_what_a_cut_left_out(folder: Path, tmp_path: Path, monkeypatch, capsys):
@@ -102,7 +141,7 @@ def test_text_that_has_changed_is_not_called_validation(folder: Path, tmp_path: 
     after = scored(capsys)
     assert after.pop("text") == "the validation split of text.txt as it was tokenised"
     assert after == {k: v for k, v in before.items() if k != "text"}
-    assert scored(capsys, "--source", "text.txt")["text"] == "text.txt"
+    assert scored(capsys, "--source", "text.txt")["text"] == "the first 1,024 bytes of text.txt"
     monkeypatch.chdir(tmp_path)
     shutil.rmtree("moved/runs")
     (folder / "runs").rename(folder / "away")

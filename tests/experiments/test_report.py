@@ -102,6 +102,16 @@ def test_figures_that_were_not_measured_are_empty_cells(records, capsys):
     assert told.err == f"written: {records / 'out' / 'report.html'}\n"
 
 
+def test_arms_that_were_scored_on_different_text_are_named(tmp_path):
+    one, other = "8 rows of the validation split of a.txt (1 % of it)", "8 rows of the validation split of b.txt"
+    file = tmp_path / "x.jsonl"
+    for scored, told in (((one, one), []), ((one, other), [f"- plain: {one}\n- lrt: {other}"])):
+        lines = [record(arm, 0, 2.0, scored=text) for arm, text in zip(("plain", "lrt"), scored, strict=True)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        blocks = report_blocks(read_groups([file]), "plain")
+        assert [text for heading, text in blocks if heading.endswith("different text")] == told
+
+
 def test_what_is_no_record_is_named(records, capsys):
     (records / "bad.jsonl").write_text('{"arm": 1}\n', encoding="utf-8")
     for arguments, said in (

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from lrt.data import ByteTokenizer, train_bpe
 from lrt.inference.chat import complete
 from lrt.inference.generate import score
 from lrt.integrations.convert import convert
+from lrt.integrations.hf.export import card
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
 
@@ -67,7 +69,7 @@ def run(request, tmp_path_factory) -> Path:
         "rows": 64,
         "schedule": "interleaved-2",
     }
-    checkpoint.write_json(folder / "result.json", {"name": "small", "bpb": bpb})
+    checkpoint.write_json(folder / "result.json", {"name": "small", "bpb": bpb, "progress": {"step": 7}})
     return folder
 
 
@@ -178,7 +180,7 @@ def test_the_code_that_travels_needs_torch_and_transformers_alone(exported: Path
 
 
 def test_the_card_names_figures_and_modes(exported: Path):
-    card = (exported / "README.md").read_text()
+    text = (exported / "README.md").read_text()
     for words in (
         "decoded, token by token | 1.5000",
         "zero memory | 2.7500",
@@ -186,7 +188,24 @@ def test_the_card_names_figures_and_modes(exported: Path):
         "prefill='exact'",
         "step 7",
     ):
-        assert words in card
+        assert words in text
+
+
+def test_the_card_of_another_step_has_that_steps_figures(run: Path, tmp_path: Path):
+    """The result is of the run's last step; an earlier checkpoint may hold an evaluation of its own, or none."""
+    loaded = load_model(run)
+    bpb = json.loads((run / "result.json").read_text())["bpb"] | {"decoded": 4.5}
+    for step, extra, words in (
+        (3, {}, ["No evaluation was recorded at step 3."]),
+        (5, {"bpb": bpb}, ["64 held-out rows, float32:", "| decoded, token by token | 4.5000 |"]),
+    ):
+        other = replace(loaded, step=step, extra=extra)
+        assert all(word in card(other, "sweeps") for word in words) and "1.5000" not in card(other, "sweeps")
+    checkpoint.save(tmp_path / "run", 5, loaded.config, loaded.model, {}, extra={"bpb": bpb}, keep=1)
+    loaded.tokenizer.save(tmp_path / "run" / "tokenizer")
+    assert main(["export", "--to", "run", str(tmp_path / "run"), str(tmp_path / "brief")]) == 0
+    rounded = card(load_model(tmp_path / "brief"), "sweeps")
+    assert "float32, before the weights were rounded to bfloat16:" in rounded and "4.5000" in rounded
 
 
 def test_it_comes_back_as_a_run(run: Path, exported: Path, tmp_path: Path):

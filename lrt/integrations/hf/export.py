@@ -13,7 +13,7 @@ from typing import Any
 from lrt.config.run import to_dict
 from lrt.inference.loaded import Loaded
 from lrt.integrations.hf.fast_tokenizer import with_pad
-from lrt.utils.score_names import read_result, share_text, unit
+from lrt.utils.score_names import checked_figures, read_result, share_text, unit
 
 ENTRY = "lrt.integrations.hf.model"
 NAMES = {
@@ -105,16 +105,30 @@ def card(loaded: Loaded, prefill: str) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
         'ids = tokenizer("Once", return_tensors="pt").input_ids',
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))", "```", "",
-        *_figures(loaded.run / "result.json"),
+        *_figures(loaded),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _figures(file: Path) -> list[str]:
-    if not file.is_file():
-        return ["No evaluation was recorded."]
-    bpb = read_result(file)["bpb"]
+def _figures(loaded: Loaded) -> list[str]:
+    """The table of what these very weights scored: a run's result is of its last step."""
+    bpb = _scored(loaded)
+    if bpb is None:
+        return [f"No evaluation was recorded at step {loaded.step}."]
     rows = [("decoded, token by token", "decoded"), (f"merged, {bpb['schedule']}", "merged")]
     rows += [("one pass, zero memory", "zero_memory"), ("live gap (decoded - merged)", "live_gap")]
     table = [f"| {label} | {'not finite' if bpb[key] is None else f'{bpb[key]:.4f}'} |" for label, key in rows]
-    return [f"Bits per byte of {share_text(bpb)}, float32:", "", f"| mode | {unit(bpb)} |", "| --- | --- |", *table]
+    before = "" if loaded.stored == "float32" else f", before the weights were rounded to {loaded.stored}"
+    of = f"Bits per byte of {share_text(bpb)}, float32{before}:"
+    return [of, "", f"| mode | {unit(bpb)} |", "| --- | --- |", *table]
+
+
+def _scored(loaded: Loaded) -> dict[str, Any] | None:
+    """The evaluation at this step, from the checkpoint or the run's result; None where there was none."""
+    own, file = loaded.extra.get("bpb"), loaded.run / "result.json"
+    if isinstance(own, dict):
+        return checked_figures(own, f"{loaded.folder}: bpb")
+    result = read_result(file) if file.is_file() else {}
+    progress = result.get("progress")
+    same = isinstance(progress, dict) and progress.get("step") == loaded.step
+    return result["bpb"] if same else None
