@@ -76,8 +76,8 @@ def _texts(heading: str, groups: list[RunGroup], baseline: str, colours: plots.C
     blocks: list[Block] = [(heading, Table(HEADER, [_row(g, base) for g in groups]))]
     scored = {g.arm: "; ".join(dict.fromkeys(r["scored"] for r in g.records if "scored" in r)) for g in groups}
     if len(set(filter(None, scored.values()))) > 1:  # older records do not say
-        told = "\n".join(f"- {arm}: {text or 'not said'}" for arm, text in scored.items())
-        blocks.append((f"{heading}: scored on different text", told))
+        listed = "\n".join(f"- {arm}: {text or 'not said'}" for arm, text in scored.items())
+        blocks.append((f"{heading}: scored on different text", listed))
     if others := [g for g in groups if g is not base and g.paired(base, decoded)]:
         blocks.append((f"{heading}: differences", plots.bars(others, base, colours)))
     swept = [g for g in groups if all("kl" in r and r["kl"] for r in g.records)]  # the others are old, or do not recur

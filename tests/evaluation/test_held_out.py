@@ -151,7 +151,9 @@ def test_text_that_has_changed_is_not_called_validation(folder: Path, tmp_path: 
         assert "the text of text.txt has changed since run was trained" in capsys.readouterr().err
         Path("text.txt").unlink()
         assert main(["eval", "run", "--device", "cpu"]) == 2
-        assert "no token shards of run in run/data or where they were, and text.txt: no such" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "no token shards of run in run/data or where they were (--source TEXT" in error
+        assert "and text.txt: no such" in error
     finally:
         (folder / "away").rename(folder / "runs")
 
