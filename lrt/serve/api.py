@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
@@ -24,6 +24,7 @@ from lrt.serve.engine import BackgroundTask
 from lrt.serve.guard import Guard
 from lrt.serve.http import ApiError, EventStream, handle_errors
 from lrt.serve.inspect import inspect
+from lrt.serve.json_writer import json_bytes
 from lrt.serve.keys import ApiKeys, HostNames
 from lrt.serve.schemas import (
     ChatRequest,
@@ -50,9 +51,13 @@ STATUSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+def _json(text: bytes) -> Response:
+    return Response(text, media_type="application/json")
+
+
 async def _respond(going: Completion | Chat, request: Request) -> Any:
     if not going.body.stream:
-        return JSONResponse(await going.whole(request))
+        return _json(await going.whole(request))
     seconds = going.call.served.settings.deadline + 5
     return EventStream(going.pieces(), seconds, going.call.cancel)
 
@@ -68,6 +73,7 @@ def create_app(served: Served, keys: ApiKeys | None = None, hosts: HostNames | N
         served.engine.start(asyncio.get_running_loop())
         yield
         served.intake.end()
+        served.writer.end()
         await asyncio.to_thread(served.engine.close)
 
     app = FastAPI(title="lrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -137,7 +143,7 @@ def _tokens(served: Served) -> APIRouter:
     routes = APIRouter(redirect_slashes=False)
     words = served.words
 
-    def tokenized(data: object) -> dict[str, Any]:
+    def tokenized(data: object) -> bytes:
         body = served.parsed(TokenizeRequest, data)
         served.named(body.model)
         if body.prompt is None:
@@ -145,23 +151,23 @@ def _tokens(served: Served) -> APIRouter:
         else:
             ids = served.opened(body.prompt)[0 if body.add_special_tokens else 1 :]
         spelt = [words.spell(i) for i in ids] if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": spelt}
+        return json_bytes({"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": spelt})
 
-    def detokenized(data: object) -> dict[str, Any]:
+    def detokenized(data: object) -> bytes:
         body = served.parsed(DetokenizeRequest, data)
         served.named(body.model)
         served.known(body.tokens, "tokens")
-        return {"prompt": words.tokenizer.decode(body.tokens)}
+        return json_bytes({"prompt": words.tokenizer.decode(body.tokens)})
 
     @routes.post("/tokenize", response_model=None, openapi_extra=described(TokenizeRequest))
     async def tokenize(request: Request) -> Any:
         """The tokens of a text or a conversation."""
-        return await served.intake.take(request, tokenized, "chat")
+        return _json(await served.intake.take(request, tokenized, "chat"))
 
     @routes.post("/detokenize", response_model=None, openapi_extra=described(DetokenizeRequest))
     async def detokenize(request: Request) -> Any:
         """The text of tokens."""
-        return await served.intake.take(request, detokenized)
+        return _json(await served.intake.take(request, detokenized))
 
     @routes.get("/tokenizer_info", response_model=None)
     async def tokenizer_info() -> dict[str, Any]:
@@ -196,14 +202,16 @@ def _own(served: Served) -> APIRouter:
         return ids, body.top, spelling.changed > 0
 
     @routes.post("/api/inspect", response_model=None, openapi_extra=described(InspectRequest))
-    async def answer_inspect(request: Request) -> dict[str, Any]:
+    async def answer_inspect(request: Request) -> Any:
         """What the memory does to every token of a text."""
         ids, top, normalised = await served.intake.take(request, inspected)
         call = Call(served, request.state.owner)
         work = partial(inspect, served.model, served.words, ids, top, served.mode)
         call.submit([BackgroundTask(0, call.events, call.deadline, work=work)])
         (event,) = await call.all(request)
-        return event.what | {"normalised": normalised, "model": served.about()}
+        more = {"normalised": normalised, "model": served.about()}
+        values = len(ids) * (2 * top + served.model.config.depth)
+        return _json(await served.writer.write(lambda: event.what | more, values))
 
     return routes
 

@@ -21,6 +21,9 @@ from lrt.serve.intake import CLOSING
 from lrt.serve.served import Served
 from lrt.serve.text import Listing
 
+MOST_TOGETHER = 128
+"""Events that are taken at a time: more would hold the event loop."""
+
 
 @dataclass
 class Choice:
@@ -48,7 +51,7 @@ class Call:
         """`owner` is the API key's number; with `salt` it says who shares kept states with this request."""
         self.served, self.events = served, asyncio.Queue[Event]()
         self.deadline = time.monotonic() + served.settings.deadline
-        self.scope = hashlib.sha256(f"{owner}:{salt}".encode("utf-8", "replace")).digest()
+        self.scope = hashlib.sha256(f"{owner}:{salt or ''}".encode("utf-8", "replace")).digest()  # no salt is empty
         self.jobs: list[Job] = []
         self.left = 0
 
@@ -85,11 +88,13 @@ class Call:
         self.served.engine.cancel(self.jobs)
 
     async def next(self) -> list[Event]:
-        """Everything that has happened since, at least one thing; nothing once all jobs have ended."""
+        """What has happened since, from one thing to `MOST_TOGETHER`; nothing once all jobs have ended."""
         if not self.left:
             return []
+        if self.events.qsize() > MOST_TOGETHER:
+            await asyncio.sleep(0)  # others first: who has not read for a while finds much
         ready = [await self.events.get()]
-        while not self.events.empty():
+        while not self.events.empty() and len(ready) < MOST_TOGETHER:
             ready.append(self.events.get_nowait())
         for event in ready:
             if isinstance(event.what, Ended):

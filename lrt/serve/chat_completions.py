@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, NamedTuple, final
 
 from fastapi import Request
 
 from lrt.inference.batch import Emission
 from lrt.serve.calls import Call, Choice, head, usage
+from lrt.serve.engine import Event
 from lrt.serve.grammar import CallReader, GrammarConstraint
 from lrt.serve.http import ApiError
 from lrt.serve.messages import Message, Tool
@@ -73,9 +75,14 @@ class Chat:
         top = (self.body.top_logprobs or 0) if self.body.logprobs else 0
         self.call.submit(self.call.answers([self.prompt], self.body.n, params, top, ready.form))
 
-    async def whole(self, request: Request) -> dict[str, Any]:
+    async def whole(self, request: Request) -> bytes:
         """The answer in one piece."""
-        for event in await self.call.all(request):
+        events = await self.call.all(request)
+        values = len(events) * (1 + (self.body.top_logprobs or 0))
+        return await self.served.writer.write(partial(self._whole, events), values)
+
+    def _whole(self, events: list[Event]) -> dict[str, Any]:
+        for event in events:
             self.choices[event.number].take(event.what)
         choices = [
             {"index": c.answer.index, "message": c.message(), "logprobs": c.listed(self.body.logprobs),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, NamedTuple, final
 
 from fastapi import Request
 
 from lrt.inference.batch import Ranked
-from lrt.serve.calls import Call, Choice, head, usage
+from lrt.serve.calls import MOST_TOGETHER, Call, Choice, head, usage
 from lrt.serve.engine import BackgroundTask, Event, Job
 from lrt.serve.grammar import GrammarConstraint
 from lrt.serve.inspect import score
+from lrt.serve.json_writer import event_bytes
 from lrt.serve.schemas import CompletionRequest
 from lrt.serve.served import Served
 from lrt.serve.text import Listing
@@ -90,9 +92,17 @@ class Completion:
         logprobs = None if self.body.logprobs is None else choice.listing.completion(tokens)
         return {"text": text, "index": choice.index, "logprobs": logprobs, "finish_reason": choice.finish}
 
-    async def whole(self, request: Request) -> dict[str, Any]:
+    async def whole(self, request: Request) -> bytes:
         """The answer in one piece."""
         events = await self.call.all(request)
+        listed = len(events) + (sum(len(c.prompt) for c in self.choices) if self.body.echo else 0)
+        return await self.served.writer.write(partial(self._whole, events), self._values(listed))
+
+    def _values(self, tokens: int) -> int:
+        """About how many values the listing of so many tokens has."""
+        return tokens * (1 + (self.body.logprobs or 0))
+
+    def _whole(self, events: list[Event]) -> dict[str, Any]:
         scores = {event.number: event.what for event in events if event.number < 0}
         for event in events:
             if event.number >= 0:
@@ -105,8 +115,8 @@ class Completion:
             choices.append(_joined(front, answer) if front else answer)
         return self.head | {"choices": choices, "usage": usage(self.prompts, self.choices)}
 
-    async def pieces(self) -> AsyncIterator[list[dict[str, Any]]]:
-        """The answer as chunks, those that are ready together at once."""
+    async def pieces(self) -> AsyncIterator[list[dict[str, Any]] | bytes]:
+        """The answer as chunks, those that are ready together at once; prompts are events of their own."""
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         head = self.head | ({"usage": None} if with_usage else {})
         waiting: list[Event] = []
@@ -118,10 +128,12 @@ class Completion:
                         scores[event.number] = event.what
                     else:
                         waiting.append(event)
-            fronts = [self.echo(c, scores.get(-1 - c.index // self.body.n)) for c in self.choices]
-            yield [head | {"choices": [front]} for front in fronts]
-        while events := waiting or await self.call.next():
-            waiting, chunks = [], []
+            for c in self.choices:
+                front = partial(self.echo, c, scores.get(-1 - c.index // self.body.n))
+                made = partial(lambda front: head | {"choices": [front()]}, front)
+                yield await self.served.writer.write(made, self._values(len(c.prompt)), event_bytes)
+        while events := waiting[:MOST_TOGETHER] or await self.call.next():
+            waiting, chunks = waiting[MOST_TOGETHER:], []
             for event in events:
                 choice, e = self.choices[event.number], event.what
                 choice.take(e)

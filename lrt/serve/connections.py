@@ -20,6 +20,7 @@ FREE_PARTS, PART_BYTES = 256, 64
 """Parts that any body may come in, and bytes that each further one must bring on average: each holds the loop."""
 GRACE = 1.0
 """Seconds that the application has to answer for a body that is late, before its connection is dropped."""
+NO_HTTP = "this is not an HTTP request, its headers are too long, or its body is not what they say"
 CLOSING_SECONDS = 10.0
 """How long a client may take to read the end of an answer."""
 
@@ -119,6 +120,9 @@ class CountedParts(h11.Connection):
                 raise h11.RemoteProtocolError("the body comes in too many small parts")
         elif isinstance(event, h11.Request):
             self._parts = self._bytes = 0
+            size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
+            if size > HEADER_BYTES:  # which h11 looks at only where they come in several pieces
+                raise h11.RemoteProtocolError("the headers are too long")
         return event
 
 
@@ -167,11 +171,12 @@ class LimitedConnection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP ends the connection; where the application is at work, it hears that its client is gone."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if not (answering and self.cycle.response_started) and not self.transport.is_closing():
+            self.transport.write(_plain(400, NO_HTTP))
+        if answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        elif not self.transport.is_closing():
-            self.transport.write(_plain(400, "this is not an HTTP request, or its headers are too long"))
         self._close()
 
     def timeout_keep_alive_handler(self) -> None:

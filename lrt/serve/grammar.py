@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, NamedTuple, final
 
@@ -27,7 +29,11 @@ LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 MOST_BOUND = 2**63
 """Bounds as large become others."""
 MOST_WRITTEN = 65_536
-"""Most characters of a schema's expressions, their counted repeats written out."""
+"""Most characters of a request's expressions, their counted repeats written out; and most remainders of divisions."""
+MOST_PLACES = 18
+"""Decimal places that numbers which may be combined can have."""
+COMBINING = ("allOf", "anyOf", "oneOf", "$ref")
+"""Keywords by which two schemas hold at one place."""
 ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.S)
 """A piece of an expression: a letter, a class, an escape, a parenthesis, or how often the one before stands."""
 ANY_OBJECT = {"type": "object"}
@@ -140,6 +146,7 @@ def answer_form(format_: ResponseFormat | None, tools: Sequence[Tool], choice: s
     rules += ['text: /[^{](.|\\n)*/ | ""'] if content is None else [f"content: {_json_rule(content)}"]
     if sum(map(len, rules)) > MOST_SCHEMAS:
         raise ValueError(f"the schemas have more than {MOST_SCHEMAS} characters together; give fewer tools")
+    _check_sizes([*(tool.function.parameters for tool in named), *([] if content is None else [content])])
     return AnswerForm("\n".join(rules), tuple(t.function.name for t in named))
 
 
@@ -156,14 +163,46 @@ def _json_rule(schema: Mapping[str, Any]) -> str:
     text = json.dumps({**schema, "x-guidance": FORM})
     if len(text) > MOST_SCHEMA:
         raise ValueError(f"a schema has {len(text)} characters; give at most {MOST_SCHEMA}")
-    written = 0
     for part in _parts(schema):
         if any(_number(part.get(name)) for name in (*LOWER, *UPPER)):
             _check_bounds(part)
+    return f"%json {text}"
+
+
+def _check_sizes(schemas: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError: all schemas of a request together would keep the library at work for longer than half a second."""
+    written, divisors, combined = 0, list[Any](), False
+    for part in _parts(list(schemas)):
         written += sum(map(written_out, _patterns(part)))
+        divisors += [part["multipleOf"]] if _number(part.get("multipleOf")) else []
+        combined |= any(name in part for name in COMBINING)
     if written > MOST_WRITTEN:
         raise ValueError(f"patterns repeat more than {MOST_WRITTEN} characters: give smaller counts in braces")
-    return f"%json {text}"
+    if remainders(divisors, combined) > MOST_WRITTEN:
+        raise ValueError(f"multipleOf needs more than {MOST_WRITTEN} remainders, all together: give smaller numbers")
+
+
+def remainders(divisors: Sequence[int | float], combined: bool) -> int:
+    """How many remainders the library follows to keep `multipleOf`, or more than `MOST_WRITTEN`.
+
+    It takes five seconds for a million of them. A decimal counts as its digits do: 0.25 has 25. Where two may be
+    `combined`, they have as many as the least common multiple.
+    """
+    exact = [abs(Decimal(value if isinstance(value, int) else str(value))) for value in divisors]
+    if any(value >= 2**63 for value in exact):
+        return 2**63
+    places = [max(0, -int(value.normalize().as_tuple().exponent)) for value in exact]
+    total = sum(int(value.scaleb(n)) for value, n in zip(exact, places, strict=True))
+    if not combined or total > MOST_WRITTEN:
+        return total
+    if max(places, default=0) > MOST_PLACES:
+        return MOST_WRITTEN + 1
+    together = 1
+    for value in set(exact):
+        together = math.lcm(together, max(1, int(value.scaleb(max(places)))))
+        if together > MOST_WRITTEN:
+            break
+    return max(total, together)
 
 
 def _patterns(part: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from lrt.serve.json_writer import event_bytes
 from lrt.utils.files import one_line
 
 KINDS = {
@@ -83,8 +83,8 @@ class EventStream(Response):
     last event.
     """
 
-    def __init__(self, events: AsyncIterator[list[dict[str, Any]]], seconds: float, gone: Callable[[], None]):
-        """`events` yields lists of objects that are ready together; `gone` is called at the end, whatever it was."""
+    def __init__(self, events: AsyncIterator[list[dict[str, Any]] | bytes], seconds: float, gone: Callable[[], None]):
+        """`events` yields objects that are ready together, or events as they are sent; `gone` is called at the end."""
         super().__init__(media_type="text/event-stream")
         self.events, self.seconds, self.gone = events, seconds, gone
 
@@ -108,18 +108,15 @@ class EventStream(Response):
                     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     started = True
-                await send({"type": "http.response.body", "body": encoded(ready), "more_body": True})
+                body = ready if isinstance(ready, bytes) else b"".join(map(event_bytes, ready))
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.sleep(0)  # where much is ready, others have their turn in between
             last = b"data: [DONE]\n\n"
         except ApiError as error:
             if not started:
                 return await error.response()(scope, receive, send)
             last = b"data: " + bytes(error.response().body) + b"\n\n"
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-def encoded(events: list[dict[str, Any]]) -> bytes:
-    """Objects as server-sent events."""
-    return b"".join(b"data: %b\n\n" % json.dumps(e, separators=(",", ":")).encode() for e in events)
 
 
 async def disconnected(receive: Receive) -> None:

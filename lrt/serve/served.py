@@ -19,6 +19,7 @@ from lrt.serve.grammar import GrammarConstraint, Grammars, answer_form
 from lrt.serve.http import ApiError
 from lrt.serve.inspect import trained_without_memory
 from lrt.serve.intake import Intake
+from lrt.serve.json_writer import AnswerWriter
 from lrt.serve.messages import ResponseFormat, Tool
 from lrt.serve.metrics import Metrics
 from lrt.serve.prompts import prompts_of
@@ -54,6 +55,7 @@ class Served:
         self.context = self.model.config.context
         values = settings.max_choices * self.longest_prompt + MOST_VALUES
         self.intake = Intake(settings.max_body, settings.body_seconds, READ_SECONDS, values)
+        self.writer = AnswerWriter()
         self.vocabulary = self.model.config.vocab_size
         self.grammars = Grammars(loaded.tokenizer, self.vocabulary)
         self.mode = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)

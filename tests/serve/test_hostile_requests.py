@@ -18,7 +18,7 @@ from serving import Server, post
 from test_limits import raw
 
 from lrt.serve.connections import CountedParts
-from lrt.serve.grammar import MOST_WRITTEN, written_out
+from lrt.serve.grammar import MOST_WRITTEN, remainders, written_out
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 JSON = {"content-type": "application/json"}
@@ -115,6 +115,35 @@ BODIES = {
     "an expression of nested repeats": (form(type="string", pattern="^" + "(" * 10 + "a+" + ")+" * 10 + "$"), 200),
     "an expression of many choices": (form(type="string", pattern="^(a?){1000}a{1000}$"), 400),
     "an expression of a million repeats": (form(type="string", pattern="^(a{1000}){1000}$"), 400),
+    "a number of a million remainders": (form(type="integer", multipleOf=1_000_003), 400),
+    "fifty of ten thousand": (form(prefixItems=[{"type": "integer", "multipleOf": 9973 + i} for i in range(50)]), 400),
+    "three that hold together": (form(type="integer", allOf=[{"multipleOf": m} for m in (97, 101, 103)]), 400),
+    "a number of few remainders": (form(type="integer", multipleOf=12), 200),
+    "a hundredth, and three": (form(type="number", allOf=[{"multipleOf": 0.01}, {"multipleOf": 3}]), 200),
+    "a divisor of 400 digits": (form(type="integer", multipleOf=10**400), 400),
+    "a divisor of no size": (form(type="number", multipleOf=5e-324), 400),
+    "references that double": (form(**{"$ref": "#/$defs/a0", "$defs": {"a40": {"type": "string"}} | {
+        f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(40)}}), 200),
+    "references in a chain": (form(**{"$ref": "#/$defs/a0", "$defs": {"a900": {"type": "string"}} | {
+        f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(900)}}), 200),
+    "a reference elsewhere": (form(**{"$ref": "file:///etc/passwd"}), 400),
+    "100,000 values to choose from": (form(enum=list(range(100_000))), 400),
+    "7,000 values to choose from": (form(enum=list(range(7000))), 200),
+    "lists of a thousand lists": (form(type="array", minItems=1000, items={"type": "array", "minItems": 1000}), 200),
+    "a text of 2^62 letters": (form(type="string", minLength=2**62), 400),
+    "a bias of a list": (asked(logit_bias={"1": [1]}), 400),
+    "a bias of a bias": (asked(logit_bias={"1": {"2": 1}}), 400),
+    "a bias 30,000 times": (asked('"logit_bias":{' + ",".join(['"1":1'] * 30_000) + "}"), 200),
+    "a stream's option that is a number": (asked(stream=True, stream_options={"include_usage": 1}), 400),
+    "a stream's options in a list": (asked(stream=True, stream_options=[]), 400),
+    "stop texts in a list of a list": (asked(stop=[["a"]]), 400),
+    "a stop token of a point": (asked(stop_token_ids=[1.0]), 400),
+    "tokens of a point": (asked(prompt=[1.0]), 400),
+    "tokens and a text": (asked(prompt=[1, "a"]), 400),
+    "lists of lists of lists of tokens": (asked(prompt=[[[1]]]), 400),
+    "a minus at zero": (asked('"temperature":-0.0,"min_p":-0,"top_k":-0,"seed":-0'), 200),
+    "1e308": (asked('"presence_penalty":1e308'), 400),
+    "a seed of 65 bits": (asked('"seed":18446744073709551616'), 400),
     "a name of a million repeats": (form(items={"patternProperties": {"^(a{999,1000}){1000}$": {}}}), 400),
 }  # fmt: skip
 
@@ -188,6 +217,32 @@ def test_repeats_of_an_expression_are_written_out(pattern, count):
     assert written_out(pattern) == count
 
 
+@pytest.mark.parametrize(
+    ("divisors", "combined", "count"),
+    [
+        ([], True, 1), ([7], False, 7), ([0.01], False, 1), ([0.25, 2.5], False, 50), ([-5], True, 5),
+        ([97, 101], False, 198), ([97, 101], True, 9797), ([0.01, 3], True, 300), ([6, 4, 12], True, 22),
+        ([0], True, 1),
+    ],
+)  # fmt: skip
+def test_remainders_are_those_of_the_divisors_or_of_what_they_have_in_common(divisors, combined, count):
+    assert remainders(divisors, combined) == count
+
+
+def test_remainders_without_end_are_counted_no_further():
+    tiny = [1e-300 + i * 1e-301 for i in range(3000)]
+    for divisors in ([1e308], [10**4000], [5e-324], tiny, list(range(9000, 9050))):
+        assert remainders(divisors, True) > MOST_WRITTEN
+
+
+def test_sizes_are_those_of_all_tools_together(server):
+    one = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 9973}}}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": one}} for i in range(8)]
+    ask = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "tool_choice": "required"}
+    plain(post(server, "/v1/chat/completions", ask | {"tools": tools}), 400)
+    assert "remainders" in post(server, "/v1/chat/completions", ask | {"tools": tools}).json()["error"]["message"]
+
+
 def test_repeats_without_end_are_counted_no_further():
     for pattern in ("(" * 20_000 + "a" + "){9}" * 20_000, "a{9}" * 3 + "{999999999}" * 5000, "a{" + "9" * 50_000 + "}"):
         assert written_out(pattern) > MOST_WRITTEN
@@ -255,6 +310,21 @@ def test_what_follows_a_body_is_another_request(server, length, status):
     """A length that is too short cuts the body; the rest is no HTTP, and ends the connection."""
     answer = raw(server, HEAD + b"Content-Length: %d\r\n\r\n" % length + asked())
     assert answer.split(b" ", 2)[1] == b"%d" % status
+
+
+@pytest.mark.parametrize("body", [b"-5\r\n{}", b"0x2\r\n{}", b"2\r\n{}xx", b"zz\r\n"])
+def test_a_body_that_is_not_what_its_headers_say_is_told_so(server, body):
+    answer = raw(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body + b"\r\n0\r\n\r\n")
+    assert answer.split(b" ", 2)[1] == b"400" and b"its body is not what they say" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("length", [17_000, 60_000])
+def test_headers_that_come_at_once_are_measured_too(server, length):
+    for request in (b"GET /" + b"a" * length, b"GET /health HTTP/1.1\r\nX: " + b"a" * length):
+        line = b"" if b"HTTP" in request else b" HTTP/1.1"
+        answer = raw(server, request + line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert answer.split(b" ", 2)[1] == b"400" and b"its headers are too long" in answer
 
 
 def test_pipelined_requests_are_answered_in_turn(server):
