@@ -70,6 +70,8 @@ CORNERS = [
     config(window_pattern="SSL", window=1, kv_heads=1, projection="shared", rope_theta=50.0),
     config(backbone=LLAMA, source=3, softcap=None, residual_scalars=False, value_embeddings="none"),
     config(backbone=QWEN, projection="shared", softcap=None, residual_scalars=False),
+    config(window_pattern="S", last_layer="S", window=2, source=3),
+    config(window_pattern="S", last_layer="S", shift=True, document_attention=True, projection="shared"),
     config(backbone=OTHER, source=3, window_pattern="L"),
     config(source=0, backbone=QWEN, residual_scalars=False),
     config(shift=True, source=3, depth=2, loops=2),
@@ -109,7 +111,13 @@ SCHEDULES = [
 def label(cfg: ModelConfig) -> str:
     """A readable test id."""
     m = cfg.memory
-    options = [f"kv{cfg.k}", cfg.window_pattern, cfg.value_embeddings, m.projection, "residual" if m.residual else "-"]
+    options = [
+        f"kv{cfg.k}",
+        cfg.window_pattern + (cfg.last_layer == "S") * "!",
+        cfg.value_embeddings,
+        m.projection,
+        "residual" if m.residual else "-",
+    ]
     back = {id(LLAMA): "llama", id(QWEN): "qwen", id(OTHER): "other"}.get(id(cfg.backbone), "nanochat")
     options += ["documents"] * cfg.document_attention + ["shift"] * m.shift + [f"blocks{m.blocks}" if m.blocks else ""]
     options += [m.injection] * (m.injection != "scaled")

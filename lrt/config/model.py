@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 Projection = Literal["none", "gates", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
+LastLayer = Literal["L", "S"]
 Backend = Literal["auto", "masked", "flex"]
 MLPKind = Literal["relu2", "swiglu"]
 Biases = Literal["none", "qkv", "attention", "all"]
@@ -176,7 +177,10 @@ class ModelConfig:
     bos: int | None = None
     """Token that starts a document: the memory is reset there. None: only position 0 resets it."""
     window_pattern: str = "L"
-    """A letter a layer, repeated: L sees everything, S a sliding window; the last layer is always L."""
+    """A letter a layer, repeated: L sees everything, S a sliding window. The last layer goes by `last_layer`."""
+    last_layer: LastLayer = "L"
+    """L as in nanochat, whatever the pattern says; S too confines it to the window. With S everywhere the state no
+    longer grows with the text."""
     window: int | None = None
     """Positions a sliding-window layer sees, the current one included; none means half the context."""
     document_attention: bool = False
@@ -218,6 +222,7 @@ class ModelConfig:
         soft = self.softcap is None or 0 < self.softcap < math.inf
         require(soft, f"model.softcap is {self.softcap}; it must be positive or none")
         require(0 < self.rope_theta < math.inf, f"model.rope_theta is {self.rope_theta}; it must be positive")
+        require_choice("model.last_layer", self.last_layer, LastLayer)
         require_choice("model.value_embeddings", self.value_embeddings, ValueEmbeddings)
         source, gates, blocks = self.memory.source, self.memory.gate_width, self.memory.blocks
         require(
@@ -334,8 +339,8 @@ class ModelConfig:
     def windows(self) -> tuple[int | None, ...]:
         """The window of every layer: positions seen including the current one, or None for all of them."""
         short = self.window or max(1, self.context // 2)
-        letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth)]
-        return self.loops * tuple(short if c == "S" and i < self.depth - 1 else None for i, c in enumerate(letters))
+        letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)]
+        return self.loops * tuple(short if c == "S" else None for c in [*letters, self.last_layer])
 
     def has_value_embedding(self, layer: int) -> bool:
         """Whether block `layer` (0-based) has a value embedding."""

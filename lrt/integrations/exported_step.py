@@ -36,7 +36,9 @@ class DecodingStep(nn.Module):
         layers = self.model.config.layers
         keys, values = (tuple(x.clone() for x in xs) for xs in (state[:layers], state[layers : 2 * layers]))
         rows = PerRow(*state[2 * layers :])
-        logits, after = next_logits(self.model, tokens, KVCache(keys, values, *rows))
+        logits, after = next_logits(
+            self.model, tokens, KVCache(keys, values, *rows, capacity=self.model.config.context)
+        )
         return logits, [*keys, *values, *after]
 
 

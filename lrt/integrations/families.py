@@ -63,7 +63,7 @@ def model_config(facts: Facts, bos: int | None = None) -> ModelConfig:
     supported = isinstance(kind, str) and kind in FAMILIES
     require(supported, f"model_type {kind!r} is not among the families that can be imported: {', '.join(FAMILIES)}")
     _refuse(facts)
-    family, heads = FAMILIES[str(kind)], _number(facts, "num_attention_heads")
+    family, heads, letter = FAMILIES[str(kind)], _number(facts, "num_attention_heads"), "S" if _windowed(facts) else "L"
     theta, rope = _rope(facts)
     qwen = 128 if family.learned_qk else None  # the width that family's configuration implies where it names none
     backbone = BackboneConfig(
@@ -82,6 +82,7 @@ def model_config(facts: Facts, bos: int | None = None) -> ModelConfig:
         depth=_number(facts, "num_hidden_layers"), width=_number(facts, "hidden_size"), heads=heads,
         kv_heads=_value(facts, "num_key_value_heads", int, heads), bos=bos, vocab_size=_number(facts, "vocab_size"),
         context=_value(facts, "max_position_embeddings", int, 2048), residual_scalars=False, softcap=None,
+        window_pattern=letter, last_layer=letter, window=facts["sliding_window"] if letter == "S" else None,
         rope_theta=theta, memory=MEMORY_OFF, backbone=backbone,
     )  # fmt: skip
 
@@ -119,7 +120,8 @@ def family_config(kind: str, config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.k, "head_dim": config.e, "max_position_embeddings": config.context,
         "vocab_size": config.vocab_size, "intermediate_size": config.mlp_width, "rms_norm_eps": back.norm_eps,
         "tie_word_embeddings": back.tied, "rope_parameters": scaling | {"rope_theta": config.rope_theta},
-        "bos_token_id": config.bos, "eos_token_id": config.bos, "sliding_window": None,
+        "bos_token_id": config.bos, "eos_token_id": config.bos,
+        "sliding_window": config.window if kind == "mistral" and config.last_layer == "S" else None,
     }  # fmt: skip
     if family.biases != "qkv":
         facts["attention_bias"] = back.biases in ("attention", "all")
@@ -206,16 +208,20 @@ _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddi
 
 def _refuse(facts: Facts) -> None:
     """Raise ValueError for settings whose function this backbone does not compute."""
-    windows = _value(facts, "use_sliding_window", bool, facts.get("model_type") == "mistral")
-    context = _value(facts, "max_position_embeddings", int, 0)
-    window = _value(facts, "sliding_window", int, 0) or context
     for name, fine in (
         ("hidden_act", facts.get("hidden_act", "silu") in ("silu", "swish")),
         ("quantization_config", facts.get("quantization_config") is None),
-        ("sliding_window", not windows or window >= context),
+        ("sliding_window", not _windowed(facts) or facts["model_type"] == "mistral"),
         ("partial_rotary_factor", facts.get("partial_rotary_factor", 1) == 1),
     ):
         require(fine, f"{name} {facts.get(name)!r} of this checkpoint is not supported; its function would change")
+
+
+def _windowed(facts: Facts) -> bool:
+    """Whether layers see less than the context: all of them in mistral, some in others."""
+    windows = _value(facts, "use_sliding_window", bool, facts.get("model_type") == "mistral")
+    context = _value(facts, "max_position_embeddings", int, 0)
+    return windows and 0 < _value(facts, "sliding_window", int, 0) < context
 
 
 def _spelt_out(config: ModelConfig) -> ModelConfig:

@@ -79,6 +79,8 @@ class KVCache(NamedTuple):
     """The newest of them, int64 [B]: what the token shift reads next; negative before the first."""
     document_start: Tensor
     """Position at which each row's document starts, int64 [B]; 0 where attention crosses documents."""
+    capacity: int
+    """Most tokens a row can hold."""
     longest: int = 0
     """Upper bound of `length` that the host knows without asking the device."""
 
@@ -90,7 +92,7 @@ class KVCache(NamedTuple):
         keys, values = (tuple(like.new_zeros((rows, c.k, r, c.e)) for r in sizes) for _ in range(2))
         memory = like.new_zeros((rows, c.d))
         length = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return KVCache(keys, values, memory, length, length - 1, length.clone())
+        return KVCache(keys, values, memory, length, length - 1, length.clone(), capacity)
 
     def per_row(self) -> PerRow:
         """What a row holds beside keys and values."""
@@ -100,11 +102,6 @@ class KVCache(NamedTuple):
     def rows(self) -> int:
         """Rows, B."""
         return len(self.length)
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens a row can hold; the last layer always sees them all."""
-        return self.keys[-1].shape[2] - 1
 
     def view(self) -> KVCache:
         """The same state with only those slots that rows of at most `longest` tokens, and their next one, can use.
@@ -131,7 +128,7 @@ class KVCache(NamedTuple):
         Keys and values have been filled in place.
         """
         rows, longest = self.rows_after(written), min(self.longest + 1, self.capacity)
-        return KVCache(self.keys, self.values, *rows, longest=longest)
+        return self._replace(**rows._asdict(), longest=longest)
 
     def rows_after(self, written: PassOutput, active: Tensor | None = None) -> PerRow:
         """`per_row` of that state; rows where `active` [B] is False stay as they were.
@@ -188,7 +185,7 @@ class KVCache(NamedTuple):
         if n == self.rows:
             return self
         keys, values = (tuple(x[:n] for x in xs) for xs in (self.keys, self.values))
-        return KVCache(keys, values, *(x[:n] for x in self.per_row()), longest=self.longest)
+        return KVCache(keys, values, *(x[:n] for x in self.per_row()), capacity=self.capacity, longest=self.longest)
 
     def with_first(self, part: KVCache) -> KVCache:
         """This state after a step of `first(n)` has made `part`."""
@@ -197,7 +194,7 @@ class KVCache(NamedTuple):
             return part
         pairs = zip(part.per_row(), self.per_row(), strict=True)
         joined = (torch.cat((new, old[n:])) for new, old in pairs)
-        return KVCache(self.keys, self.values, *joined, longest=part.longest)
+        return KVCache(self.keys, self.values, *joined, capacity=self.capacity, longest=part.longest)
 
     def clear(self, row: int) -> KVCache:
         """This state with one row empty; its slots are not touched: nobody sees what they hold."""
@@ -209,19 +206,19 @@ class KVCache(NamedTuple):
     def take(self, rows: Tensor) -> KVCache:
         """An independent copy whose row i is this state's row `rows[i]`: n samples from one prompt, or a kept state."""
         keys, values = (tuple(x[rows] for x in xs) for xs in (self.keys, self.values))
-        return KVCache(keys, values, *(x[rows] for x in self.per_row()), longest=self.longest)
+        return KVCache(keys, values, *(x[rows] for x in self.per_row()), capacity=self.capacity, longest=self.longest)
 
     def put(self, rows: Tensor, other: KVCache) -> KVCache:
         """This state with row `rows[i]` replaced, in place, by row i of `other`, a state of the same capacity."""
         for mine, new in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
-            if mine.shape[1:] != new.shape[1:]:
+            if mine.shape[1:] != new.shape[1:] or self.capacity != other.capacity:
                 raise ValueError(
                     f"a state of capacity {other.capacity} cannot join one of {self.capacity}: make both alike"
                 )
             mine[rows] = new
         pairs = zip(self.per_row(), other.per_row(), strict=True)
         now = (mine.index_copy(0, rows, new) for mine, new in pairs)
-        return KVCache(self.keys, self.values, *now, longest=max(self.longest, other.longest))
+        return KVCache(self.keys, self.values, *now, capacity=self.capacity, longest=max(self.longest, other.longest))
 
     def save(self, path: Path | str) -> None:
         """Write the state, only the slots in use, as safetensors."""
@@ -230,7 +227,7 @@ class KVCache(NamedTuple):
         for name, xs in (("keys", self.keys), ("values", self.values)):
             tensors |= {f"{name}.{i}": x[:, :, :used].contiguous() for i, x in enumerate(xs)}
         slots = json.dumps([x.shape[2] for x in self.keys])
-        about = {"format": FORMAT, "slots": slots, "longest": str(used)}
+        about = {"format": FORMAT, "slots": slots, "longest": str(used), "capacity": str(self.capacity)}
         write_tensors(tensors, Path(path), about | {DIGEST: tensors_hash(tensors, about)})
 
     @staticmethod
@@ -246,13 +243,16 @@ class KVCache(NamedTuple):
         slots = parse_json(about.get("slots", ""), f"{path}: slots")
         longest = parse_json(about.get("longest", ""), f"{path}: longest")
         _require_state(tensors, slots, longest, path)
+        capacity = parse_json(about.get("capacity", str(slots[-1] - 1)), f"{path}: capacity")
+        if type(capacity) is not int or not longest <= capacity <= MOST_SLOTS:
+            raise ValueError(f"{path}: a capacity of {capacity} for {longest} tokens: write it again with KVCache.save")
         keys, values = (
             tuple(_refill(tensors[f"{name}.{i}"], r) for i, r in enumerate(slots)) for name in ("keys", "values")
         )
         length = tensors["length"]  # older files lack what no model read then
         last = tensors.get("last_token", torch.full_like(length, -1))
         start = tensors.get("document_start", torch.zeros_like(length))
-        return KVCache(keys, values, tensors["memory"], length, last, start, longest)
+        return KVCache(keys, values, tensors["memory"], length, last, start, capacity, longest)
 
 
 def _require_state(tensors: dict[str, Tensor], slots: Any, longest: Any, path: Path | str) -> None:

@@ -278,7 +278,7 @@ def advance(
         if (reached >= cache.capacity).any():
             raise ValueError(f"the state is full: its capacity is {cache.capacity} tokens; give it a larger one")
     out, rows = run(model, tokens, cache.view(), active)
-    return out, KVCache(cache.keys, cache.values, *rows, longest=min(cache.longest + 1, cache.capacity))
+    return out, cache._replace(**rows._asdict(), longest=min(cache.longest + 1, cache.capacity))
 
 
 def total(parts: list[tuple[int, Effort]]) -> Effort:

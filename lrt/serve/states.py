@@ -83,7 +83,7 @@ class StoredState(NamedTuple):
         now.memory[row], now.length[row] = memories[bisect_left(self.marks.tolist(), mark)], mark
         now.last_token[row] = int(self.tokens[mark - 1])
         now.document_start[row] = starts[-1] if starts else 0
-        return KVCache(cache.keys, cache.values, *now, longest=max(cache.longest, mark))
+        return cache._replace(**now._asdict(), longest=max(cache.longest, mark))
 
 
 @final

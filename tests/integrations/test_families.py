@@ -43,6 +43,7 @@ CASES = {
     ),
     "llama, all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "mistral-windows": ("mistral", {"sliding_window": 5, "head_dim": 8}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 12}),
     "qwen3, tied, biases": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),

@@ -9,6 +9,7 @@ import torch
 from helpers import BOTH, SHIFT, close, config, randomised, tokens, truth
 from safetensors.torch import save_file
 
+from lrt.config.decoding import PrefillOptions
 from lrt.inference.prefill import decode_step, prefill
 from lrt.model.kv_cache import KVCache, positions_held, visible_slots
 from lrt.model.lrt import LRT
@@ -63,7 +64,7 @@ def test_fork_join_save_and_restore(cfg, tmp_path):
         ({"longest": "-1"}, {}), ({"longest": "2"}, {}), ({"longest": "NaN"}, {}), ({}, {"length": torch.tensor(1.0)}),
         ({}, {"memory": torch.zeros(3)}), ({}, {"memory": torch.zeros(2, 24, dtype=torch.int64)}),
         ({}, {"document_start": torch.tensor([0, 99])}), ({}, {"memory": torch.zeros(2, 24, dtype=torch.float16)}),
-        ({}, {"keys.0": torch.zeros(2, 2, 9)}),
+        ({}, {"keys.0": torch.zeros(2, 2, 9)}), ({"capacity": "3"}, {}), ({"capacity": "1e9"}, {}),
         ({}, {"values.0": torch.zeros(2, 2, 9, 6, dtype=torch.int64)}), ({"slots": ""}, {}), ({"format": "x"}, {}),
     ],
 )  # fmt: skip
@@ -85,6 +86,25 @@ def test_a_restored_state_continues_bit_for_bit(model, tmp_path):
     cache.save(tmp_path / "state")
     restored = KVCache.load(tmp_path / "state")
     assert torch.equal(decode_step(model, rows[:, 9], cache)[0], decode_step(model, rows[:, 9], restored)[0])
+
+
+def test_windows_everywhere_bound_the_state_and_not_the_text(tmp_path):
+    cfg = config(window_pattern="S", last_layer="S", window=4, source=3)
+    model, row = randomised(cfg), tokens(cfg, 1, 60)
+    whole = prefill(model, row, mode="exact", cache=KVCache.empty(model, 1, 60))
+    assert all(x.shape[2] == 4 for x in (*whole.cache.keys, *whole.cache.values))
+    begun = prefill(
+        model, row[:, :37], mode=PrefillOptions.parse("jacobi", 0.0), cache=KVCache.empty(model, 1, 60)
+    ).cache
+    begun.save(tmp_path / "state")
+    cache = KVCache.load(tmp_path / "state")
+    for t in range(37, 60):
+        logits, cache = decode_step(model, row[:, t], cache)
+    assert (logits - whole.logits).abs().max() < 1e-10 and torch.equal(cache.length, whole.cache.length)
+    with pytest.raises(ValueError, match="its capacity is 60 tokens"):
+        decode_step(model, row[:, 0], cache)
+    with pytest.raises(ValueError, match="capacity 60 cannot join one of 50"):
+        KVCache.empty(model, 1, 50).put(torch.tensor([0]), cache)
 
 
 def test_sliding_windows_keep_only_their_window(model):

@@ -20,7 +20,7 @@ from lrt.serve.text import Listing, Vocabulary
 
 MINE = b"mine"
 FULL = config(window_pattern="L")
-WINDOWED = config()
+WINDOWED, NARROW = config(), config(window_pattern="S", last_layer="S")
 DOCUMENTS = config(document_attention=True, window_pattern="L")
 SHIFT, BOTH = (config(window_pattern="L", **memory) for memory in ({"source": 0}, {"shift": True}))
 
@@ -36,7 +36,9 @@ def taken_in(model, ids: list[int], marks: list[int]) -> tuple[KVCache, dict[int
 
 
 @pytest.mark.parametrize(
-    "cfg", [FULL, WINDOWED, SHIFT, BOTH, DOCUMENTS], ids=["full", "windowed", "shift", "both", "documents"]
+    "cfg",
+    [FULL, WINDOWED, NARROW, SHIFT, BOTH, DOCUMENTS],
+    ids=["full", "windowed", "narrow", "shift", "both", "documents"],
 )
 def test_a_state_goes_on_from_its_marks_in_a_used_row(cfg):
     """With windows that have wrapped only the end is left; without, the earlier mark too."""
@@ -44,7 +46,7 @@ def test_a_state_goes_on_from_its_marks_in_a_used_row(cfg):
     cache, marks = taken_in(model, ids[:12], [5, 12])
     store = StateStore(10**6)
     store.add(MINE, ids[:12], cache, 1, marks)
-    if cfg is WINDOWED:
+    if cfg in (WINDOWED, NARROW):
         assert store.find(MINE, ids[:8]) == (None, 0)
     for prompt in (ids[:9], ids[:14]):
         kept, mark = store.find(MINE, prompt)

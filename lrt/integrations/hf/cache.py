@@ -177,7 +177,7 @@ def state_of(cache: Cache | None, core: LRT, seen: Tensor, room: int) -> KVCache
         assert state is not None
         per_row = RowState(*(x.clone() for x in state))
     memory, last_token, start, _ = per_row
-    return KVCache(tuple(keys), tuple(values), memory, length, last_token, start, int(length.max()))
+    return KVCache(tuple(keys), tuple(values), memory, length, last_token, start, used + room, int(length.max()))
 
 
 class Gained(NamedTuple):
