@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lrt.inference.chat import Conversation, TemplatedConversation
 
 GREETING = "Type a line, or /help. Ctrl-C stops an answer, Ctrl-D leaves."
+UNTAUGHT = "It has no chat template: it goes on with the talk as a text."
 HELP = """\
 /new          forget the conversation and begin another
 /temp X       draw at temperature X; 0 is greedy
@@ -78,7 +79,7 @@ def main(args: list[str]) -> int:
     else:
         begin = lambda: Conversation(loaded.model, loaded.tokenizer, mode, drafts)  # noqa: E731
         session = ChatSession(begin, plain, sampling)
-    _tell(GREETING)
+    _tell(GREETING if session.template is None or flags.template else f"{GREETING}\n{UNTAUGHT}")
     for line in _lines():
         try:
             session.take(line)
@@ -119,7 +120,7 @@ class ChatSession:
         with _stoppable() as stop, contextlib.closing(pieces):
             for text in pieces:
                 if self.conversation.dropped and not warned:
-                    _tell(f"(the context is full: the oldest {self.conversation.dropped} turns are forgotten)")
+                    _tell(f"(the context is full: {_turns(self.conversation.dropped)} forgotten)")
                     warned = True
                 print(text, end="", flush=True)
                 answer += text
@@ -154,6 +155,10 @@ class ChatSession:
         require(not file.exists(), f"{file} exists; choose another name")
         write_text(file, "".join(self.transcript))
         _tell(f"{file}: {len(self.transcript)} turns")
+
+
+def _turns(dropped: int) -> str:
+    return "the oldest turn is" if dropped == 1 else f"the oldest {dropped} turns are"
 
 
 def _number(name: str, text: str) -> float | int:

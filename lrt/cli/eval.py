@@ -120,10 +120,11 @@ def sweep_lines(bpb: BPB) -> list[str]:
     """A line for each pass after so many sweeps: how far it is from exact decoding."""
     if not bpb.residuals:
         return []
-    lines = [f"  {'after sweeps':<14}{'residual':>10}{'K/V error':>11}{'argmax agrees':>15}{'KL, nats':>11}"]
+    lines = ["  a text taken in by so many sweeps, beside exact decoding"]
+    lines.append(f"    {'sweeps':<12}{'residual':>10}{'K/V error':>11}{'argmax agrees':>15}{'KL, nats':>11}")
     for k, (kv, agree, kl) in enumerate(zip(bpb.kv_errors, bpb.argmax_agreement, bpb.kl, strict=True)):
         residual = f"{bpb.residuals[k - 1]:.1e}" if k else ""
-        lines.append(f"  {k:<14}{residual:>10}{kv:>11.1e}{agree:>15.2%}{kl:>11.1e}")
+        lines.append(f"    {k:<12}{residual:>10}{kv:>11.1e}{agree:>15.2%}{kl:>11.1e}")
     return lines
 
 
@@ -173,11 +174,11 @@ def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
     ]
     passes = "  ".join(f"{x:.4f}" for x in bpb.passes[:8]) + ("  ..." if len(bpb.passes) > 8 else "")
     for name, text in {
+        "decoded (exact)": f"{bpb.decoded:.4f}",
+        "merged (parallel)": f"{bpb.merged:.4f}",
+        "live gap": signed(bpb.live_gap),
         "zero memory": f"{bpb.zero_memory:.4f}",
         f"passes of {bpb.schedule}": passes,
-        "merged (parallel)": f"{bpb.merged:.4f}",
-        "decoded (exact)": f"{bpb.decoded:.4f}",
-        "live gap": signed(bpb.live_gap),
         "sweeps contract by": f"{bpb.contraction:.3f}" if bpb.residuals else "nothing to sweep (no recurrence)",
     }.items():
         lines.append(f"  {name:<28}{text}")

@@ -366,6 +366,20 @@ def test_on_a_phone_the_answer_is_on_the_first_screen(browser, server):
     context.close()
 
 
+def test_after_a_long_talk_the_next_turn_and_the_last_answer_are_in_view(page):
+    page.set_viewport_size({"width": 390, "height": 700})
+    page.get_by_role("tab", name="Chat").click()
+    choose(page, temperature="0", max_tokens="8")
+    for turns in (2, 4, 6, 8):
+        say(page, "def f(x):\n" * 4, turns)
+    box = "() => %s.getBoundingClientRect()"
+    answer, form = (
+        page.evaluate(box % f"document.querySelector('{what}')") for what in ("#turns li:last-child", "#chat-form")
+    )
+    assert page.evaluate("document.documentElement.scrollHeight") > 2 * 700  # or all of it would be in view anyway
+    assert answer["bottom"] <= form["top"] and form["bottom"] <= 701
+
+
 def test_errors_are_shown_and_keep_the_last_answer(page, server):
     choose(page, max_tokens=8)
     page.locator("#prompt").fill("def")
