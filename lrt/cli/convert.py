@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.conversion import Conversion
-from lrt.utils.terminal import show
+from lrt.utils.terminal import command_name, show
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,6 @@ def main(args: list[str]) -> int:
     on = "with" if config.memory.on else "without"
     show(f"{flags.out}: {config.depth} blocks of width {config.d}, vocabulary {config.vocab_size}, {on} memory")
     if flags.conversion.memory == "recirculation":
-        show(f"score it with and without that memory (decoded, zero memory): lrt eval {flags.out}")
-    show(f"continue it with: lrt train --init-from {flags.out} --data.source YOUR_TEXT --out NEW_RUN")
+        show(f"score it with and without that memory (decoded, zero memory): {command_name()} eval {flags.out}")
+    show(f"continue it with: {command_name()} train --init-from {flags.out} --data.source YOUR_TEXT --out NEW_RUN")
     return 0

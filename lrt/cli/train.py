@@ -19,7 +19,7 @@ from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig
 from lrt.schedule import Curriculum
 from lrt.utils.files import expand_home
-from lrt.utils.terminal import show
+from lrt.utils.terminal import command_name, show
 
 SHORT_HELP = f"""\
 usage: lrt train [--recipe NAME] [--out FOLDER] [--data.source TEXT] [FLAGS]
@@ -93,7 +93,8 @@ def _train(config: RunConfig, folder: Path, resume: bool | None) -> int:
         name = unit(result.bpb.as_dict())
         show(f"{folder}: decoded {name} {result.bpb.decoded:.4f}, live gap {signed(result.bpb.live_gap)}")
         run = shlex.quote(str(folder))
-        show(f"next: lrt sample {run}, lrt chat {run}, lrt eval {run} or lrt serve {run}", sys.stderr)
+        follow = [f"{command_name()} {command} {run}" for command in ("sample", "chat", "eval", "serve")]
+        show("\n  ".join(["next:", *follow]), sys.stderr)
     return 0
 
 

@@ -31,6 +31,7 @@ from lrt.utils.files import write_sealed, write_text
 from lrt.utils.hardware import resolve_device
 from lrt.utils.score_names import LEGEND, signed
 from lrt.utils.tables import Table
+from lrt.utils.terminal import command_name
 
 ARMS: dict[str, Callable[[], RunConfig]] = {
     "plain": cpu_demo_plain,
@@ -155,5 +156,6 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 def next_commands(out: Path) -> str:
     """What to try next, ready to copy."""
-    run = out / "lrt"
-    return f"Try next:\n  lrt chat {run}\n  lrt sample {run} --prompt 'def '\n  lrt serve {run}\n  lrt analyze {run}"
+    run, lrt = out / "lrt", command_name()
+    follow = (f"chat {run}", f"sample {run} --prompt 'def '", f"serve {run}", f"analyze {run}")
+    return "\n".join(["Try next:", *(f"  {lrt} {arguments}" for arguments in follow)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 from typing import TextIO
 
 
@@ -20,6 +21,14 @@ def _broken(line: str, columns: int, hang: int) -> str:
     width = max(columns, len(indent) + 1)
     parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(parts)
+
+
+def command_name() -> str:
+    """What to type to call this program again: `lrt`, or where that is if the shell does not find it."""
+    started = Path(sys.argv[0])
+    if shutil.which("lrt"):
+        return "lrt"
+    return str(started) if started.name == "lrt" and started.is_file() else f"{Path(sys.executable).name} -m lrt"
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

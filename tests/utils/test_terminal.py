@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
-from lrt.utils.terminal import fitted, show
+from lrt.utils.terminal import command_name, fitted, show
 
 
 def test_long_lines_break_between_words_and_short_ones_stay():
@@ -34,3 +35,18 @@ def test_only_a_terminal_is_fitted_to(monkeypatch):
     show("one two three four", screen)
     assert pipe.getvalue() == "one two three four\n"
     assert screen.getvalue() == "one two\n  three four\n"
+
+
+def test_commands_to_copy_begin_as_the_shell_finds_them(tmp_path: Path, monkeypatch):
+    script = tmp_path / "bin" / "lrt"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["bin/lrt", "demo"])
+    assert command_name() == "bin/lrt"
+    monkeypatch.setattr("sys.argv", ["/somewhere/lrt/__main__.py"])
+    assert command_name().startswith("python") and command_name().endswith(" -m lrt")
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert command_name() == "lrt"
