@@ -16,6 +16,12 @@ def outside_graphs(function: F) -> F:
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType] - its types are looser
 
 
+def being_exported() -> bool:
+    """Whether a program is being made of what runs, by torch.export or by torch.jit.trace."""
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_exporting() or traced
+
+
 def mark_dynamic(x: Tensor, axis: int) -> None:
     """Have a compiled graph keep the size of `axis` symbolic, where it can."""
     torch._dynamo.maybe_mark_dynamic(x, axis)

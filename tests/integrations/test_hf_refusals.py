@@ -98,3 +98,38 @@ def test_continuous_batching_is_refused():
     model = wrapped(FULL)
     with pytest.raises((AttributeError, ValueError), match=r"continuous batching|Invalid layer type"):
         model.generate_batch([[1, 2, 3]], generation_config=transformers.GenerationConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"prefill": "fast"}, "prefill is 'fast'; choose one of sweeps, exact, zero_memory"),
+        ({"prefill_mode": "quick"}, "prefill mode 'quick' is unknown"),
+        ({"prefill_tolerance": -1.0}, "tolerance -1.0"),
+        ({"prefill_tolerance": float("nan")}, "tolerance nan"),
+        ({"schedule": "settledd-2"}, "unknown schedule 'settledd-2'"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_whichever_way_it_comes(option, words, tmp_path):
+    """`from_pretrained` sets options after a configuration was made: a wrong mode was taken for sweeps."""
+    model = wrapped(FULL)
+    model.save_pretrained(tmp_path)
+    ways = [
+        lambda: type(model.config)(**option),
+        lambda: type(model).from_pretrained(tmp_path, **option),
+        lambda: [setattr(model.config, name, value) for name, value in option.items()],
+        lambda: model.config.update(option),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match=words):
+            way()
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracers' own
+def test_whole_sequences_are_no_exported_program():
+    """A trace would hold the sweeps that one text took."""
+    model, ids = wrapped(FULL), ids_of(1, 5)
+    with torch.no_grad(), pytest.raises(ValueError, match="export one step on a cache"):
+        torch.export.export(model, (ids,), strict=False)
+    with torch.no_grad(), pytest.raises(ValueError, match="export one step on a cache"):
+        torch.jit.trace(model, ids)

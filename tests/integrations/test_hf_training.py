@@ -16,7 +16,7 @@ from lrt.model.loss import IGNORE, ScheduledLoss
 from lrt.schedule import Schedule
 
 transformers = pytest.importorskip("transformers")
-from lrt.integrations.hf import LRTConfig, LRTForCausalLM, LRTModel  # noqa: E402
+from lrt.integrations.hf import LRTConfig, LRTForCausalLM, LRTModel, objective  # noqa: E402
 
 FULL = config()
 NO_BOS = config(projection="shared", source=3, bos=None, window_pattern="L", value_embeddings="none")
@@ -181,6 +181,35 @@ def test_in_eval_mode_too():
     close(model(left, left_mask, labels=left_labels).loss, whole)
     rows = [ids[i : i + 1, :n] for i, n in enumerate(lengths)]
     close(sum(model(row, labels=row, num_items_in_batch=13).loss for row in rows), whole)
+
+
+def test_the_trainers_count_of_rows_padded_on_the_left_is_read_as_their_targets(monkeypatch):
+    """It counts their first tokens, which nothing predicts; of one batch that is seen, of several it is said."""
+    warnings: list[str] = []
+    monkeypatch.setattr(objective.logger, "warning_once", warnings.append)
+    model, lengths = wrapped(FULL, schedule="interleaved-2").train(), [5, 9, 2, 7]
+    left, mask, labels = laid_out(ids_of(4, 9), lengths, "left")
+    labels[1, :2] = IGNORE  # as where a prompt is not learned
+    counted = labels[:, 1:].ne(IGNORE).sum()
+    alone = model(left, mask, labels=labels).loss
+    close(model(left, mask, labels=labels, num_items_in_batch=counted).loss, alone)
+    assert not warnings
+    targets = sum(lengths) - len(lengths) - 1
+    assert int(counted) == targets + 3
+    close(model(left, mask, labels=labels, num_items_in_batch=2 * counted).loss, alone * targets / (2 * counted))
+    assert len(warnings) == 1 and "padding_side = 'right'" in warnings[0]
+
+
+def test_smoothed_labels_are_those_of_the_next_tokens(tmp_path):
+    """The Trainer shifts labels itself then, for classes that it knows as language models."""
+    model, ids = wrapped(FULL, schedule="settled-2").train(), ids_of(3, 9)
+    settings = transformers.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    loss = transformers.Trainer(model, settings).compute_loss(model, {"input_ids": ids, "labels": ids})
+    log_p = model(ids).logits[:, :-1].log_softmax(-1)
+    expected = -0.9 * log_p.gather(2, ids[:, 1:, None]).mean() - 0.1 * log_p.mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)  # the library adds in float32
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
 
 
 # Packed rows.

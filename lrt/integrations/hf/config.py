@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from lrt.config.decoding import DEFAULT_MODE
+from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
 from lrt.config.model import ModelConfig, require
 from lrt.config.run import from_dict, to_dict
 from lrt.schedule import Curriculum
@@ -70,9 +70,19 @@ class LRTConfig(PreTrainedConfig):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.layers
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = model.h, model.k, model.e
         self.max_position_embeddings = model.context
-        require(self.prefill in PREFILLS, f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILLS)}")
-        Curriculum.parse(self.schedule)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As the library has it. ValueError: no such mode or schedule; `from_pretrained` sets its options this way."""
+        if name == "prefill":
+            require(value in PREFILLS, f"prefill is {value!r}; choose one of {', '.join(PREFILLS)}")
+        elif name == "prefill_mode":
+            PrefillOptions.parse(str(value))
+        elif name == "prefill_tolerance":
+            PrefillOptions.parse(DEFAULT_MODE, value)
+        elif name == "schedule":
+            Curriculum.parse(str(value))
+        super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """As the library has it. PEFT asks for this before it looks its default targets up: it is told ours then."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from lrt.config.model import require
@@ -27,10 +28,14 @@ from lrt.integrations.hf.pretrained import LRTPreTrainedModel, RecomputedBlock
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import check_tokens
 from lrt.model.shapes import StreamBND, TokensBN
-from lrt.utils.compiling import outside_graphs
+from lrt.utils.compiling import being_exported, outside_graphs
 
 OUTSIDE = ("labels", "shift_labels", "output_hidden_states", "output_attentions", "inputs_embeds")
 """Arguments of a forward that no graph takes in."""
+UNTRACED = (
+    "a whole sequence takes as many sweeps or passes as its values ask for, which no exported program can: "
+    "export one step on a cache (exported_step in lrt.integrations.exported_step)"
+)
 PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
 """What other models are told documents in one row by."""
 
@@ -48,6 +53,7 @@ def steps_in_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
         graphed = not args and all(kwargs.get(name) is None for name in OUTSIDE)
         if graphed and cache is not None and input_ids is not None and is_step(self.config, input_ids, cache):
             return forward(self, input_ids, **kwargs)
+        require(not being_exported(), UNTRACED)
         return outside(self, input_ids, *args, **kwargs)
 
     return run
@@ -298,3 +304,7 @@ class LRTForSequenceClassification(GenericForSequenceClassification, LRTPreTrain
         weight = self.score.weight
         if weight.device.type != "meta" and not getattr(weight, "_is_hf_initialized", False):
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+
+# By this table the Trainer tells language models, whose labels it shifts itself where it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("lrt", LRTForCausalLM.__name__)

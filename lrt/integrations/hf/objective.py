@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.logging import get_logger
 
 from lrt.config.model import require
 from lrt.integrations.hf.documents import DocumentRows
@@ -27,6 +28,13 @@ from lrt.utils.hardware import widest
 
 CONTIGUOUS = ("chunked", "sequential")
 """Schedules whose passes follow one another: the longer the row, the more there are."""
+
+
+UNTOLD = (
+    "num_items_in_batch may count first tokens of rows padded on the left, which nothing predicts: the loss is "
+    "smaller by their share; pad on the right to train (tokenizer.padding_side = 'right')"
+)
+logger = get_logger(__name__)
 
 
 def least_length(schedule: Schedule) -> int:
@@ -72,7 +80,7 @@ def objective(
     require(labels.shape == (batch, columns), shape)
     require(not labels.is_floating_point(), f"labels are {labels.dtype}; give whole numbers, as int64")
     labels = labels.long()
-    hidden, aims, weights, counted = [], [], [], 0
+    hidden, aims, weights, counted = [], [], [], torch.zeros_like(labels[0, 0])
     for rows, passes in scored:
         targets = rows.targets(labels, shifted)
         counted = counted + (targets != IGNORE).sum()
@@ -82,10 +90,26 @@ def objective(
             hidden.append(one.hidden)
             aims.append(targets[:, one.positions.start : one.positions.stop : one.positions.step])
             weights.append(one.weight)
-    count = _count(counted if items is None else items, counted)
+    if items is None:
+        items = counted
+    elif not shifted and any(rows.origin is not None for rows, _ in scored):
+        items = _without_first_tokens(items, counted, labels)
+    count = _count(items, counted)
     scales = torch.tensor(weights, dtype=torch.float64, device="cpu")
     scales = scales.to(labels.device, widest(labels.device), non_blocking=True) / count
     return summed_nats(core, hidden, aims, scales)[0]
+
+
+def _without_first_tokens(items: Any, counted: Tensor, labels: TokensBN) -> Any:
+    """The number of targets of the whole step; `counted`, this batch's own, where the step is this batch.
+
+    The library's Trainer counts every label but those of the first column: those of first tokens behind padding too,
+    which nothing predicts. Of one batch we know better; of several it is said once.
+    """
+    by_library, items = labels[:, 1:].ne(IGNORE).sum(), torch.as_tensor(items, device=labels.device)
+    if bool(by_library > counted) and bool((items != by_library).any()):
+        logger.warning_once(UNTOLD)
+    return torch.where(items == by_library, counted, items)
 
 
 def _count(items: Any, counted: Any) -> Tensor:
