@@ -25,7 +25,7 @@ GREY = "#6b7280"
 OTHERS = (
     "#d9822b", "#2f6fde", "#1f9d61", "#a855f7", "#dc2626", "#0891b2", "#854d0e", "#db2777", "#65a30d", "#312e81",
 )  # fmt: skip
-KNOWN = {"plain": GREY, "shift": OTHERS[0], "lrt": OTHERS[1], "settled + shift": OTHERS[1], "paper": OTHERS[2],
+KNOWN = {"plain": GREY, "shift": OTHERS[0], "lrt": OTHERS[1], "LRT": OTHERS[1], "paper": OTHERS[2],
          "the paper's": OTHERS[2]}  # fmt: skip
 """Arms that most reports have: the same colour in all of them."""
 MOST_ARMS = len(OTHERS)

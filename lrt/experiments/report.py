@@ -55,8 +55,8 @@ def report_blocks(groups: Sequence[RunGroup], baseline: str, files: Sequence[Pat
     blocks += [("next", "\n".join(f"    {command}" for command in commands))] if commands else []
     blocks += suite_tables(suites, baseline)
     for sweep in dict.fromkeys(g.sweep for g in text):
-        budgets = [g for g in text if g.sweep == sweep and "train.horizon" in g.point]
-        if len({g.point for g in budgets}) > 1:
+        budgets = _at_several([g for g in text if g.sweep == sweep and "train.horizon" in g.point])
+        if len({g.arm for g in budgets}) > 1:
             heading = f"{sweep}: decoded bits per byte against cost{_of(budgets)}"
             blocks.append((heading, plots.budgets(budgets, colours)))
     for sweep, point in dict.fromkeys((g.sweep, g.point) for g in groups):
@@ -69,6 +69,12 @@ def report_blocks(groups: Sequence[RunGroup], baseline: str, files: Sequence[Pat
         members = [g for g in text if (g.sweep, g.point) == (sweep, last)]
         blocks += _inside((f"{sweep}: {last}" if last else sweep) + _of(members), members, colours)
     return blocks
+
+
+def _at_several(groups: list[RunGroup]) -> list[RunGroup]:
+    """The groups of arms that were trained at more than one budget: a line each; one point says nothing of cost."""
+    points = {arm: {g.point for g in groups if g.arm == arm} for arm in {g.arm for g in groups}}
+    return [g for g in groups if len(points[g.arm]) > 1]
 
 
 def _texts(heading: str, groups: list[RunGroup], baseline: str, colours: plots.Colours) -> list[Block]:

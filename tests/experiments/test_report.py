@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from lrt.cli.main import main
 from lrt.experiments import draw, plots
-from lrt.experiments.groups import read_groups
+from lrt.experiments.groups import RunGroup, read_groups
 from lrt.experiments.pages import GREY, KNOWN, MOST_ARMS, OTHERS, Recorded, arm_colours, curves
-from lrt.experiments.report import MARKS, report_blocks
+from lrt.experiments.report import MARKS, _at_several, report_blocks
 from lrt.experiments.verdict import next_commands, report_verdict
 from lrt.schedule import Schedule
 from lrt.utils.tables import Table
@@ -86,6 +86,13 @@ def test_tables_and_pictures(records, capsys):
     html = (records / "out" / "report.html").read_text(encoding="utf-8")
     assert html.count("data:image/png;base64,") == 6 and "4.3000 ± 4.0731" in html
     assert "http://" not in html and "https://" not in html  # self-contained
+
+
+def test_only_arms_of_several_budgets_are_drawn_against_cost():
+    groups = [
+        RunGroup("s", f"C = {c}", arm, ()) for arm, budgets in (("plain", (5, 10)), ("one", (5,))) for c in budgets
+    ]
+    assert [(g.arm, g.point) for g in _at_several(groups)] == [("plain", "C = 5"), ("plain", "C = 10")]
 
 
 def test_figures_that_were_not_measured_are_empty_cells(records, capsys):
