@@ -81,7 +81,7 @@ def _turn(message: Message, answered: bool) -> str:
         return text if text[:1].isspace() else f" {text}"
     if role in ("user", "tool"):
         return ("\n" if answered else "") + (TURN if role == "user" else TOOL_TURN).replace("{}", text)
-    return f"{text}\n"
+    return f"\n{text}\n" if answered else f"{text}\n"
 
 
 def _as_json(arguments: Any) -> str:
@@ -136,6 +136,8 @@ def _message(message: Any, place: str) -> Message:
     role, content = fields.pop("role", fields.pop("from", None)), fields.pop("content", fields.pop("value", None))
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{place}: a message has the role {str(role)[:40]!r}: give one of {', '.join(ROLES)}")
+    if (weight := fields.get("weight", 1)) not in (0, 1):
+        raise ValueError(f"{place}: a message has the weight {str(weight)[:40]!r}: give 0, for not learned, or 1")
     calls = fields.get("tool_calls")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)

@@ -75,6 +75,13 @@ def test_without_a_template_the_end_of_a_call_is_learned_too():
     assert learned(ByteTokenizer(), talk) == [' {"name": "f", "arguments": {}}\nTOOL:', " jumps\nUSER:"]
 
 
+def test_without_a_template_a_later_system_message_begins_a_line_and_is_not_learned():
+    talk = [*TALK[1:3], {"role": "system", "content": "Be loud."}, *TALK[3:]]
+    assert learned(ByteTokenizer(), talk) == [" jumps", " the dog\nUSER:"]
+    written = "USER: the fox?\nBOT: jumps\nBe loud.\nUSER: over whom?\nBOT: the dog\nUSER:"
+    assert Dialogue(tuple(talk)).text == written
+
+
 def test_with_a_template_answers_and_the_ends_of_their_turns_are_learned():
     assert learned(with_template(TEMPLATES["chatml"])) == ["jumps<|im_end|>\n", "the dog<|im_end|>\n"]
     assert learned(with_template(TEMPLATES["llama"]), TALK[1:]) == [" jumps</s>", " the dog</s>"]
@@ -155,6 +162,7 @@ def test_text_goes_before_dialogues_and_a_named_column_before_both(tmp_path: Pat
         ([ONE[0], {"role": "assistant", "content": None}], "holds no text"),
         ([ONE[0], {"role": "assistant", "content": [{"type": "image_url"}]}], "holds no text"),
         ([ONE[0], {"role": "assistant", "tool_calls": [{"id": 1}]}], "names no function"),
+        *(([ONE[0], ONE[1] | {"weight": w}], "weight '.*': give 0, for not learned, or 1") for w in ("0", 0.5, -1, [])),
     ],
 )
 def test_what_is_no_dialogue_is_named_with_its_row(messages, wrong, tmp_path: Path):

@@ -117,7 +117,9 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler itself
+@pytest.mark.filterwarnings(  # of the compiler itself; the last one on Python 3.13.0 alone
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore:Guards may run slower:RuntimeWarning"
+)
 def test_blocks_are_compiled_once_per_kind_of_pass(compiled):
     """Not once per layer, pass, subset or draw: full and strided; and for sweeps, without gradient, with and without
     memory, then with both. The second stride compiles once more, for any size; a further one does not."""
