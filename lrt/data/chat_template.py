@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.data.tokenizer_config import TokenizerConfig
+from lrt.data.tokenizer_config import DEFAULT, TokenizerConfig
 
 WORKER = Path(__file__).with_name("template_worker.py")
 SECONDS = 2.0
@@ -29,6 +29,8 @@ START_SECONDS = 60.0
 """How long the process that renders may take to start."""
 CHARACTERS = 4_000_000
 """Most characters that a template may render."""
+PROBE = "a1b2c3"
+"""What a template that takes contents in parts writes of one that says this."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning, the first one that is given first."""
 Message = Mapping[str, Any]
@@ -149,6 +151,7 @@ class ChatTemplate:
         """`templates` by name: `default`, and `tool_use` where tools are given; `specials` such as `eos_token`."""
         self.tokenizer, self.templates, self.specials = tokenizer, templates, specials
         self._renderer = renderer or shared_renderer()
+        self._with_parts: dict[str, bool] = {}
         self._core = tokenizer.fast() if tokenizer.positions == 1 else None
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -173,10 +176,30 @@ class ChatTemplate:
     ) -> tuple[str, Runs]:
         """The prompt as text, and the runs of it that the template wrote."""
         named = self.templates.get("tool_use") if tools else None
-        template = named or self.templates.get("default") or next(iter(self.templates.values()))
-        messages = [_as_given(message) for message in messages]
+        template = named or self._usual()
+        parts = any(isinstance(m.get("content"), list) for m in messages) and self._takes_parts(template)
+        messages = [_as_given(message, parts) for message in messages]
         variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": True}
         return self._renderer.render(template, variables | more, self.specials)
+
+    def _usual(self) -> str:
+        """The template that is meant where none is named. ValueError: there are several, none called default."""
+        if DEFAULT not in self.templates and len(self.templates) > 1:
+            names = ", ".join(self.templates)[:100]
+            raise ValueError(f"the model has chat templates called {names}, but no default: name one of them default")
+        return self.templates.get(DEFAULT) or next(iter(self.templates.values()))
+
+    def _takes_parts(self, template: str) -> bool:
+        """Whether a template writes the parts of a content, where others would print a list or fail."""
+        if template not in self._with_parts:
+            talk = [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]
+            variables = {"messages": talk, "tools": None, "documents": None, "add_generation_prompt": True}
+            try:
+                text, _ = self._renderer.render(template, variables, self.specials)
+            except ValueError:
+                text = ""
+            self._with_parts[template] = PROBE in text and not re.search("['\"](text|type)['\"]", text)
+        return self._with_parts[template]
 
     def _as_transformers(self, text: str, template_runs: Runs) -> list[Placed] | None:
         """The tokens of the text with special tokens; None where a message would have spelt one of them."""
@@ -211,9 +234,14 @@ class ChatTemplate:
         return [(token, a) for a, b in pieces for token in self.tokenizer.encode(text[a:b])]
 
 
-def _as_given(message: Message) -> dict[str, Any]:
-    """A message as transformers hands it to a template: nothing that is null, and its reasoning by every usual name."""
+def _as_given(message: Message, parts: bool) -> dict[str, Any]:
+    """A message as transformers hands it to a template: nothing that is null, and its reasoning by every usual name.
+
+    parts: whether the template takes contents that are lists; else theirs are joined, where transformers prints them.
+    """
     fields = {name: value for name, value in message.items() if value is not None}
+    if isinstance(fields.get("content"), list) and not parts:
+        fields["content"] = "".join(part["text"] for part in fields["content"])
     reasoning = next((fields[name] for name in REASONING if name in fields), None)
     return fields if reasoning is None else {"thinking": reasoning} | fields | {"reasoning_content": reasoning}
 

@@ -72,8 +72,14 @@ def plain_pieces(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Ite
         answered = message["role"] == "assistant"
 
 
+def content_text(message: Message) -> str:
+    """What a message says, its parts one after the other."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
 def _turn(message: Message, answered: bool) -> str:
-    role, text = message["role"], message.get("content", "")
+    role, text = message["role"], content_text(message)
     if role == "assistant":
         functions = [call["function"] for call in message.get("tool_calls", ())]
         calls = [f'{{"name": {json.dumps(f["name"])}, "arguments": {_as_json(f["arguments"])}}}' for f in functions]
@@ -139,14 +145,13 @@ def _message(message: Any, place: str) -> Message:
     if (weight := fields.get("weight", 1)) not in (0, 1):
         raise ValueError(f"{place}: a message has the weight {str(weight)[:40]!r}: give 0, for not learned, or 1")
     calls = fields.get("tool_calls")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(part["text"] for part in content)
     content = "" if content is None and calls else content
-    if not isinstance(content, str):
+    parts = isinstance(content, list) and all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in content)
+    if not isinstance(content, str) and not parts:
         raise ValueError(f"{place}: a message of the {role} holds no text: give its content as text")
     if calls is not None:
         fields["tool_calls"] = [_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
-    return {"role": ROLES[role], "content": valid_text(content)} | fields
+    return {"role": ROLES[role], "content": content} | fields
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:

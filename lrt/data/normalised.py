@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from lrt.data.dialogue import Document
+from lrt.data.dialogue import Document, content_text
 from lrt.data.tokenizer import Tokenizer
 
 AROUND = 20
@@ -50,7 +50,7 @@ class Spelling:
             self.add(doc, ids, whole=True)
             return
         for message in doc.messages:
-            self.add(message["content"], self.tokenizer.encode(message["content"]))
+            self.add(content_text(message), self.tokenizer.encode(content_text(message)))
 
     def __str__(self) -> str:
         had, back = self.example

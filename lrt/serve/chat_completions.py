@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 
 from fastapi import Request
 
+from lrt.data.dialogue import content_text
 from lrt.inference.batch import Emission
 from lrt.serve.calls import Call, Choice, head, usage
 from lrt.serve.engine import Event
@@ -51,7 +52,7 @@ def conversation(
         if least > served.longest_prompt:
             served.too_long(f"at least {least}", "messages")
 
-    fits(served.words.least(m.get("content", "") for m in plain))  # before any of it is rendered
+    fits(served.words.least(map(content_text, plain)))  # before any of it is rendered
     try:
         described = [t.model_dump(exclude_none=True) for t in tools]
         rendered = served.words.conversation(plain, described, variables, fits)

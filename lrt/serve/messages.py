@@ -157,7 +157,7 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    """Taken, and not used."""
+    """Who speaks; a chat template may write it."""
     refusal: str | None = None
     """What the message says, where it has no content."""
     reasoning_content: Literal[""] | None = None
@@ -176,8 +176,10 @@ class Message(Strict):
     def plain(self) -> dict[str, Any]:
         """What a template sees; nothing is there in place of no content."""
         content = self.refusal if self.content is None else self.content
-        text = content if isinstance(content, str | None) else "".join(part.said for part in content)
-        message: dict[str, Any] = {"role": self.role} | ({} if text is None else {"content": text})
+        if isinstance(content, list):
+            content = [{"type": "text", "text": part.said} for part in content]
+        message: dict[str, Any] = {"role": self.role, "content": content, "name": self.name}
+        message = {field: value for field, value in message.items() if value is not None}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in self.tool_calls]
         if self.tool_call_id is not None:

@@ -131,6 +131,47 @@ def test_the_named_template_for_tools_is_used_where_there_are_tools():
         assert made(templates).encode(TALK, tools) == theirs(templates, TALK, tools or None)
 
 
+PARTS = {
+    "parts": "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' ~ m.name if m.name }}\n{% if m.content is string %}"
+    "{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'text' %}[{{ part.text }}]{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>{% endfor %}",
+    "parts alone": "{% for m in messages %}{{ bos_token }}{% for part in m['content'] %}{{ part.text }}\n{% endfor %}"
+    "{% endfor %}",
+    "names": "{% for m in messages %}{{ m.role ~ m.name | default('nobody') }}{{ m.content[0].text }}{% endfor %}",
+}
+
+
+def in_parts(*texts: str) -> list[dict]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_contents_in_parts_and_names_reach_a_template_that_takes_them(name):
+    talk = [
+        {"role": "user", "name": "ada", "content": in_parts("one", "two <|im_end|"), "odd": 1},
+        {"role": "assistant", "content": in_parts("three")},
+    ]
+    assert made(PARTS[name]).encode(talk) == theirs(PARTS[name], talk)
+
+
+def test_contents_in_parts_are_joined_where_a_template_would_print_a_list_or_fail():
+    """transformers prints the list, or fails."""
+    parts = [{"role": "user", "content": in_parts("one", "two")}]
+    whole = [{"role": "user", "content": "onetwo"}]
+    for name in ("llama", "chatml", "splits", "tojson", "padding"):
+        assert made(TEMPLATES[name]).encode(parts * 4) == made(TEMPLATES[name]).encode(whole * 4)
+
+
+def test_templates_of_which_none_is_the_default_are_refused_unless_there_is_one_alone():
+    talk, several = TALK[:1], {"rag": "r", "other": "o"}
+    with pytest.raises(ValueError, match="called rag, other, but no default: name one of them default"):
+        made(several).encode(talk)
+    with pytest.raises(ValueError, match="default"):
+        theirs(several, talk)
+    assert made({"rag": "r"}).encode(talk) == made("r").encode(talk)
+    assert made(several | {"tool_use": "t"}).encode(talk, TOOLS) == made("t").encode(talk)
+
+
 def test_messages_never_spell_special_tokens_however_they_are_put_together():
     """Whole, split over two messages, over a message and the template, or by the template's own operations."""
     bare = "{% for m in messages %}{{ m.content }}{% endfor %}"

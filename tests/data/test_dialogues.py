@@ -13,7 +13,7 @@ from test_chat_template import CORE, NAMED, TEMPLATES, TOKENIZER
 
 from lrt.data import ByteTokenizer, Loader, TokenStream, documents, open_split, train_bpe, write_shards
 from lrt.data.answers import DocumentEncoder
-from lrt.data.dialogue import Dialogue
+from lrt.data.dialogue import Dialogue, content_text
 from lrt.model.shapes import IGNORE
 
 TALK = [
@@ -139,7 +139,7 @@ ONE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 )
 def test_rows_that_hold_dialogues(row, tmp_path: Path):
     (found,) = documents(str(rows_file(tmp_path, row)))
-    assert [(m["role"], m["content"]) for m in found.messages] == [("user", "a"), ("assistant", "b")]
+    assert [(m["role"], content_text(m)) for m in found.messages] == [("user", "a"), ("assistant", "b")]
 
 
 def test_text_goes_before_dialogues_and_a_named_column_before_both(tmp_path: Path):
