@@ -228,6 +228,7 @@ def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
     Links to folders are not followed, what this package has written there is no text, and pipes, devices and links that
     lead nowhere hold none: all are told. ValueError: a folder that cannot be read.
     """
+    left_out_for: dict[str, list[str]] = {}
     for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in ("__pycache__", *left_out))
         for name in list(folders):
@@ -235,7 +236,7 @@ def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
             why = "a link to a folder" if inner.is_symlink() else "written by lrt" if _is_output(inner) else ""
             if why:
                 folders.remove(name)
-                logger.warning("%s: left out, since it is %s", inner, why)
+                left_out_for.setdefault(why, []).append(str(inner))
         for name in sorted(names):
             file = Path(parent, name)
             if name[0] == ".":
@@ -243,7 +244,13 @@ def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
             if file.is_file():
                 yield file
             else:
-                logger.warning("%s: left out, since it is no regular file, or leads to none", file)
+                left_out_for.setdefault("no regular file, or leads to none", []).append(str(file))
+    for why, paths in left_out_for.items():
+        for path in paths if len(paths) <= SHOWN else ():
+            logger.warning("%s: left out, since it is %s", path, why)
+        if len(paths) > SHOWN:
+            shown = ", ".join(paths[:SHOWN])
+            logger.warning("%s: left out %d, each of which is %s: %s, ..", folder, len(paths), why, shown)
 
 
 def _unreadable(error: OSError) -> None:

@@ -219,6 +219,8 @@ def _near(folder: Path) -> str:
 
 def _instead(folder: Path) -> str:
     """What a folder without checkpoints holds, as the end of a message: runs in it, or a folder below."""
+    if NAME.fullmatch(folder.name):
+        return f"lacks {META}; restore it, or use another checkpoint"
     below = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.is_dir() and checkpoints(p)]
     runs = sorted(str(p.relative_to(folder)) for p in below)
     if not runs:

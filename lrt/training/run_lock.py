@@ -35,6 +35,14 @@ class RunLock:
                 f"{self.run} is being trained by process {holder}; wait for it or end it, or choose another --out"
             ) from None
 
+    def require_place(self) -> None:
+        """ValueError if the folder was moved or removed while it was trained: nothing is written where it was."""
+        if self._lock.moved:
+            raise ValueError(
+                f"{self.run} was moved or removed while it was trained, so nothing more is written there; go on from "
+                "its last checkpoint with --resume and its new place"
+            )
+
     def release(self) -> None:
         """Give the folder back."""
         self._lock.release()

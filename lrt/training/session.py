@@ -161,6 +161,7 @@ class Session:
             for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
                 out, norm = self.step(batch)
                 self.stepped = True
+                self.lock.require_place()
                 now, worked = time.perf_counter(), time.process_time()
                 spent = max(0.0, now - clock)
                 self.progress.count(self.config, out.passes, spent, max(0.0, worked - cpu))
@@ -333,6 +334,7 @@ class Session:
     def finish(self) -> Result:
         """Write the final evaluation to result.json and hand everything over."""
         bpb = self.bpb or self.evaluate()
+        self.lock.require_place()
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
         result["peak_memory_bytes"] = peak_memory(self.device)
         if self.world.first and not (self.resumed and not self.stepped and (self.run / "result.json").exists()):

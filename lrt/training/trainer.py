@@ -23,6 +23,7 @@ from lrt.training.trackers import Trackers
 from lrt.utils.distributed import World, join
 from lrt.utils.files import read_json
 from lrt.utils.hardware import resolve_device, resolve_dtype
+from lrt.utils.new_folder import require_makable
 from lrt.utils.threads import ThreadChoice, choose_threads, threads
 
 
@@ -131,6 +132,7 @@ def _started(lock: RunLock, resume: bool | None, world: World, sinks: Sequence[S
     run = lock.run
 
     def find() -> int:
+        require_makable(run)
         if resume is False:
             taken = (run / "config.json").exists() or bool(checkpoint.checkpoints(run))
             require(not taken, f"{run} already holds a run; continue it with --resume {run}, or choose another --out")

@@ -26,6 +26,16 @@ class FileLock:
         """Whether it is held by this process, for certain."""
         return self._file >= 0
 
+    @property
+    def moved(self) -> bool:
+        """Whether what this process holds is no longer the file at its path: it was moved, removed or replaced."""
+        if not self.held:
+            return False
+        try:
+            return not os.path.samestat(os.lstat(self.path), os.fstat(self._file))
+        except OSError:
+            return True
+
     def take(self) -> None:
         """Hold it until `release` or the end of the process. `Held`: another does; OSError: no such folder.
 

@@ -126,6 +126,12 @@ def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path, caplog: pytest.Log
     assert "link: left out, since it is a link to a folder" in caplog.text
     assert "data: left out, since it is written by lrt" in caplog.text
     assert "run: left out, since it is written by lrt" in caplog.text
+    caplog.clear()
+    for i in range(9):
+        os.mkfifo(tmp_path / f"pipe{i}")
+    list(documents(str(tmp_path)))
+    (line,) = (record for record in caplog.messages if "no regular file" in record)
+    assert re.search(r": left out \d\d?, each of which is no regular file, or leads to none: .*, \.\.$", line)
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

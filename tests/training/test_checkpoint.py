@@ -333,3 +333,10 @@ def test_weights_are_of_the_number_type_that_their_description_names(tmp_path: P
     edit(folder / META, stored=["float16"])
     with pytest.raises(ValueError, match="stored is .*float16"):
         open_checkpoint(folder)
+
+
+def test_a_checkpoint_without_its_description_says_so(tmp_path: Path):
+    folder = saved(tmp_path)
+    (folder / META).unlink()
+    with pytest.raises(ValueError, match="step_00000003 lacks meta.json; restore it, or use another checkpoint"):
+        open_checkpoint(folder)

@@ -398,3 +398,39 @@ def test_a_clock_that_stands_still_or_goes_back(home: Path, tmp_path: Path, monk
         monkeypatch.setattr(training.time, name, lambda: float(next(clock)))
     recorded(small(home, save_minutes=0.0), tmp_path / "run")
     assert losses(tmp_path / "run") == losses(home / "whole")
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_run_that_is_moved_while_it_trains_is_not_written_in_two(how: str, home: Path, tmp_path: Path):
+    """Folders would be made anew where it was, without its tokenizer and earlier checkpoints."""
+    out, config, kinds = tmp_path / "run", small(home), []
+
+    def move(event: dict) -> None:
+        kinds.append(event["kind"])
+        if event["kind"] == "checkpoint" and event["step"] == 6:
+            if how == "removed":
+                shutil.rmtree(out)
+                return
+            out.rename(tmp_path / "elsewhere")
+            if how == "replaced":
+                shutil.copytree(tmp_path / "elsewhere", out)
+
+    with pytest.raises(ValueError, match="run was moved or removed while it was trained, so nothing more is written"):
+        train(config, out, sinks=[Jsonl(out / "metrics.jsonl"), move])
+    assert kinds[-1] == "checkpoint" and out.exists() == (how == "replaced")
+    if how == "moved":
+        train(config, tmp_path / "elsewhere", resume=True, sinks=[Jsonl(tmp_path / "elsewhere" / "metrics.jsonl")])
+        require_equal(tmp_path / "elsewhere", home / "whole")
+
+
+def test_an_out_that_cannot_be_made_is_told_before_any_text_is_read(home: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    data = replace(small(home).data, folder=str(tmp_path / "data"))
+    for out in (tmp_path / "file" / "run", tmp_path / "lost" / "run"):
+        with pytest.raises(ValueError, match="is no folder, so .*run cannot be made; remove it, or choose another"):
+            train(replace(small(home), data=data), out)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as on a disk that is read alone; root may write elsewhere
+    with pytest.raises(ValueError, match=r"run cannot be written into \(.* forbids it\); choose another"):
+        train(replace(small(home), data=data), tmp_path / "run")
+    assert not (tmp_path / "data").exists()
