@@ -12,11 +12,12 @@ from pathlib import Path
 import httpx
 import torch
 
-from lrt.config.decoding import NEXT, SamplingParams
+from lrt.config.decoding import NEXT, SamplingParams, Weights
 from lrt.config.model import MemoryConfig, ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data import Tokenizer, train_bpe
 from lrt.inference.generate import generate
+from lrt.inference.weights import with_weights
 from lrt.model.lrt import LRT
 from lrt.serve.keys import ApiKeys, HostNames
 from lrt.serve.served import Served
@@ -49,9 +50,11 @@ class Server:
     """A server in a thread of this process."""
 
     def __init__(
-        self, run: Path, *api_keys: str, hosts: tuple[str, ...] = (), drain: float = 30, device: str = "cpu", **settings
-    ):
+        self, run: Path, *api_keys: str, hosts: tuple[str, ...] = (), drain: float = 30, device: str = "cpu",
+        weights: Weights = "full", **settings,
+    ):  # fmt: skip
         self.loaded = checkpoint.load_model(run, device)
+        with_weights(self.loaded.model, weights)
         self.served = Served(self.loaded, replace(Settings(), **settings))
         names = HostNames("127.0.0.1", hosts)
         self.server = DrainingServer(self.served, ApiKeys(api_keys), names, drain)

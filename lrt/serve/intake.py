@@ -162,7 +162,7 @@ def _json(body: bytes, values: int) -> Any:
         raise ApiError(400, f"the body has {excess}; send less at a time")
     gc.disable()
     try:
-        return from_json(body, allow_inf_nan=False)
+        return from_json(body, allow_inf_nan=False, cache_strings=False)  # a cache would keep texts of requests
     except ValueError as error:  # text that is not UTF-8 among them
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     finally:

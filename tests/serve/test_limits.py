@@ -19,6 +19,7 @@ from serving import Server
 
 from lrt.serve.connections import ConnectionLimits, OpenConnections
 from lrt.serve.fields import counted
+from lrt.serve.intake import _json
 from lrt.serve.keys import ApiKeys, HostNames
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -369,6 +370,19 @@ def test_kept_connections_and_pipelines_still_work(server):
             answer += s.recv(65536)
         s.sendall(ask)
         assert b" 200 " in s.recv(65536)
+
+
+def test_parsing_keeps_nothing_of_a_body():
+    """The parser's own cache of texts would: 16,384 of them, all over the memory that a large body took."""
+
+    def body(round_: int) -> bytes:
+        return b"{" + b",".join(b'"name %d %d":"text %d %d"' % (round_, i, round_, i) for i in range(10_000)) + b"}"
+
+    _json(body(0), 32_768)
+    before = sys.getallocatedblocks()
+    for round_ in (1, 2):
+        assert len(_json(body(round_), 32_768)) == 10_000
+    assert sys.getallocatedblocks() - before < 1000
 
 
 def test_an_oversized_body_is_answered_though_it_is_still_being_sent(server):
