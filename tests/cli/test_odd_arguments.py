@@ -11,9 +11,9 @@ from lrt.cli.main import main
 from lrt.cli.parse import parse
 
 SPOILT = {
-    "eval ''": "PATH is empty; give a path",
-    "sample ''": "PATH is empty",
-    "export run ''": "PATH is empty",
+    "eval ''": "RUN is empty; give a path",
+    "sample ''": "RUN is empty",
+    "export run ''": "FOLDER is empty",
     "train --resume=": "--resume is empty; give a path",
     "train --out=": "--out is empty",
     "report ''": "is empty; give a path",

@@ -54,7 +54,9 @@ def test_a_moved_run_needs_its_token_shards_alone(layout: str, home: Path, tmp_p
     assert own["text"] == "the validation split of text.py as it was tokenised"
     shutil.rmtree(next(p for p in map(Path, (run / "data", "given", "other/shards", "home/shards")) if p.exists()))
     assert main(["eval", str(run), "--device", "cpu"]) == 2
-    assert f"no token shards of {run} in {run}/data or where they were, and text.py: no such" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert f"no token shards of {run} in {run}/data or where they were" in refusal
+    assert "--source TEXT" in refusal and "text.py: no such" in refusal
 
 
 @pytest.mark.parametrize("change", ["one bit", "truncated"])

@@ -109,5 +109,5 @@ def test_no_changed_byte_of_a_kept_state_is_accepted(tmp_path: Path):
 
     ones = torch.ones(1, 1, 2, 2)
     count, file = torch.ones(1, dtype=torch.int64), tmp_path / "state.safetensors"
-    KVCache((ones,), (ones * 2,), torch.ones(1, 2), count, count * 3, count * 0, 1).save(file)
+    KVCache((ones,), (ones * 2,), torch.ones(1, 2), count, count * 3, count * 0, capacity=1, longest=1).save(file)
     assert not taken(file, lambda f: repr(KVCache.load(f)))
