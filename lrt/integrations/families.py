@@ -121,7 +121,7 @@ def family_config(kind: str, config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size, "intermediate_size": config.mlp_width, "rms_norm_eps": back.norm_eps,
         "tie_word_embeddings": back.tied, "rope_parameters": scaling | {"rope_theta": config.rope_theta},
         "bos_token_id": config.bos, "eos_token_id": config.bos,
-        "sliding_window": config.window if kind == "mistral" and config.last_layer == "S" else None,
+        "sliding_window": config.windows()[-1] if kind == "mistral" else None,
     }  # fmt: skip
     if family.biases != "qkv":
         facts["attention_bias"] = back.biases in ("attention", "all")
@@ -227,11 +227,11 @@ def _windowed(facts: Facts) -> bool:
 def _spelt_out(config: ModelConfig) -> ModelConfig:
     """The same model with the numbers that other fields imply written out."""
     back = replace(config.backbone, head_width=config.e, mlp_width=config.mlp_width)
-    windowless = all(window is None for window in config.windows())
-    pattern = "L" if windowless else config.window_pattern
+    windows = config.windows()
+    letters = "".join("L" if window is None else "S" for window in windows)
     return replace(
-        config, width=config.d, heads=config.h, kv_heads=config.k, window_pattern=pattern,
-        window=None if windowless else config.window, backbone=back,
+        config, width=config.d, heads=config.h, kv_heads=config.k, window_pattern=letters,
+        window=next(filter(None, windows), None), backbone=back,
     )  # fmt: skip
 
 

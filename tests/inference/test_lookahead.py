@@ -16,6 +16,7 @@ from lrt.inference.lookahead import Lookahead
 
 CONFIGS = {
     "window": config(window=4, source=2),
+    "windows everywhere": config(window_pattern="S", last_layer="S", window=3, source=3),
     "last block": config(source=3, projection="shared", window_pattern="L"),
     "shift beside": BOTH,
     "shift": SHIFT,

@@ -13,11 +13,13 @@ from lrt.integrations.exported_step import DecodingStep, as_tensors, exported_st
 from lrt.model.kv_cache import KVCache
 
 CFG = config(source=3, context=64)
+DOCUMENTS = config(document_attention=True, window_pattern="L")
+NARROW = config(window_pattern="S", last_layer="S")
 IDS = torch.randint(0, 19, (2, 40), generator=torch.Generator().manual_seed(0))
 compilers = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("cfg", [CFG, BOTH, config(document_attention=True, window_pattern="L")], ids=str)
+@pytest.mark.parametrize("cfg", [CFG, BOTH, DOCUMENTS, NARROW], ids=str)
 def test_a_step_is_a_function_of_its_state(cfg):
     model = randomised(cfg)
     step, state = DecodingStep(model), as_tensors(KVCache.empty(model, 2, 16))

@@ -249,6 +249,14 @@ def test_weights_that_do_not_match_the_config_are_named():
         families.imported(state | {"model.layers.0.self_attn.q_proj.bias": state["model.norm.weight"]}, cfg)
 
 
+def test_a_window_that_the_context_implies_is_written_out():
+    cfg = families.model_config(theirs("mistral-windows").config.to_dict())
+    facts = families.family_config("mistral", replace(cfg, window=None, window_pattern="SS"))
+    assert facts["sliding_window"] == cfg.context // 2
+    with pytest.raises(ValueError, match=r"a llama checkpoint cannot hold this model's .*last_layer"):
+        families.family_config("llama", cfg)
+
+
 def test_a_family_refuses_what_it_has_not():
     from helpers import config
 

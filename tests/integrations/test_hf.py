@@ -23,7 +23,10 @@ from lrt.integrations.hf import LRTConfig, LRTForCausalLM  # noqa: E402
 
 FULL = config()
 SHARED = config(projection="shared", source=3, bos=None, window_pattern="L", value_embeddings="none")
-models = pytest.mark.parametrize("cfg", [FULL, SHARED, SHIFT, BOTH], ids=["layerwise", "shared", "shift", "both"])
+NARROW = config(window_pattern="S", last_layer="S", source=3)
+models = pytest.mark.parametrize(
+    "cfg", [FULL, SHARED, SHIFT, BOTH, NARROW], ids=["layerwise", "shared", "shift", "both", "windows everywhere"]
+)
 
 
 def wrapped(cfg: ModelConfig, **options) -> LRTForCausalLM:

@@ -335,51 +335,6 @@ def test_characters_of_several_tokens_are_shown_whole(page):
     assert "part 1 of 4 of 🙂" in page.locator("#detail").text_content()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_and_phone_width(page, scheme):
-    """Nothing is wider than a phone, and text stands out from its ground by 4.5 to 1."""
-    page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size({"width": 360, "height": 740})
-    for name in ("Chat", "Inspect", "Write"):
-        page.get_by_role("tab", name=name).click()
-        page.evaluate("document.querySelector('#settings-box').open = true")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360, name
-    assert page.evaluate("document.documentElement.dataset.theme") == scheme
-    ratio = """() => {
-      const lum = (text) => { const c = document.createElement('canvas').getContext('2d'); c.fillStyle = text;
-        c.fillRect(0, 0, 1, 1); const [r, g, b] = [...c.getImageData(0, 0, 1, 1).data].map(x => x / 255)
-          .map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4); return .2126*r + .7152*g + .0722*b; };
-      const ground = lum(getComputedStyle(document.body).backgroundColor);
-      return ['body', '.quiet'].map(s => { const ink = lum(getComputedStyle(document.querySelector(s)).color);
-        return (Math.max(ink, ground) + .05) / (Math.min(ink, ground) + .05); }); }"""
-    assert min(page.evaluate(ratio)) >= 4.5
-
-
-def test_on_a_phone_the_answer_is_on_the_first_screen(browser, server):
-    context = browser.new_context(viewport={"width": 390, "height": 844})
-    page = opened(context, server)
-    closed = page.locator("#settings-box").get_attribute("open") is None
-    page.get_by_role("button", name="Continue", exact=True).click()
-    page.wait_for_function("() => document.querySelector('#text').textContent.length > 20")
-    top = page.evaluate("document.querySelector('#text').getBoundingClientRect().top + scrollY")
-    assert top < 500 and closed
-    context.close()
-
-
-def test_after_a_long_talk_the_next_turn_and_the_last_answer_are_in_view(page):
-    page.set_viewport_size({"width": 390, "height": 700})
-    page.get_by_role("tab", name="Chat").click()
-    choose(page, temperature="0", max_tokens="8")
-    for turns in (2, 4, 6, 8):
-        say(page, "def f(x):\n" * 4, turns)
-    box = "() => %s.getBoundingClientRect()"
-    answer, form = (
-        page.evaluate(box % f"document.querySelector('{what}')") for what in ("#turns li:last-child", "#chat-form")
-    )
-    assert page.evaluate("document.documentElement.scrollHeight") > 2 * 700  # or all of it would be in view anyway
-    assert answer["bottom"] <= form["top"] and form["bottom"] <= 701
-
-
 def test_errors_are_shown_and_keep_the_last_answer(page, server):
     choose(page, max_tokens=8)
     page.locator("#prompt").fill("def")
