@@ -16,7 +16,7 @@ KINDS = {
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    if args[:1] in (["-h"], ["--help"]):
+    if args[:1] in (["-h"], ["--help"], ["--help-all"]):
         rows = "\n".join(f"  {kind:<8} {text}" for kind, text in KINDS.items())
         show(f"usage: lrt bench KIND ...\n\nMeasure on this machine.\n\n{rows}\n\nlrt help bench KIND says more.")
         return 0

@@ -73,9 +73,9 @@ class EvalFlags:
 FLAGS = EvalFlags
 
 
-def main(args: list[str], command: str = "eval", short_help: str = "") -> int:
+def main(args: list[str], command: str = "eval") -> int:
     """Run the command; returns the exit code."""
-    flags = parse(EvalFlags, args, command, short_help)
+    flags = parse(EvalFlags, args, command)
     require_at_least(1, rows=flags.rows, limit=flags.limit)
     require_at_least(2, length=flags.length)
     require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
@@ -16,11 +15,6 @@ from tyro.constructors import (
     StructFieldSpec,
     StructTypeInfo,
 )
-
-from lrt.config.recipes import RECIPES
-
-RECIPE_NAMES = f"\n{' ' * 28}".join(textwrap.wrap(", ".join(RECIPES), 50))
-"""For a short help, whose descriptions begin in column 28."""
 
 
 def flag_rules() -> ConstructorRegistry:

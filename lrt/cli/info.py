@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from lrt.cli.flag_help import RECIPE_NAMES
 from lrt.cli.parse import early_positional, early_value, names_of, parse
 from lrt.config.model import ModelConfig, require, require_at_least
 from lrt.config.recipes import RecipeName, recipe
@@ -20,23 +19,6 @@ from lrt.utils.terminal import show
 if TYPE_CHECKING:
     from lrt.training.checkpoint import Checkpoint
 
-SHORT_HELP = f"""\
-usage: lrt info [RUN] [--recipe NAME] [--length N] [--json] [FLAGS]
-
-What a model costs: parameters by group, FLOPs per token of every schedule,
-bytes of cache. Of a run also how far it is trained, and its score.
-
-  RUN                       run folder, or one of its checkpoints; or else
-  --recipe NAME             {RECIPE_NAMES}
-  --length N                positions of a row, for the FLOPs
-  --json                    print one JSON object
-  --model.depth N           blocks; --model.width N channels
-  --model.memory.projection none, gates, shared or layerwise
-
-Every field of the model is a flag: lrt info --help-all lists them.
-
-lrt info pretrained/books
-lrt info --recipe d12 --model.memory.projection layerwise"""
 INFO_SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "refinement-3", "settled-1..3")
 
 
@@ -64,7 +46,7 @@ def main(args: list[str]) -> int:
     run = early_positional(args, ("--json", "--no-json"))
     run_checkpoint = None if run is None else _checkpoint_of(run)
     base = recipe(early_value(args, "--recipe", "cpu_demo")) if run_checkpoint is None else run_checkpoint.config
-    flags = parse(InfoFlags, args, "info", SHORT_HELP, default=InfoFlags(base.model, length=base.train.length))
+    flags = parse(InfoFlags, args, "info", default=InfoFlags(base.model, length=base.train.length))
 
     from lrt.model.flops import describe
 

@@ -39,21 +39,22 @@ MISSING = re.compile(r"((?:--[\w.-]+ )?[A-Z]+|\{[\w,]+\}) (.+?) ?\(required\)")
 BOX_CORNERS = ("╭", " --")
 
 
-def parse(flags: type[T], args: Sequence[str], command: str, short_help: str = "", **options: Any) -> T:
+def parse(flags: type[T], args: Sequence[str], command: str, **options: Any) -> T:
     """Read arguments into `flags` with tyro; `~` in paths is expanded.
 
-    Where there is a `short_help`, --help prints that, and --help-all what tyro makes of all flags. ValueError: a wrong
-    argument, in one line; a number that no machine holds. SystemExit(0): help was printed.
+    --help prints the command's short help where it has one, and --help-all what tyro makes of all flags. ValueError: a
+    wrong argument, in one line; a number that no machine holds. SystemExit(0): help was printed.
     """
     import tyro
 
     from lrt.cli.flag_help import flag_rules
+    from lrt.cli.short_help import SHORT_HELP
 
     by_name = (tyro.conf.PositionalMetavarFromFieldName,)  # RUN, where tyro says PATH
     options |= {"prog": f"lrt {command}", "registry": flag_rules(), "config": by_name}
     if {"-h", "--help", "--help-all"} & set(args):
-        if short_help and "--help-all" not in args:
-            print(short_help)
+        if command in SHORT_HELP and "--help-all" not in args:
+            print(SHORT_HELP[command])
             raise SystemExit(0)
         print(_help(partial(tyro.cli, flags, args=["--help"], **options)))
         raise SystemExit(0)

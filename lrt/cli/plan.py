@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeAlias
 
 import tyro
 
-from lrt.cli.flag_help import RECIPE_NAMES
 from lrt.cli.parse import early_value, names_of, parse
 from lrt.config.benchmarks import Cluster
 from lrt.config.model import require
@@ -18,26 +17,6 @@ from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig, with_vocabulary
 from lrt.utils.terminal import show
 
-SHORT_HELP = f"""\
-usage: lrt plan [--recipe NAME] [--cluster.devices N] [--json] [FLAGS]
-
-What a recipe needs on a cluster, by formulas: memory, time and communication of
-a step, and days, for DDP and FSDP. Nothing is run.
-
-  --recipe NAME             {RECIPE_NAMES}
-  --cluster.devices N       devices in all; --cluster.per-node N of a machine
-  --cluster.memory BYTES    of a device, such as 80e9
-  --cluster.flops N         peak FLOP/s of a device, such as 989e12
-  --cluster.efficiency X    share of the peak that is reached, such as 0.4
-  --cluster.within N        bytes/s between devices of a machine
-  --cluster.across N        bytes/s between machines
-  --train.batch N           rows of a step; --train.length N positions of each
-  --train.horizon WHEN      steps=1000, tokens=1e6, ratio=20 or compute=20
-  --json                    print one JSON object
-
-Every field of a recipe is a flag: lrt plan --help-all lists them.
-
-lrt plan --recipe d20_paper --cluster.devices 32"""
 Units: TypeAlias = tuple[tuple[float, str], ...]
 SIZES: Units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 TIMES: Units = ((86400, "days"), (3600, "h"), (1, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -65,7 +44,7 @@ FLAGS = PlanFlags
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
-    flags = parse(PlanFlags, args, "plan", SHORT_HELP, default=PlanFlags(base, recipe=base.name))
+    flags = parse(PlanFlags, args, "plan", default=PlanFlags(base, recipe=base.name))
 
     from lrt.benchmarks.cluster import plan
 

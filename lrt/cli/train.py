@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 
-from lrt.cli.flag_help import RECIPE_NAMES
 from lrt.cli.parse import early_value, names_of, parse
 from lrt.cli.plan import planned
 from lrt.config.model import require
@@ -21,28 +20,6 @@ from lrt.schedule import Curriculum
 from lrt.utils.files import expand_home
 from lrt.utils.terminal import command_name, show
 
-SHORT_HELP = f"""\
-usage: lrt train [--recipe NAME] [--out FOLDER] [--data.source TEXT] [FLAGS]
-
-Train a recipe on your text. Every field of a recipe is a flag; these are the
-ones to begin with. lrt train --help-all lists all of them.
-
-  --recipe NAME             {RECIPE_NAMES}
-  --out FOLDER              the run's folder, and its name (runs/NAME)
-  --resume RUN              go on with a run as it was, from its last checkpoint
-  --or-resume               go on if --out holds a run already, else begin
-  --init-from RUN           begin with the weights and tokenizer of this run
-  --data.source TEXT        file, folder, glob, python, or hf:owner/name
-  --data.tokenizer KIND     bytes, bpe, or a tokenizer's file or folder
-  --data.vocab-size N       vocabulary of a bpe tokenizer
-  --model.depth N           blocks; --model.width N channels
-  --model.memory.projection none, gates, shared or layerwise
-  --train.schedule NAME     parallel, interleaved-2, settled-1..3, ...
-  --train.horizon WHEN      steps=1000, tokens=1e6, ratio=20 or compute=20
-  --train.batch N           rows of a step; --train.length N positions of each
-  --train.device NAME       auto, cpu or cuda; --train.seed N
-
-lrt train --data.source book.txt --out runs/book"""
 ON_RESUME = ("--resume", "--train.device", "--data.folder")
 """Flags that go with --resume: which run, what machine it is on now, and where its token shards are."""
 
@@ -73,7 +50,7 @@ def main(args: list[str]) -> int:
     base = recipe(early_value(args, "--recipe", "cpu_demo"))
     origin = early_value(args, "--init-from", "")
     base = _from_run(base, expand_home(origin)) if origin else base
-    flags = parse(TrainFlags, args, "train", SHORT_HELP, default=TrainFlags(config=base, recipe=base.name))
+    flags = parse(TrainFlags, args, "train", default=TrainFlags(config=base, recipe=base.name))
     if flags.resume is not None:
         config, folder = _resumed(flags.resume, flags.config, args), flags.resume
     else:

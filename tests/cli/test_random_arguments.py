@@ -39,7 +39,7 @@ def flags(capfd) -> dict[str, list[str]]:
     known = {}
     for name in NAMES:
         with pytest.raises(SystemExit):
-            main([*name.split(), "--help-all" if name == "train" else "--help"])
+            main([*name.split(), "--help-all"])
         known[name] = sorted(set(re.findall(r"--[a-z][\w.-]*", capfd.readouterr().out)))
     return known
 
