@@ -21,9 +21,9 @@ class ExportFlags:
     """Run folder, or one of its checkpoints."""
     folder: Positional[Path]
     """Folder to make."""
-    to: Literal["hf", "run", "llama", "mistral", "qwen2", "qwen3"] = "hf"
+    to: Literal["hf", "run", "llama", "mistral", "qwen2", "qwen3", "gguf"] = "hf"
     """`hf`: an LRT with its own code; `run`: weights in bfloat16 for lrt's own commands, without the optimizer's state;
-    or a family whose backbone this model has."""
+    a family whose backbone this model has; or `gguf`: one file for llama.cpp, of a model that is of such a family."""
     prefill: Literal["sweeps", "exact", "zero_memory"] = "sweeps"
     """How the exported model's forward computes a whole sequence; kept in its config.json."""
 
@@ -40,6 +40,7 @@ def main(args: list[str]) -> int:
 
     from lrt.integrations.convert import save_family
     from lrt.integrations.families import FAMILIES
+    from lrt.integrations.gguf_file import FILE, save_gguf
     from lrt.integrations.hf.export import save_export
     from lrt.integrations.hf.fast_tokenizer import fast_tokenizer, save_tokenizer
     from lrt.training.checkpoint import load_model, write_weights
@@ -51,6 +52,12 @@ def main(args: list[str]) -> int:
         with new_folder(flags.folder):
             write_weights(loaded, flags.folder)
         show(f"{flags.folder}: step {loaded.step} of {flags.run}, weights in bfloat16")
+        return 0
+    if flags.to == "gguf":
+        with new_folder(flags.folder):
+            save_gguf(loaded, flags.folder)
+            write_sums(flags.folder)
+        show(f"{flags.folder / FILE}: step {loaded.step} of {flags.run}, weights in float32")
         return 0
     disable_progress_bar()  # a bar for one file says nothing
     tokenizer = fast_tokenizer(loaded)

@@ -174,17 +174,26 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save_family(loaded: Loaded, folder: Path, kind: str) -> None:
-    """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
+def family_checkpoint(loaded: Loaded, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A run's model as config.json and weights of another family. ValueError: its memory acts, or its shape is none."""
     weights = dict(loaded.model.state_dict())
     active = [name for name, value in weights.items() if role(name) in (*MEMORY, "gate") and value.any()]
     require(not active, f"{loaded.run} uses its memory ({active[:1]}), which a {kind} model has not; use --to hf")
     config = replace(loaded.model.config, memory=MEMORY_OFF)
-    words = loaded.tokenizer
+    facts = families.family_config(kind, config) | _roles(loaded.tokenizer)
+    return facts, families.exported(weights, config)
+
+
+def _roles(words: Tokenizer) -> dict[str, Any]:
+    """The tokens that open and end texts, by id."""
     ends = [i for i in words.ends if i != words.bos] or [words.bos]
-    roles = {"bos_token_id": words.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends}
-    facts = families.family_config(kind, config) | roles
+    return {"bos_token_id": words.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+
+def save_family(loaded: Loaded, folder: Path, kind: str) -> None:
+    """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
+    facts, weights = family_checkpoint(loaded, kind)
     folder.mkdir(parents=True)
-    write_json(folder / "generation_config.json", roles)
-    write_tensors(families.exported(weights, config), folder / "model.safetensors", {"format": "pt"})
+    write_json(folder / "generation_config.json", _roles(loaded.tokenizer))
+    write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", facts)

@@ -177,7 +177,7 @@ def test_bash_completes_commands_flags_and_choices(capsys):
     assert set(COMMANDS) <= completed(script, "lrt help ")
     assert "--max-new-tokens" in completed(script, "lrt sample --")
     assert set(RECIPES) <= completed(script, "lrt train --recipe ")
-    assert completed(script, "lrt export --to ") == {"hf", "llama", "mistral", "qwen2", "qwen3", "run"}
+    assert completed(script, "lrt export --to ") == {"gguf", "hf", "llama", "mistral", "qwen2", "qwen3", "run"}
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
