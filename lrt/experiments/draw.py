@@ -25,7 +25,7 @@ def figures(schedule: Schedule, length: int) -> str:
     """One line of what the schedule costs and gives."""
     passes = schedule.passes(length)
     return (
-        f"{len(passes)} passes, {token_forwards(passes, length):.2f} token forwards, "
+        f"{len(passes)} pass{'es' * (len(passes) > 1)}, {token_forwards(passes, length):.2f} token forwards, "
         f"{effective_forwards(schedule, length):.2f} effective at most, exact prefix {exact_prefix(passes, length)}"
     )
 

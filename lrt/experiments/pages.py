@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lrt.utils.files import printable, read_jsonl
 from lrt.utils.tables import Table
@@ -91,7 +91,7 @@ def read_run(folder: Path, name: str | None = None) -> Recorded:
 
 def curves(runs: Sequence[Recorded]) -> Figure:
     """Training loss (above) and decoded validation BPB (below) of every run on the three axes."""
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    figure = Figure(figsize=(9.2, 6), layout="constrained")
     grid, colours = figure.subplots(2, 3, sharex="col", sharey="row"), arm_colours([[run.name for run in runs]])
     for column, (key, label) in enumerate(AXES.items()):
         for run in runs:
@@ -104,6 +104,7 @@ def curves(runs: Sequence[Recorded]) -> Figure:
             bpb.plot(x, [e["bpb"]["zero_memory"] for e in run.evals], ":", lw=1, color=colour)
         grid[1][column].set_xlabel(label)
         grid[1][column].xaxis.set_major_formatter(EngFormatter(sep=""))
+        grid[1][column].xaxis.set_major_locator(MaxNLocator(5))
         for axes in grid[:, column]:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)

@@ -29,7 +29,7 @@ def decoded(record: dict[str, Any]) -> float:
 
 def budgets(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Decoded BPB against three measures of cost, a line per arm."""
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure = Figure(figsize=(9.2, 4.4), layout="constrained")
     arms = list(dict.fromkeys(g.arm for g in groups))
     for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), COST.items(), strict=True):
         for arm in arms:
