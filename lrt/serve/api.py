@@ -207,7 +207,7 @@ def _own(served: Served) -> APIRouter:
         ids, top, normalised = await served.intake.take(request, inspected)
         call = Call(served, request.state.owner)
         work = partial(inspect, served.model, served.words, ids, top, served.mode)
-        call.submit([BackgroundTask(0, call.events, call.deadline, work=work)])
+        call.submit([BackgroundTask(0, call.events, call.deadline, left=2 * len(ids), work=work)])
         (event,) = await call.all(request)
         more = {"normalised": normalised, "model": served.about()}
         values = len(ids) * (2 * top + served.model.config.depth)

@@ -67,7 +67,7 @@ class Completion:
         jobs: list[Job] = []
         if self.scored:  # before the answers, whose listings follow
             jobs += [
-                BackgroundTask(-1 - i, call.events, call.deadline,
+                BackgroundTask(-1 - i, call.events, call.deadline, left=len(ids),
                      work=lambda ids=ids: score(served.model, ids, body.logprobs or 0, served.mode))
                 for i, ids in enumerate(self.prompts)
             ]  # fmt: skip

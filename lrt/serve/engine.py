@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -30,11 +31,13 @@ from lrt.model.lrt import LRT
 from lrt.model.recurrence import OneToken, prefill_options, solve
 from lrt.serve.metrics import Metrics
 from lrt.serve.settings import Settings
-from lrt.serve.states import MARK_EVERY, StateStore, StoredState
+from lrt.serve.states import MARK_EVERY, StateStore
 
 log = logging.getLogger("lrt.serve")
 Lane = Generator[None, None, Any]
 """Work done a chunk at a time; what it returns is the result."""
+OLDEST_EVERY = 4
+"""One chunk in so many is of the lane that has waited longest."""
 
 
 class Busy(Exception):
@@ -73,6 +76,8 @@ class Job:
     """On time.monotonic's clock."""
     began: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    left: int = 0
+    """Tokens of its text that are still to be taken in; a task's do not shrink."""
 
 
 @dataclass(eq=False)
@@ -114,7 +119,9 @@ class Engine:
         self._batch = RunningBatch(model, cache, run=run, shapes=settings.shapes)
         self._decode_bytes = decode_bytes
         self._seated: dict[int, Answer] = {}
-        self._lanes: deque[tuple[Job, Lane]] = deque()
+        self._lanes: list[tuple[Job, Lane]] = []
+        """Long prompts and tasks, those that have waited longest first."""
+        self._turns = itertools.count(1)
         self._answers: deque[Answer] = deque()
         self._tasks: deque[BackgroundTask] = deque()
         self._wake = threading.Condition()
@@ -210,7 +217,7 @@ class Engine:
         with self._wake:
             self._answers = deque(job for job in self._answers if id(job) not in gone)
             self._tasks = deque(job for job in self._tasks if id(job) not in gone)
-        self._lanes = deque((job, lane) for job, lane in self._lanes if id(job) not in gone)
+        self._lanes = [(job, lane) for job, lane in self._lanes if id(job) not in gone]
         for row in [row for row, answer in self._seated.items() if id(answer) in gone]:
             self._free(row)
 
@@ -238,18 +245,23 @@ class Engine:
         self._seated[row] = answer
         stored, done = self.store.find(answer.scope, answer.prompt)
         self.metrics.prompt_tokens.inc(len(answer.prompt))
-        self.metrics.reused_tokens.inc(done)
-        to_take_in = len(answer.prompt) - 1 - done
-        if self.plan.stride and to_take_in >= self.settings.sweep_from:
-            self._lanes.append((answer, self._sweep(answer, row, stored, done)))
+        answer.left = len(answer.prompt) - 1 - done
+        if self.plan.stride and answer.left >= self.settings.sweep_from:
+            self._lanes.append((answer, self._sweep(answer, row)))
             return
         cache = self._batch.cache
+        self.metrics.reused_tokens.inc(done)
         self._batch.cache = stored.into(cache, row, done, self.model.config.bos) if stored else cache.clear(row)
         self._join(answer, row, done)
 
-    def _sweep(self, answer: Answer, row: int, stored: StoredState | None, done: int) -> Lane:
-        """Take in all of a long prompt but its last token, a chunk at a time, then join the batch."""
+    def _sweep(self, answer: Answer, row: int) -> Lane:
+        """Take in all of a long prompt but its last token, a chunk at a time, then join the batch.
+
+        It looks for a kept state when its turn comes: prompts that arrived together share what the first took in.
+        """
         cache, prompt_tokens = KVCache.empty(self.model, 1, self.capacity), answer.prompt[:-1]
+        stored, done = self.store.find(answer.scope, answer.prompt)
+        self.metrics.reused_tokens.inc(done)
         cache = stored.into(cache, 0, done, self.model.config.bos) if stored else cache
         first = -done % MARK_EVERY  # so that chunks end where others will look for them
         for part in filter(None, (prompt_tokens[done : done + first], prompt_tokens[done + first :])):
@@ -257,7 +269,8 @@ class Engine:
             lengths = torch.full_like(tokens[:, 0], len(part))
             for _, solved in solve(self.model, tokens, lengths, cache, self.plan):
                 cache = solved.cache
-                answer.marks[int(cache.length[0])] = cache.memory[0].clone()
+                answer.left = len(prompt_tokens) - int(cache.length[0])
+                answer.marks[len(prompt_tokens) - answer.left] = cache.memory[0].clone()
                 yield
         self.metrics.swept_tokens.inc(len(prompt_tokens) - done)
         self.store.add(answer.scope, prompt_tokens, cache, 0, answer.marks)
@@ -284,15 +297,21 @@ class Engine:
         self._batch.join(request, answer.prompt)
 
     def _advance_lane(self) -> None:
-        """One chunk of the lane whose turn it is."""
-        job, lane = self._lanes.popleft()
+        """One chunk of the lane with the least left; every fourth time of the first, so that each comes to its end.
+
+        Were all to advance in turn, then 32 prompts of one length would all have their first tokens at the very end.
+        """
+        first = next(self._turns) % OLDEST_EVERY == 0
+        turn = self._lanes[0] if first else min(self._lanes, key=lambda waiting: waiting[0].left)
+        job, lane = turn
         try:
             next(lane)
-            self._lanes.append((job, lane))
         except StopIteration as end:
+            self._lanes.remove(turn)
             if isinstance(job, BackgroundTask):
                 self._post(job, end.value)
         except Exception as error:
+            self._lanes.remove(turn)
             if not isinstance(error, ValueError):
                 log.exception("a task failed")
             self._post(job, error if isinstance(error, ValueError) else Ended.FAILED)
