@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
 from lrt.config.model import require
 from lrt.inference.batch import Emission, Request, RunningBatch
-from lrt.inference.prefill import next_logits, prefill
+from lrt.inference.prefill import Prefill, next_logits, prefill
 from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import Effort, OneToken, prefill_options, states, total
+from lrt.model.recurrence import Effort, OneToken, check_tokens, prefill_options, states, total
 from lrt.model.shapes import StreamBND, TokensBN
 
+SHARED_FROM = 16
+"""Tokens from which a shared beginning has a prefill of its own."""
 LOGITS_AT_ONCE = 2**25
 """Logits that scoring computes at a time, which bounds its memory."""
 
@@ -75,7 +78,7 @@ def generate(
     """Continue prompts together, a token per step, until every row has stopped.
 
     Args:
-        prompts: token ids, one list per row, of any lengths.
+        prompts: token ids, one list per row, of any lengths. A beginning that all share is taken in once.
         sampling: for all rows, or one per prompt.
         samples: answers per prompt; the prompt is taken in once, row `i * samples + j` is answer j to prompt i.
         decode_bytes: a tokenizer's, to stream text and to find stop texts.
@@ -92,13 +95,12 @@ def generate(
             are not finite.
     """
     all_params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-    tokens, lengths = _padded(prompts, model.device)
     _check_requests(all_params, len(prompts), samples, decode_bytes)
     require(drafts >= 0, f"drafts is {drafts}; give the most tokens to guess ahead, or 0 for none")
     if cache is None and capacity is None:
         needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, all_params, strict=True))
         capacity = min(model.config.context, needed)
-    start = prefill(model, tokens, mode=mode, lengths=lengths, cache=cache, capacity=capacity)
+    start = _taken_in(model, prompts, mode, cache, capacity)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
     cache, logits = start.cache if samples == 1 else start.cache.take(rows), start.logits[rows]
     shapes = [2**i for i in range(1, len(rows).bit_length())]  # rows that have all stopped leave the step
@@ -113,6 +115,30 @@ def generate(
         if not batch.running:
             return
         batch.advance()
+
+
+def _taken_in(
+    model: LRT,
+    prompts: Sequence[Sequence[int]],
+    mode: str | PrefillOptions,
+    cache: KVCache | None,
+    capacity: int | None,
+) -> Prefill:
+    """Prefill; without a state to continue, what all prompts begin with is taken in by one row for all."""
+    tokens, lengths = _padded(prompts, model.device)
+    check_tokens(model, tokens)
+    n = _shared(prompts) if cache is None and len(prompts) > 1 else 0
+    if n >= SHARED_FROM and int(lengths.max()) <= (capacity or 0):
+        one = prefill(model, tokens[:1, :n], mode=mode, capacity=capacity).cache
+        cache = one.take(torch.zeros_like(lengths))
+        tokens, lengths = tokens[:, n:], lengths - n
+    return prefill(model, tokens, mode=mode, lengths=lengths, cache=cache, capacity=capacity)
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens at the beginning that are the same in all prompts; at least the last of the shortest is left out."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    return min(sum(1 for _ in same), min(map(len, prompts)) - 1)
 
 
 def _requests(
