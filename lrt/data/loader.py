@@ -86,7 +86,7 @@ class Loader:
         if len(stream) < length + 1:
             raise ValueError(
                 f"the split has {len(stream)} tokens but one row of length {length} needs {length + 1}: "
-                "give more text, hold out a larger share for validation, or shorten the rows"
+                "give more text, a shorter train.length or, if it is the one held out, a larger data.validation"
             )
         self.rows = (len(stream) - 1) // length
         self._stream = stream

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -111,10 +113,18 @@ def _guarded(work: Work, config: RunConfig, folder: Path, pipe: Connection) -> N
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        work(config, folder, pipe.send)
+        work(config, folder, partial(_tell, pipe))
     except (ValueError, OSError) as error:
-        pipe.send({"kind": "failed", "text": " ".join(str(error).split())})
+        _tell(pipe, {"kind": "failed", "text": " ".join(str(error).split())})
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # Ctrl-C reaches every process; the one that began the runs says so
+        raise SystemExit(130) from None
+
+
+def _tell(pipe: Connection, event: Event) -> None:
+    """Say it, if anyone listens: who was interrupted no longer does, while the run still saves."""
+    with contextlib.suppress(BrokenPipeError):
+        pipe.send(event)
 
 
 def _end_with_parent() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+from multiprocessing import Pipe
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from lrt.config.run import RunConfig
+from lrt.experiments import runner
 from lrt.experiments.runner import Queue
 from lrt.training.logging import Live
 
@@ -51,3 +56,23 @@ def test_the_bar_of_a_run_that_is_over_goes():
     live.end("never begun")
     assert [task.description for task in live.bar.tasks] == ["b: evaluation"]
     live.bar.stop()
+
+
+def test_a_run_that_was_interrupted_ends_without_a_traceback(tmp_path: Path, monkeypatch):
+    """After Ctrl-C nobody reads its events any more, while it still writes its checkpoint and says so."""
+    monkeypatch.setattr(runner, "_end_with_parent", lambda: None)
+    told = []
+
+    def work(config: RunConfig, folder: Path, tell) -> None:
+        tell({"kind": "checkpoint"})
+        told.append(folder)
+        raise endings.pop()
+
+    endings = [ValueError("too late"), KeyboardInterrupt()]
+    for code in (130, 1):
+        reads, writes = Pipe(duplex=False)
+        reads.close()
+        with pytest.raises(SystemExit) as end:
+            runner._guarded(work, RunConfig(), tmp_path, writes)
+        assert end.value.code == code
+    assert told == [tmp_path, tmp_path]
