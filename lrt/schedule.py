@@ -183,8 +183,8 @@ class Curriculum:
 
     stages: tuple[tuple[Schedule, float], ...]
     """Each schedule with the share of the steps at which it ends; the last ends at 1."""
-    steps: int = 1
-    """Steps of the whole training."""
+    steps: int | None = None
+    """Steps of the whole training; without it stages have no place."""
 
     @staticmethod
     def parse(text: str) -> Curriculum:
@@ -208,8 +208,16 @@ class Curriculum:
         return ",".join([*early, str(self.stages[-1][0])])
 
     def at(self, step: int) -> Schedule:
-        """The schedule of a step, its ranges not drawn."""
-        return next((s for s, end in self.stages if step < end * self.steps), self.stages[-1][0])
+        """The schedule of a step, its ranges not drawn.
+
+        ValueError: there are several stages, and `steps` does not say where they end.
+        """
+        if self.steps is None and self.stages[1:]:
+            raise ValueError(
+                f"schedule {str(self)!r} changes at shares of the steps; say of how many: "
+                "dataclasses.replace(curriculum, steps=1000)"
+            )
+        return next((s for s, end in self.stages if step < end * (self.steps or 1)), self.stages[-1][0])
 
     def draw(self, seed: int, step: int) -> Schedule:
         """This step's schedule, its ranges drawn: a function of (seed, step)."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrt.model.ops import require_first_order
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN
 
 CHUNK = {"cpu": 2**20, "cuda": 2**27, "mps": 2**24}
@@ -50,6 +51,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_order()
         dw, *dhidden = ctx.saved_tensors
         return dw * grads[0], None, None, None, *(dh * grads[0] for dh in dhidden), *(None for _ in dhidden)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrt.model.cross_entropy import head_loss, require_targets
 from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
-from lrt.model.shapes import IGNORE, StreamBND, TokensBN
+from lrt.model.shapes import IGNORE, StreamBND, TokensBN, check_rows
 from lrt.model.state import Buffer
 from lrt.passes import Pass, Passes, rewriting
 from lrt.schedule import Curriculum, Schedule
@@ -80,9 +80,10 @@ class ScheduledLoss(nn.Module):
     squared change. Counted are states that some position reads: not a row's or a document's last.
     """
 
-    def __init__(self, model: LRT, schedule: Schedule | Curriculum, seed: int = 0, consistency: float = 0.0):
+    def __init__(self, model: LRT, schedule: Schedule | Curriculum | str, seed: int = 0, consistency: float = 0.0):
         super().__init__()
-        self.model, self.schedule, self.seed, self.consistency = model, schedule, seed, consistency
+        self.schedule = Curriculum.parse(schedule) if isinstance(schedule, str) else schedule
+        self.model, self.seed, self.consistency = model, seed, consistency
 
     def passes(self, step: int, length: int) -> Passes:
         """The passes of optimizer step `step` over rows of `length` positions."""
@@ -105,7 +106,14 @@ class ScheduledLoss(nn.Module):
             step: optimizer step; ranges in the schedule are drawn as a function of (seed, step).
             plan: the step's, which this batch may be a part of (a micro-batch, or one process's rows); by default the
                 passes of `step`, their means over this batch.
+
+        Raises:
+            ValueError: tokens that are not whole numbers [B, T], targets of another shape, a target that is no token.
         """
+        check_rows(tokens)
+        if targets.shape != tokens.shape:
+            shapes = f"targets of shape {tuple(targets.shape)}, tokens of {tuple(tokens.shape)}"
+            raise ValueError(f"{shapes}: give one target for each token, {IGNORE} where there is none")
         starts = self.model.starts(tokens) if starts is None else starts
         if plan is None:
             plan = step_plan(targets, starts, self.passes(step, tokens.shape[1]))

@@ -1,7 +1,7 @@
 """Elementwise operations whose automatic backward is wasteful on a CPU: half of a small model's eager step.
 
 Where no gradient is wanted, each calls its formula directly: entering an autograd function costs more than it computes
-when one token is decoded.
+when one token is decoded. What they keep for backward knows nothing of their inputs, so a second derivative is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from torch import Tensor
 EPS = 1e-6
 
 
+def require_first_order() -> None:
+    """RuntimeError where a backward pass shall be differentiated itself: what it keeps has forgotten its inputs."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("lrt's operations have a first derivative only: leave create_graph=True out")
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x / rms(x); dx = (dy - y mean(dy y)) / rms(x), from y and one number a row."""
 
@@ -28,6 +34,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        require_first_order()
         (dy,), (y, scale) = grads, ctx.saved_tensors
         along = torch.linalg.vecdot(dy, y).unsqueeze(-1) / y.shape[-1]
         return torch.addcmul(dy, y, along, value=-1).mul_(scale), None
@@ -50,6 +57,7 @@ class _ReLUSquared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        require_first_order()
         (positive,) = ctx.saved_tensors
         return (positive * grads[0]).mul_(2)
 
@@ -65,6 +73,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_order()
         (dy,), saved, needed = grads, ctx.saved_tensors, ctx.needs_input_grad
         half = len(saved) // 2
         pairs = list(zip(saved[:half], saved[half:], strict=True))
@@ -98,6 +107,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        require_first_order()
         cos, sin = ctx.saved_tensors
         return _rotate(grads[0], cos, sin, -1), None, None
 
@@ -117,6 +127,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        require_first_order()
         shape, dtype, device = ctx.like
         dx = torch.zeros(shape, dtype=dtype, device=device)
         for place, grad in zip(ctx.places, grads, strict=True):

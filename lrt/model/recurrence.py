@@ -18,7 +18,7 @@ from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
 from lrt.config.model import ModelConfig
 from lrt.model.kv_cache import KVCache, PerRow
 from lrt.model.run_passes import run_passes
-from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.shapes import StreamBND, TokensBN, check_rows
 from lrt.model.state import Buffer
 from lrt.model.transformer import Transformer
 from lrt.passes import Pass, exact_prefix, no_grad_pass
@@ -294,8 +294,9 @@ def total(parts: list[tuple[int, Effort]]) -> Effort:
 
 @outside_graphs  # it looks at values
 def check_tokens(model: Transformer, tokens: TokensBN) -> None:
-    """ValueError unless `tokens` are [B, T] of the model's vocabulary, and at least one."""
-    if tokens.dim() != 2 or tokens.numel() == 0:
+    """ValueError unless `tokens` are whole numbers [B, T] of the model's vocabulary, and at least one."""
+    check_rows(tokens)
+    if tokens.numel() == 0:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}: a prompt needs at least 1 token (BOS opens a text)")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.config.vocab_size:

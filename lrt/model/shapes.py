@@ -19,6 +19,7 @@ Everything else in the package refers to these letters.
 
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 TokensBN: TypeAlias = Tensor
@@ -31,3 +32,12 @@ PositionsN: TypeAlias = Tensor
 """Absolute positions, int64 [N] shared by the rows, or [B, N] where rows differ."""
 IGNORE = -100
 """Target that no loss counts."""
+
+
+def check_rows(tokens: TokensBN) -> None:
+    """ValueError unless these are whole numbers [B, T]: what an embedding would not say."""
+    shape, kind = tuple(tokens.shape), str(tokens.dtype).removeprefix("torch.")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens of type {kind}: give token ids, as torch.int64")
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens of shape {shape}: give rows of tokens, [B, T]; one row is tokens[None]")

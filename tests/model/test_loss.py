@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import CORNERS, SCHEDULES, config, fixed, outcome, packed, passes
@@ -11,7 +13,7 @@ from lrt.inference.generate import score
 from lrt.model import cross_entropy as head
 from lrt.model.loss import IGNORE, LossOutput, ScheduledLoss, step_plan, token_nats
 from lrt.model.run_passes import run_passes
-from lrt.schedule import Schedule
+from lrt.schedule import Curriculum, Schedule
 
 FULL = config()
 MODEL, IDS = fixed(FULL), packed(FULL, 4, 8)
@@ -183,3 +185,31 @@ def test_targets_that_are_no_tokens_are_refused(text: str, wrong: int):
         loss_of(text, targets)
     with pytest.raises(ValueError, match=f"target {wrong} is no token"):
         score(MODEL, IDS, targets)
+
+
+@pytest.mark.parametrize(
+    ("tokens_", "targets", "said"),
+    [
+        (IDS.float(), IDS, "tokens of type float32: give token ids"),
+        (IDS.bool(), IDS, "tokens of type bool"),
+        (IDS[0], IDS[0], "give rows of tokens"),
+        (IDS, IDS[:, 1:], "one target for each token"),
+    ],
+    ids=["float", "bool", "one row", "shifted targets"],
+)
+def test_what_is_no_batch_is_refused(tokens_: Tensor, targets: Tensor, said: str):
+    with pytest.raises(ValueError, match=said):
+        ScheduledLoss(MODEL, "parallel")(tokens_, targets)
+    if targets is IDS:
+        with pytest.raises(ValueError, match=said):
+            MODEL(tokens_)
+
+
+def test_a_schedule_may_be_given_by_its_name_but_stages_need_the_number_of_steps():
+    text = "parallel@0.5,settled-1..3"
+    by_name, parsed = (ScheduledLoss(MODEL, s) for s in ("settled-1..3", Schedule.parse("settled-1..3")))
+    assert [by_name.passes(step, 9) for step in range(6)] == [parsed.passes(step, 9) for step in range(6)]
+    with pytest.raises(ValueError, match="say of how many"):
+        ScheduledLoss(MODEL, text)(IDS, IDS)
+    staged = ScheduledLoss(MODEL, replace(Curriculum.parse(text), steps=2))
+    assert len(staged.passes(0, 9)) == 1 < len(staged.passes(1, 9))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrt.model.attention import apply_rope, attend, attention_mask, rope_at
+from lrt.model.cross_entropy import head_loss
 from lrt.model.ops import EPS, relu_squared, rms_norm, rotate, split, weighted_sum
 
 PLAIN = {
@@ -29,6 +30,26 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", [(3, 4), (1, 5), (2, 3, 8), (7,), (2, 1, 3, 2)])
 def test_gradcheck(operation, shape):
     assert torch.autograd.gradcheck(operation, drawn(*shape).requires_grad_())
+
+
+SECOND = {
+    "rms_norm": rms_norm,
+    "relu_squared": relu_squared,
+    "weighted_sum": lambda x: weighted_sum([drawn(1).squeeze(), x.mean()], [x, x * x]),
+    "rotate": lambda x: rotate(x * x, drawn(4), drawn(4, seed=1)),
+    "split": lambda x: split(x * x, 1, (slice(0, 1), slice(2, 3)))[1] ** 3,
+    "head_loss": lambda x: head_loss(drawn(6, 4), 15.0, [x[None]], [torch.tensor([[0, 1, 2]])], torch.ones(1))[0],
+}
+
+
+@pytest.mark.parametrize("operation", SECOND.values(), ids=SECOND)
+def test_a_second_derivative_is_refused(operation):
+    """What backward keeps knows nothing of the input: it would be wrong, and nobody would see it."""
+    x = drawn(3, 4).requires_grad_()
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(operation(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.functional.hessian(lambda x: operation(x).pow(3).sum(), x)
 
 
 @operations
