@@ -103,8 +103,10 @@ def test_every_public_name_is_on_a_reference_page():
 HISTORY = {"log.md", "CHANGELOG.md"}
 """Pages that speak of code as it once was."""
 ELSEWHERE = {
-    "CPOTrainer", "DynamoExporter", "KTOTrainer", "ORPOTrainer", "OnnxExporter", "RLOOTrainer", "scatter_", "step_N",
-    "test_training_overfit", "use_liger_kernel",
+    "CPOTrainer", "DynamoExporter", "KTOTrainer", "ORPOTrainer", "OnnxExporter", "RLOOTrainer", "Seq2SeqTrainer",
+    "activation_offloading", "auto_find_batch_size", "eval_accumulation_steps", "full_determinism",
+    "predict_with_generate", "scatter_", "step_N", "test_training_overfit", "torch_compile", "use_liger_kernel",
+    "use_transformers_paged",
 }  # fmt: skip
 """Names of other libraries that our sources do not hold, and a placeholder."""
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import config
+from test_hf_training import ids_of
+from test_hf_training import wrapped as float_model
 from test_trl import COMMON, PAIRS, TEXTS, arguments, model, rows, run, trained, words  # noqa: F401 - fixtures
 
+from lrt.integrations.hf import model as hf_model
 from lrt.integrations.hf.export import save_export
 from lrt.training.checkpoint import load_model
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
+
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -101,6 +109,26 @@ def test_rows_without_padding_have_the_loss_of_their_texts_alone(model, words, t
     torch.testing.assert_close(model(**batch).loss, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["settled-2", "interleaved-2:weights=0/1", "chunked-4", "interleaved-2"])
+def test_log_probabilities_are_those_of_the_models_logits(schedule: str, monkeypatch):
+    """TRL computes them itself, from the head's input; where several passes are scored, one line says so."""
+    warnings: list[str] = []
+    monkeypatch.setattr(hf_model.logger, "warning_once", warnings.append)
+    one = float_model(config(source=3, softcap=1.5), schedule=schedule).train()
+    ids = ids_of(2, 12)
+    labels = ids.masked_fill(torch.arange(12) < 3, -100)
+    add_fused_lm_head(one, outputs=("log_probs", "entropy"))
+    fused = one(input_ids=ids, labels=labels, fused_lm_head=True)
+    log_p = one(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    chosen = log_p.gather(2, ids[:, 1:, None])[..., 0].masked_fill(labels[:, 1:] == -100, 0.0)
+    assert one.get_output_embeddings()(one.model(ids).last_hidden_state).abs().max() > 1.5
+    torch.testing.assert_close(fused.log_probs.double(), chosen, rtol=1e-5, atol=1e-5)
+    whole = one(input_ids=ids, labels=labels).loss
+    assert torch.allclose(fused.loss.double(), whole, rtol=1e-5) == (schedule != "interleaved-2")
+    assert [("lacks the schedule's other passes" in line) for line in warnings] == [True] * len(warnings)
+    assert bool(warnings) == (schedule == "interleaved-2")
+
+
 def test_assistant_only_loss_learns_what_the_template_marks(model, words, tmp_path: Path):  # noqa: F811
     words.chat_template = GENERATION
     settings = trl.SFTConfig(str(tmp_path), assistant_only_loss=True, **COMMON)
@@ -132,3 +160,49 @@ def test_accumulated_batches_with_an_odd_last_one_step_as_one_batch(run: Path, w
         weights.append([p.detach().clone() for p in one.parameters()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+WORKER = """
+import os, sys, torch, transformers
+from lrt.integrations.hf.export import wrapped
+from lrt.training.checkpoint import load_model
+run, out, schedule, accumulated = sys.argv[1:]
+world = 1 if "RANK" not in os.environ else 2
+model = wrapped(load_model(run)).double()
+model.config.schedule = schedule
+steps = torch.optim.SGD(model.parameters(), lr=0.1)
+constant = torch.optim.lr_scheduler.LambdaLR(steps, lambda step: 1.0)
+rows = [{"input_ids": [0, *range(2, 2 + n)], "labels": [0, *range(2, 2 + n)]} for n in (6, 12, 18, 6, 9, 3, 16, 5)]
+settings = transformers.TrainingArguments(
+    out, per_device_train_batch_size=4 // world // int(accumulated), gradient_accumulation_steps=int(accumulated),
+    use_cpu=True, num_train_epochs=1, save_strategy="no", max_grad_norm=0.0, report_to=[], disable_tqdm=True, seed=3,
+)
+collate = lambda batch: {
+    k: torch.nn.utils.rnn.pad_sequence([torch.tensor(r[k]) for r in batch], True, v)
+    for k, v in (("input_ids", 1), ("labels", -100))
+}
+trainer = transformers.Trainer(
+    model=model, args=settings, train_dataset=rows, data_collator=collate, optimizers=(steps, constant)
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    torch.save({k: v for k, v in model.state_dict().items()}, f"{out}-{world}.pt")
+"""
+
+
+@pytest.mark.parametrize("accumulated", ["1", "2"])
+@pytest.mark.parametrize("schedule", ["interleaved-2", "settled-1..3", "parallel"])
+def test_two_processes_train_as_one(run: Path, tmp_path: Path, schedule: str, accumulated: str):  # noqa: F811
+    """Torch's own launcher, gloo; `parallel` leaves the memory without gradient. A draw is of a forward."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    options = [str(tmp_path / "worker.py"), str(run), str(tmp_path / "w"), schedule, accumulated]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in ([sys.executable], launch):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"w-{n}.pt", weights_only=True) for n in (1, 2))
+    before = load_model(run).model.state_dict()
+    assert (one["model.core.head.weight"] - before["head.weight"]).abs().max() > 1e-4
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-10)

@@ -63,13 +63,15 @@ class LRTConfig(PreTrainedConfig):
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
+    final_logit_softcapping: float | None = None
+    """What caps logits, by the name that others read who compute them from the head's input, as TRL does."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         model = self.model_config()
         self.lrt = to_dict(model)
         self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.layers
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = model.h, model.k, model.e
-        self.max_position_embeddings = model.context
+        self.max_position_embeddings, self.final_logit_softcapping = model.context, model.softcap
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:

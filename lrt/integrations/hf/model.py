@@ -15,6 +15,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.logging import get_logger
 
 from lrt.config.model import require
 from lrt.integrations.hf.cache import require_goes_on
@@ -36,8 +37,14 @@ UNTRACED = (
     "a whole sequence takes as many sweeps or passes as its values ask for, which no exported program can: "
     "export one step on a cache (exported_step in lrt.integrations.exported_step)"
 )
+ONE_OF_SEVERAL = (
+    "this forward gives each position's last pass, so a loss made of it lacks the schedule's other passes "
+    "(%s): train with labels (Trainer), or with a schedule of one loss, as settled-1..3"
+)
 PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
 """What other models are told documents in one row by."""
+
+logger = get_logger(__name__)
 
 
 def steps_in_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,6 +154,8 @@ class LRTModel(LRTPreTrainedModel):
             assert inputs_embeds is not None
             with as_tokens(self.core, inputs_embeds) as tokens:
                 out = self._run(Inputs(tokens, *others), scheduled)
+        if scheduled and not return_scored:
+            self._say_what_lacks(out)
         return LRTModelOutput(
             last_hidden_state=out.hidden,  # pyright: ignore[reportArgumentType]
             past_key_values=out.cache if use_cache else None,
@@ -159,6 +168,13 @@ class LRTModel(LRTPreTrainedModel):
         if free_to_look(tokens):
             check_tokens(self.core, tokens)
         return tokens
+
+    def _say_what_lacks(self, out: Outcome) -> None:
+        """One line, once, where a loss that is made of the result is not the schedule's."""
+        _, passes = out.scored[0]
+        twice = sum(len(p.positions) for p in passes) > max(p.positions[-1] for p in passes) + 1
+        if twice and torch.is_grad_enabled():
+            logger.warning_once(ONE_OF_SEVERAL % self.config.schedule)
 
     def _run(self, inputs: Inputs, scheduled: bool) -> Outcome:
         if scheduled:
@@ -271,7 +287,8 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
         targets = labels if shift_labels is None else shift_labels
         out = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, return_scored=targets is not None, **kwargs,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, return_scored=self.training or targets is not None,
+            **kwargs,
         )  # fmt: skip
         hidden, core = out.last_hidden_state, self.model.core
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
