@@ -53,6 +53,7 @@ def switches(model: LRT) -> dict[str, list[Tensor]]:
         "all memory": [],
         "ResidualInjection": [],
         "KVProjection": [],
+        "recurrence": [],
         "token shift": [],
     }
     for i, block in enumerate(_blocks(model), 1):
@@ -63,12 +64,15 @@ def switches(model: LRT) -> dict[str, list[Tensor]]:
         gamma, matrices = [g.data for g in gammas if g is not None], pairs[0] + pairs[1]
         switched["ResidualInjection"] += gamma
         switched["KVProjection"] += matrices
-        switched["token shift"] += pairs[1] + ([gammas[1].data] if gammas[1] is not None else [])
+        for name, own, pair in zip(("recurrence", "token shift"), gammas, pairs, strict=True):
+            switched[name] += pair + ([own.data] if own is not None else [])
         switched[f"layer {i}"] = gamma + matrices
         for head in range(model.config.k if matrices else 0):
             rows = slice(head * model.config.e, (head + 1) * model.config.e)
             switched[f"layer {i}, head {head + 1}"] = [w[rows] for w in matrices]
     switched["all memory"] = switched["ResidualInjection"] + switched["KVProjection"]
+    if not switched["token shift"]:  # then the recurrence is all memory
+        del switched["recurrence"]
     return {name: parts for name, parts in switched.items() if parts}
 
 
@@ -186,7 +190,8 @@ def tables(findings: dict[str, Any]) -> list[tuple[str, Table]]:
         [str(i), *(" ".join(f"{x:.2f}" for x in g.get(n, [])) for n in ("local", "memory", "value"))]
         for i, g in enumerate(findings["gates"], 1)
     ]
-    changes = [[name, signed(x)] for name, x in findings["ablations"].items() if name != "loss"]
+    parts = {"all memory": "recurrence and token shift"} if "recurrence" in findings["ablations"] else {}
+    changes = [[parts.get(name, name), signed(x)] for name, x in findings["ablations"].items() if name != "loss"]
     whole = f"nats per token more than {findings['ablations']['loss']:.4f}"
     reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(findings["influence"], 1)]
     sizes = [[k, f"{x:.4f}"] for k, x in findings["stream_rms_by_position"].items()]

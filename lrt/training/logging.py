@@ -22,7 +22,7 @@ RECORDED = ("start", "note", "train", "eval", "sample", "warning", "checkpoint")
 BARS = ("prepare", "train", "stage", "queue")
 LEGENDS = {
     "start": "loss: nats per token, lower is better; passes: the same for each pass; MFU: share of the peak speed",
-    "eval": LEGEND,
+    "eval": f"{LEGEND}; sweep residuals: what is left to change in the memory after 1, 2, .. sweeps",
 }
 """What an event's figures mean, said under the first of its kind."""
 

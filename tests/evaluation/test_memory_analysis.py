@@ -132,7 +132,11 @@ def test_a_token_shift_is_analysed_too(cfg: ModelConfig, columns: int):
     control = LRT(gates).double()
     control.load_state_dict({k: v for k, v in model.state_dict().items() if k in control.state_dict()})
     assert whole == pytest.approx(float(score(control, rows.tokens, rows.targets).nats.mean()), abs=1e-9)
-    assert all(heading for heading, _ in tables(found))
+    shown = dict(tables(found))["switched off"].markdown()
+    assert ("recurrence and token shift" in shown) == ("all memory" not in shown) == cfg.memory.recurrent
+    if cfg.memory.recurrent:  # what other commands call zero memory: the shift stays
+        without = score(model, rows.tokens, rows.targets, mode="zero_memory").nats.mean()
+        assert found["ablations"]["loss"] + found["ablations"]["recurrence"] == pytest.approx(float(without), abs=1e-9)
 
 
 def test_a_model_without_memory_is_refused():
