@@ -6,6 +6,7 @@ Training, prefill and decoding all are such a list, run by one forward against o
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from lrt.passes import (
     subtract,
     token_forwards,
 )
-from lrt.span import NONE, SPAN_OPTIONS, Span, numbers, slashed
+from lrt.span import MOST_SIZES, NONE, SPAN_OPTIONS, Span, numbers, slashed
 
 __all__ = [
     "KINDS", "NO_GRAD_COST", "Curriculum", "Pass", "Passes", "Schedule", "Span", "check", "effective_forwards",
@@ -40,6 +41,8 @@ KINDS = {
 }
 _SIZED = {"interleaved", "refinement", "chunked", "settled", "hop"}
 _SWEPT = {"settled", "hop"}
+_STEPPED = {"interleaved", "chunked"}  # their size counts positions, and passes end where the row does
+MOST_POSITIONS = 2**24
 """Kinds whose size counts sweeps without gradient."""
 
 
@@ -70,7 +73,8 @@ class Schedule:
         if bool(size) != (kind in _SIZED):
             remedy = f"write {kind}-2, say" if kind in _SIZED else f"write {kind}"
             raise ValueError(f"schedule {text!r}: {kind} takes {'a' if kind in _SIZED else 'no'} size; {remedy}")
-        span = Span.parse(size, 0 if kind in _SWEPT else 1, f"size of schedule {text!r}") if size else None
+        least, most = 0 if kind in _SWEPT else 1, MOST_POSITIONS if kind in _STEPPED else MOST_SIZES
+        span = Span.parse(size, least, f"size of schedule {text!r}", most) if size else None
         return Schedule._with_options(Schedule(kind, span), options, text)
 
     @staticmethod
@@ -236,7 +240,7 @@ class Curriculum:
 
 def _parse_weights(text: str, schedule: str) -> tuple[float, ...]:
     weights = numbers(text)
-    if sum(weights) == 0:
+    if not 0 < sum(weights) < math.inf:
         raise ValueError(
             f"schedule {schedule!r}: weights {text!r} must be numbers >= 0, not all 0, such as 0.1/0.3/0.6"
         )

@@ -12,6 +12,8 @@ from itertools import accumulate
 
 SPAN_OPTIONS = ("p", "tolerance", "budget")
 """Options that belong to the range they follow."""
+MOST_SIZES = 2**10
+"""How many sizes a range may hold, and how large one is that counts passes: each size, and each pass, is counted."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,16 @@ class Span:
     """Adaptive sizes: the most that they may be in the mean over the steps so far; none means no limit but `high`."""
 
     @staticmethod
-    def parse(text: str, least: int, what: str) -> Span:
-        """Read `4` or `1..3`."""
-        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+    def parse(text: str, least: int, what: str, most: int = MOST_SIZES) -> Span:
+        """Read `4` or `1..3`, at least `least` and at most `most`; `what` names it in errors."""
+        match = re.fullmatch(r"([0-9]{1,100})(?:\.\.([0-9]{1,100}))?", text)
         if not match:
             raise ValueError(f"{what} {text!r} is not a number or a range such as 1..3")
         span = Span(int(match[1]), int(match[2] or match[1]))
         if not least <= span.low <= span.high:
             raise ValueError(f"{what} {text!r} must rise from at least {least}")
+        if span.high > most or span.high - span.low >= MOST_SIZES:
+            raise ValueError(f"{what} is too large: it may be at most {most:,}, a range at most {MOST_SIZES:,} sizes")
         return span
 
     def with_option(self, key: str, text: str, what: str) -> Span:

@@ -46,8 +46,10 @@ def main(args: list[str]) -> int:
     from lrt.evaluation.memory_analysis import analyse, heat_map, tables
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
+    from lrt.utils.new_folder import require_makable
     from lrt.utils.score_names import share_text
 
+    require_makable((flags.out or flags.run).parent)
     loaded = load_model(flags.run, resolve_device(flags.device))
     rows, of = held_out(loaded, flags.source, rows=flags.rows, length=loaded.config.train.length)
     scored = share_text({"rows": len(rows.tokens), "text": of.name, "share": of.share})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +71,13 @@ class EvalFlags:
 
 
 FLAGS = EvalFlags
+READERS = {
+    "source": ("bits per byte",), "rows": ("bits per byte",), "length": ("bits per byte",),
+    "schedule": ("bits per byte",), "weights": ("bits per byte",), "include_path": ("--tasks",),
+    "suite_data": ("--suite",), "lengths": ("--suite",), "arm": ("--suite",), "out": ("--suite",),
+    "mode": ("--suite", "--tasks"), "limit": ("--suite", "--tasks"),
+}  # fmt: skip
+"""What each flag is for, of those that not every kind of score looks at."""
 
 
 def main(args: list[str], command: str = "eval") -> int:
@@ -79,11 +86,7 @@ def main(args: list[str], command: str = "eval") -> int:
     require_at_least(1, rows=flags.rows, limit=flags.limit)
     require_at_least(2, length=flags.length)
     require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")
-    of_suites = {"suite-data": flags.suite_data, "lengths": flags.lengths, "arm": flags.arm, "out": flags.out}
-    misplaced = [f"--{name}" for name, value in of_suites.items() if value and not flags.suite]
-    full_weights = flags.weights == "full" or not (flags.tasks or flags.suite)
-    require(full_weights, "--weights int8 is for bits per byte; leave it out with --suite and --tasks")
-    require(not misplaced, f"{', '.join(misplaced)} belongs to a suite; name it with --suite, or leave that out")
+    _require_heeded(flags)
 
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
     from lrt.evaluation.held_out import held_out
@@ -114,6 +117,16 @@ def main(args: list[str], command: str = "eval") -> int:
         else:
             show(_eval_text(where, bpb))
     return 0
+
+
+def _require_heeded(flags: EvalFlags) -> None:
+    """ValueError: flags that what is scored does not look at; they would be dropped in silence."""
+    scored = "--suite" if flags.suite else "--tasks" if flags.tasks else "bits per byte"
+    defaults = {f.name: f.default for f in fields(EvalFlags)}
+    for name, readers in READERS.items():
+        unread = scored not in readers and getattr(flags, name) != defaults[name]
+        flag = f"--{name.replace('_', '-')}"
+        require(not unread, f"{flag} is for {' and '.join(readers)}, not for {scored}; leave it out")
 
 
 def sweep_lines(bpb: BPB) -> list[str]:

@@ -49,8 +49,8 @@ def main(args: list[str]) -> int:
 
     loaded = load_model(flags.run)
     if flags.to == "run":
-        with new_folder(flags.folder):
-            write_weights(loaded, flags.folder)
+        with new_folder(flags.folder) as aside:
+            write_weights(loaded, aside)
         show(f"{flags.folder}: step {loaded.step} of {flags.run}, weights in bfloat16")
         return 0
     if flags.to == "gguf":
@@ -61,12 +61,12 @@ def main(args: list[str]) -> int:
         return 0
     disable_progress_bar()  # a bar for one file says nothing
     tokenizer = fast_tokenizer(loaded)
-    with new_folder(flags.folder):
+    with new_folder(flags.folder) as aside:
         if flags.to in FAMILIES:
-            save_family(loaded, flags.folder, flags.to)
+            save_family(loaded, aside, flags.to)
         else:
-            save_export(loaded, flags.folder, flags.prefill)
-        save_tokenizer(tokenizer, flags.folder)
-        write_sums(flags.folder)
+            save_export(loaded, aside, flags.prefill)
+        save_tokenizer(tokenizer, aside)
+        write_sums(aside)
     show(f"{flags.folder}: step {loaded.step} of {flags.run} as {flags.to}")
     return 0

@@ -173,6 +173,8 @@ def _flag_name(field: dataclasses.Field[Any], within: str) -> str:
     """A field as the command line calls it: a flag, or in capitals what is told by its place."""
     if "Positional[" in str(field.type):
         return field.name.upper()
+    if "name=''" in str(field.type):  # its own fields are flags of the command
+        return within
     return f"{within or '-'}{'.' if within else '-'}{field.name}".replace("_", "-")
 
 

@@ -40,7 +40,9 @@ def main(args: list[str]) -> int:
     require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
 
     from lrt.experiments.groups import read_groups
+    from lrt.utils.new_folder import require_makable
 
+    require_makable(flags.out)
     groups = read_groups(flags.files)
     require(bool(groups), f"{flags.files[0]} holds no records; give a file that does")
     try:

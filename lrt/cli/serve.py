@@ -60,6 +60,7 @@ def main(args: list[str]) -> int:
     flags = parse(ServeFlags, args, "serve")
     require(0 <= flags.drain < 86_400, f"--drain is {flags.drain}; give at least 0 seconds, at most a day")
     require_at_least(1, threads=flags.threads)
+    require(bool(flags.host.strip()), "--host is empty, which would listen at every address; write 0.0.0.0 for that")
     require(0 <= flags.port < 2**16, f"--port is {flags.port}; give 0 to 65535")
     keys = _keys(flags.api_key)
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lrt.config.model import (
+    MOST,
     Backend,
     Execution,
     ModelConfig,
@@ -63,6 +64,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(0 < self.validation < 1, f"data.validation is {self.validation}; it must lie between 0 and 1")
         require(self.vocab_size >= 258, f"data.vocab_size is {self.vocab_size}; bytes and BOS alone need 258")
+        require(self.vocab_size <= MOST, f"data.vocab_size is {self.vocab_size}; it may be at most {MOST:,}")
         limit = self.max_bytes
         require(limit is None or limit >= 1, f"data.max_bytes is {limit}; it must be at least 1 or none")
 
@@ -260,11 +262,22 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_name(self.name, "name")
+        _require_float32(self, "")
         length, context = self.train.length, self.model.context
         require(
             length <= context,
             f"train.length {length} exceeds model.context {context}; shorten the one or raise the other",
         )
+
+
+def _require_float32(config: Any, where: str) -> None:
+    """ValueError: a number that float32, in which models are computed, holds as 0 or as infinity."""
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            _require_float32(value, f"{where}{name}.")
+        for x in value if isinstance(value, tuple) else (value,):
+            extreme = isinstance(x, float) and math.isfinite(x) and x != 0 and not TINY <= abs(x) <= 1 / TINY
+            require(not extreme, f"{where}{name} is {x}; its size must lie between {TINY} and {1 / TINY}, or be 0")
 
 
 def require_sense(config: RunConfig) -> None:
@@ -317,6 +330,8 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     return cls(**{name: _field(hints[name], written[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
+TINY = 1e-30
+"""The smallest size of a number of a configuration: its square, or 1 through it, is still one in float32's range."""
 _RENAMED = {("Backend", "merged"): "auto"}
 """What older configurations call a choice, by its type."""
 

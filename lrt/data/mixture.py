@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from functools import cached_property
@@ -42,6 +43,8 @@ def read_mixture(source: str) -> list[Weighted]:
             raise ValueError(f"the source {part!r} has no weight above 0: write each as SOURCE@WEIGHT: code/@0.3")
     weighted = [(match["name"], _number(match["weight"])) for match in matches if match is not None]
     total = sum(weight for _, weight in weighted)
+    if total == math.inf:
+        raise ValueError(f"{source}: the weights are too large to be added up: write shares such as 0.7 and 0.3")
     if len({name for name, _ in weighted}) < len(weighted):
         raise ValueError(f"{source}: a source is named twice: add up its weights")
     if small := [name for name, weight in weighted if round(PERIOD * weight / total) < 1]:

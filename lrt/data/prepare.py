@@ -4,10 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from lrt.data.sources import documents, require_apart, source_bytes, source_fing
 from lrt.data.synthetic import TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 from lrt.utils.files import expand_home
+from lrt.utils.new_folder import folder_aside, put_in_place, require_makable
 
 CHECKED = 3  # of what a preparation checks: data prepared with less is prepared again
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
@@ -149,12 +147,9 @@ def _common_bpe(each: list[DataConfig], parts: list[Weighted], report: ReportPro
     if not home.is_dir():
         budgets = [part.weight * SAMPLE_BYTES for part in parts]
         tokenizer = _train(texts, budgets, size, report)
-        aside = home.with_name(f"{home.name}.{uuid.uuid4().hex[:8]}.partial")
-        tokenizer.save(aside)
-        try:
-            os.rename(aside, home)
-        except OSError:  # another process has made the same one meanwhile
-            shutil.rmtree(aside, ignore_errors=True)
+        with folder_aside(home) as aside, contextlib.suppress(FileExistsError):
+            tokenizer.save(aside)
+            put_in_place(aside, home)
     return home
 
 
@@ -175,6 +170,7 @@ def _prepared(data: DataConfig, report: ReportProgress, verify: str) -> Prepared
     name = _slug(kind if brought is None else data.tokenizer)
     home = expand_home(data.folder) / f"{_slug(data.source)}-{name}-{key}"
     if not home.exists():
+        require_makable(home)
         tokenizer = brought or _train([text], [SAMPLE_BYTES], data.vocab_size, report)
         _tokenize(text, _with_pauses(tokenizer) if pauses else tokenizer, home, report)
     prepared = _open(home, verify, data.normalised)

@@ -104,11 +104,13 @@ def recorded(prepared: Prepared, run: Path) -> dict[str, Any]:
     return {"data": prepared.train.hash, "shards": {"val": prepared.val.hash, "places": places, "text": prepared.text}}
 
 
-def of_another(extra: dict[str, Any], run: Path, data: DataConfig, out: Path) -> dict[str, Any]:
-    """What a checkpoint of `run` says of its tokens, as the run `out` made from it has to say it.
+def of_another(extra: dict[str, Any], run: Path, data: DataConfig, made: tuple[Path, Path]) -> dict[str, Any]:
+    """What a checkpoint of `run` says of its tokens, as a run made from it has to say it.
 
-    Places are named from there, and in full. Shards that lie within `run` are linked or copied, since it may be moved.
+    made: where that run is written, and where it will lie. Places are named from there, and in full. Shards that lie
+    within `run` are linked or copied, since it may be moved.
     """
+    aside, out = made
     tokens, recorded = RunTokens.of(extra), {name: extra[name] for name in RECORDED if name in extra}
     if tokens is None or "shards" not in recorded:
         return recorded
@@ -116,7 +118,8 @@ def of_another(extra: dict[str, Any], run: Path, data: DataConfig, out: Path) ->
     if home is None:
         return recorded
     if home.resolve().is_relative_to(run.resolve()):
-        home = Path(shutil.copytree(home, out / OWN, copy_function=_linked))
+        shutil.copytree(home, aside / OWN, copy_function=_linked)
+        home = out / OWN
     places = [os.path.relpath(home.resolve(), out.resolve()), str(home.resolve())]
     return recorded | {"shards": recorded["shards"] | {"places": places}}
 

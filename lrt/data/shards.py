@@ -9,11 +9,6 @@ import bisect
 import contextlib
 import hashlib
 import itertools
-import os
-import re
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, final
@@ -26,13 +21,10 @@ from lrt.data.manifest import AGAIN, DTYPES, SPLITS, Manifest, Shard
 from lrt.data.normalised import Spelling
 from lrt.data.shard_file import ShardFile, ShardFiles
 from lrt.data.tokenizer import Tokenizer
-from lrt.utils.file_lock import FileLock, Held
+from lrt.utils.new_folder import folder_aside, put_in_place
 
 SHARD_TOKENS = 2**26
 ENCODE_BYTES = 2**20  # text encoded at a time: enough to keep the tokenizer's threads busy
-LOCK = ".lock"  # in a folder that is being written
-PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")
-DAY = 86_400.0  # seconds after which a folder that is being written, but was never locked, is taken for abandoned
 FEW = 16  # documents: below this a split by whole documents would miss the wanted share by far
 
 
@@ -141,15 +133,13 @@ def write_shards(
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder}: is there already: name a new folder, or delete this one")
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    lock = FileLock(aside / LOCK)
-    try:
-        aside.mkdir(parents=True)
-        lock.take()
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be made ({error.strerror}): name a folder that can be written") from None
-    try:
-        _remove_abandoned(folder.parent)
+    with contextlib.ExitStack() as written:
+        try:
+            aside = written.enter_context(folder_aside(folder))
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: cannot be made ({error.strerror}): name a folder that can be written"
+            ) from None
         tokenizer.save(aside)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         spelling = Spelling(tokenizer)
@@ -160,29 +150,12 @@ def write_shards(
             tokenizer=tokenizer.hash, vocab_size=tokenizer.vocab_size, dtype=dtype, shards=shards, lost=lost
         )
         manifest.save(aside)
-        (aside / LOCK).unlink()
         return _publish(aside, folder, manifest)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        lock.release()
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Delete what writers that were killed have left; a writer that is alive holds its folder."""
-    for folder in parent.iterdir():
-        if PARTIAL.fullmatch(folder.name) and not folder.is_symlink():
-            lock = FileLock(folder / LOCK)
-            with contextlib.suppress(Held, OSError):
-                if (folder / LOCK).is_file():
-                    lock.take()
-                if lock.held or time.time() - folder.stat().st_mtime > DAY:
-                    shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
 
 
 def _publish(aside: Path, folder: Path, manifest: Manifest) -> Manifest:
     try:
-        os.rename(aside, folder)
+        put_in_place(aside, folder)
     except OSError:
         # Another process may have prepared the same data meanwhile: then either copy will do.
         if not folder.is_dir() or Manifest.load(folder) != manifest:
@@ -194,7 +167,8 @@ def split_documents(docs: Iterable[Document], validation: float | Iterable[Docum
     """Assign each document to `train` or `val`: pairs (split, document), neither split empty.
 
     validation: other documents, all of them for val, or a share. Then a document's split depends on a hash of its text,
-    not on its place: adding documents moves no other one. The lowest hash always goes to val and the highest to train.
+    not on its place: adding documents moves no other one, and a text that is there twice is on one side. The lowest
+    hash always goes to val and the highest to train.
     With fewer than 16 documents, where whole documents would miss the share by far, each text gives its tail to val
     instead. ValueError: share outside (0, 1), or too little text to split.
     """
@@ -210,16 +184,20 @@ def split_documents(docs: Iterable[Document], validation: float | Iterable[Docum
     if len(texts) == len(first) < FEW:
         yield from _split_tails(texts, validation)
         return
-    extremes: list[tuple[float, Document]] = []  # the lowest and the highest so far
+    extremes: dict[float, list[Document]] = {}  # the lowest and the highest so far, with what has the same text
     for doc in itertools.chain(first, docs):
-        extremes = sorted([*extremes, (_hash_share(text_of(doc)), doc)], key=lambda pair: pair[0])
+        share = _hash_share(text_of(doc))
+        extremes.setdefault(share, []).append(doc)
         if len(extremes) == 3:
-            share, middle = extremes.pop(1)
-            yield ("val" if share < validation else "train"), middle
+            share = sorted(extremes)[1]
+            yield from (("val" if share < validation else "train", middle) for middle in extremes.pop(share))
     if len(extremes) < 2:
-        raise ValueError("one dialogue cannot be split into train and validation: give more of them")
-    yield "val", extremes[0][1]
-    yield "train", extremes[1][1]
+        raise ValueError(
+            "one dialogue cannot be split into train and validation, nor can one text that is there several times: "
+            "give more of them"
+        )
+    yield from (("val", doc) for doc in extremes[min(extremes)])
+    yield from (("train", doc) for doc in extremes[max(extremes)])
 
 
 def _hash_share(doc: str) -> float:

@@ -157,11 +157,15 @@ def _cut(text: str, piece: int) -> int:
 
 def _valid(source: str, texts: Iterator[Document]) -> Iterator[Document]:
     """Drop empty documents and make each valid UTF-8; a source without any text is an error."""
-    empty = True
+    empty, mended = True, 0
     for text in texts:
         if text.messages if isinstance(text, Dialogue) else text:
             empty = False
-            yield text if isinstance(text, Dialogue) else valid_text(text)
+            valid = text if isinstance(text, Dialogue) else valid_text(text)
+            mended += valid is not text and "\ufffd" in text_of(valid)
+            yield valid
+    if mended:
+        logger.warning("%s: %d texts held half characters (lone surrogates); each is read as U+FFFD", source, mended)
     if empty:
         raise ValueError(f"{source}: holds no text (every file or row is empty or binary): name a source of UTF-8 text")
 
@@ -197,7 +201,7 @@ def _files(source: str) -> tuple[list[Path], bool]:
     elif os.path.isdir(path):
         files = _saved_dataset(path) or list(_walk(path))
     elif any(mark in source for mark in "*?["):
-        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+        files = _not_outputs(sorted(Path(m) for m in glob.glob(str(path), recursive=True) if os.path.isfile(m)), path)
     else:
         kind = "neither a file nor a folder" if os.path.exists(path) else "no such file or folder"
         raise ValueError(f"{source}: {kind}: give a path, a glob, 'python', or hf:owner/name for a dataset")
@@ -251,6 +255,24 @@ def _walk(folder: Path, *left_out: str) -> Iterator[Path]:
         if len(paths) > SHOWN:
             shown = ", ".join(paths[:SHOWN])
             logger.warning("%s: left out %d, each of which is %s: %s, ..", folder, len(paths), why, shown)
+
+
+def _not_outputs(files: list[Path], pattern: Path) -> list[Path]:
+    """The matches of a pattern, without those in folders that this package wrote and the pattern does not name."""
+    named = list(itertools.takewhile(lambda part: not any(mark in part for mark in "*?["), pattern.parts))
+    written: dict[Path, bool] = {}
+
+    def is_written(folder: Path) -> bool:
+        if len(folder.parts) <= len(named):
+            return False
+        if folder not in written:
+            written[folder] = is_written(folder.parent) or _is_output(folder)
+        return written[folder]
+
+    kept = [file for file in files if not is_written(file.parent)]
+    if len(kept) < len(files):
+        logger.warning("%s: left out %d files in folders that were written by lrt", pattern, len(files) - len(kept))
+    return kept
 
 
 def _unreadable(error: OSError) -> None:

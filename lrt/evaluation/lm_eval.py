@@ -18,11 +18,19 @@ from lrt.evaluation.likelihood import Candidate, likelihoods, of_like_length
 from lrt.inference.generate import generate
 from lrt.inference.loaded import Loaded
 from lrt.model.recurrence import prefill_options
+from lrt.utils.files import one_line
 
 Pair = tuple[Any, list[int], list[int]]
 """Something to tell it by, and the tokens of context and continuation."""
 MAX_NEW = 256
 """Tokens generated where a task names no number; the harness's own default."""
+EMPTY = "a continuation has no tokens: its score of 0 would win over every other; mend the task"
+COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of that number, the first one first."""
+HEEDED = {*COUNTS, "until", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"}
+"""What greedy decoding follows, or has no use for."""
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Values that ask for nothing."""
 
 
 @final
@@ -54,8 +62,14 @@ class Harness(TemplateLM):
             self.spelling.require_same()
         return [*opening, *ids]
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness does it, for continuations that hold something."""
+        require(all(request.args[1] for request in requests), EMPTY)
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         """Summed log-probability of each continuation, and whether it is the greedy one: see `likelihoods`."""
+        require(all(rest for _, _, rest in requests), EMPTY)
         candidates = [Candidate([*context, *rest], len(rest)) for _, context, rest in requests]
         return [(x.logprob, x.greedy) for x in likelihoods(self.loaded.model, candidates, self.mode, self.positions)]
 
@@ -75,6 +89,8 @@ class Harness(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, up to the first stop text; a context too long for its answer loses its beginning."""
         answers = [""] * len(requests)
+        if not requests:
+            return answers
         prompts, params = zip(*(self._request(*request.args) for request in requests), strict=True)
         for rows in of_like_length([len(p) for p in prompts], self.positions):
             texts = dict.fromkeys(rows, "")
@@ -88,13 +104,32 @@ class Harness(TemplateLM):
         return answers
 
     def _request(self, context: str, options: dict[str, Any]) -> tuple[list[int], SamplingParams]:
-        until, count = options.get("until") or [], options.get("max_gen_toks", MAX_NEW)
-        warm = options.get("do_sample") and options.get("temperature", 1.0)
-        require(not warm, "lrt eval --tasks decodes greedily; this task samples: set do_sample false")
+        until, count = read_options(options)
         require(count < self.max_length, f"max_gen_toks {count} leaves no context of {self.max_length}; lower it")
-        stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
         prompt = self.tok_encode(context)[-(self.max_length - count) :]
-        return prompt, SamplingParams(max_new_tokens=count, temperature=0, stop=stop)
+        return prompt, SamplingParams(max_new_tokens=count, temperature=0, stop=until)
+
+
+def read_options(options: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """The stop texts and the most tokens of a task's `generation_kwargs`.
+
+    ValueError: they ask for something else than greedy decoding, which would be dropped in silence.
+    """
+    wanted = {name: value for name, value in options.items() if value is not None}
+    count = next((wanted[name] for name in COUNTS if name in wanted), MAX_NEW)
+    require(type(count) is int, f"max_gen_toks is {one_line(count, 40)}; it must be a whole number")
+    until = wanted.get("until", [])
+    stop = [until] if isinstance(until, str) else until
+    texts = isinstance(stop, (list, tuple)) and all(isinstance(text, str) for text in stop)
+    require(texts, f"until is {one_line(until, 40)}; it must be a text, or a list of texts")
+    warm = wanted.get("temperature", 1.0) if wanted.get("do_sample", "temperature" in wanted) else 0
+    require(not warm, "lrt eval --tasks decodes greedily; this task samples: set do_sample false")
+    unheeded = [
+        name for name, value in wanted.items() if name not in HEEDED and (name not in NEUTRAL or value != NEUTRAL[name])
+    ]
+    asked = ", ".join(one_line(f"{name}: {wanted[name]}", 40) for name in unheeded)
+    require(not unheeded, f"the task asks to decode with {asked}, which lrt eval --tasks does not do; leave it out")
+    return tuple(text for text in stop if text), count
 
 
 def run_tasks(

@@ -29,6 +29,7 @@ from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import write_sealed, write_text
 from lrt.utils.hardware import resolve_device
+from lrt.utils.new_folder import require_makable
 from lrt.utils.score_names import LEGEND, signed
 from lrt.utils.tables import Table
 from lrt.utils.terminal import command_name
@@ -65,6 +66,7 @@ PROMPT = "def read_lines(path):\n"
 def run_demo(demo: DemoConfig) -> str:
     """Train the arms, as many at a time as there are cores, and report; returns the table and samples as text."""
     require(demo.compute is None or demo.compute > 0, f"--compute is {demo.compute}; it must be positive")
+    require_makable(demo.out)
     for name in ARMS:
         folder = demo.out / name
         require(not folder.exists(), f"{folder} exists; remove it or choose another --out")

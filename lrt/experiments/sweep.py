@@ -33,6 +33,7 @@ from lrt.experiments.runner import run_all
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import read_json, read_toml, require_fields, sealed, write_jsonl, write_sealed
+from lrt.utils.new_folder import require_makable
 
 RECORD = "record.json"
 KEYS: dict[str, type] = {"recipe": str, "seeds": list, "base": dict, "grid": dict, "arms": dict, "cluster": dict}
@@ -115,6 +116,7 @@ def run_sweep(runs: list[Run], out: Path, jobs: int, cluster: str | None = None,
 
     With `cluster` the runs become a job array of submitit's executor of that name, with its parameters `resources`.
     """
+    require_makable(out)
     out.mkdir(parents=True, exist_ok=True)  # before hours are spent on what could not be written
     todo = [run for run in runs if not finished(run, out / run.name)]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before", file=sys.stderr)

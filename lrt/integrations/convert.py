@@ -68,11 +68,11 @@ def convert(folder: Path, out: Path, how: Conversion = UNCHANGED) -> ModelConfig
         ),
     )
     origin = {"converted_from": folder.name, "start": how.start if how.memory not in UNSTARTED else None}
-    with new_folder(out):
-        source.tokenizer.save(out / "tokenizer")
-        write_json(out / "config.json", to_dict(run))
-        tokens = of_another(source.run.extra, source.run.run, source.data, out) if source.run is not None else {}
-        checkpoint.save(out, 0, run, model, {}, extra=origin | tokens, keep=1)
+    with new_folder(out) as aside:
+        source.tokenizer.save(aside / "tokenizer")
+        write_json(aside / "config.json", to_dict(run))
+        tokens = {} if source.run is None else of_another(source.run.extra, source.run.run, source.data, (aside, out))
+        checkpoint.save(aside, 0, run, model, {}, extra=origin | tokens, keep=1)
     return config
 
 
@@ -193,7 +193,7 @@ def _roles(words: Tokenizer) -> dict[str, Any]:
 def save_family(loaded: Loaded, folder: Path, kind: str) -> None:
     """Write a run's model, whose memory must be off or without effect, as a checkpoint of another family."""
     facts, weights = family_checkpoint(loaded, kind)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "generation_config.json", _roles(loaded.tokenizer))
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", facts)

@@ -17,24 +17,30 @@ from lrt.model.lrt import LRT
 from lrt.utils.distributed import World
 from lrt.utils.dtensor import shard
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What asks for an end; SIGHUP comes when a terminal is closed."""
 
 
 @final
 class Stop:
-    """Whether this process was asked to stop; in `listening` a first signal only asks, a second one kills."""
+    """Whether this process was asked to stop; in `listening` a first signal only asks, a second one kills.
+
+    A SIGHUP that is ignored, as `nohup` has it, stays so.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it SIGTERM and SIGINT only ask, so that no step is cut in two."""
+        """Within it SIGNALS only ask, so that no step is cut in two."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may listen
             yield
             return
         before = {s: signal.getsignal(s) for s in SIGNALS}
-        for s in SIGNALS:
+        if before[signal.SIGHUP] == signal.SIG_IGN:
+            del before[signal.SIGHUP]
+        for s in before:
             signal.signal(s, self._ask)
         try:
             yield
@@ -44,11 +50,11 @@ class Stop:
 
     def _ask(self, number: int, _: object) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def leave(self) -> None:
-        """End the process as the signal would have: exit code 143 after SIGTERM, 130 after SIGINT."""
-        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+        """End the process as the signal would have: exit code 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP."""
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
 @contextmanager
@@ -114,6 +120,11 @@ def not_finite(model: LRT, per_pass: Tensor, world: World) -> str:
         f"{what} {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}" for what, which in culprits.items() if which
     ]
     return "not finite when computed again: " + ("; ".join(sentences) or "nothing, so the cause may be the machine")
+
+
+def finite(model: LRT) -> bool:
+    """Whether all weights of this process are finite numbers."""
+    return not any(_bad(p) for p in model.parameters())
 
 
 def _bad(x: Tensor | None) -> float:

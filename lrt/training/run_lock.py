@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import final
 
-from lrt.utils.file_lock import FileLock, Held
-
-LOCK = ".lock"
+from lrt.utils.file_lock import LOCK, FileLock, Held
 
 
 @final

@@ -27,7 +27,7 @@ from lrt.training import checkpoint
 from lrt.training.adaptive import Settling, restored
 from lrt.training.budget import Progress, horizon
 from lrt.training.checkpoint import Checkpoint, Writer
-from lrt.training.faults import Skips, Stop, not_finite
+from lrt.training.faults import Skips, Stop, finite, not_finite
 from lrt.training.logging import Sink, tell
 from lrt.training.optimizer import Optimizer, clip, memory_rate, rate
 from lrt.training.parallel import Parallel
@@ -244,12 +244,14 @@ class Session:
         out, _ = self.gradients(batch)
         cause = not_finite(self.model, out.per_pass, self.world)
         self.writer.wait()
-        good = checkpoint.checkpoints(self.run)
         raise ValueError(
             f"{row} steps in a row up to step {self.progress.step} had no finite loss and gradient: they were skipped; "
-            f"{cause}; the last good checkpoint is {good[-1] if good else 'none yet'}: lower optim.matrix_lr or the "
-            "other rates, or look at the text there"
+            f"{cause}; {self._last_good()}: lower optim.matrix_lr or the other rates, or look at the text there"
         )
+
+    def _last_good(self) -> str:
+        good = checkpoint.checkpoints(self.run)
+        return f"the last good checkpoint is {good[-1] if good else 'none yet'}"
 
     def _leave(self) -> None:
         self.save()
@@ -297,19 +299,22 @@ class Session:
         return bpb
 
     def sample(self) -> str:
-        """A short document, decoded with memory at temperature 0.8."""
+        """A short document, decoded with memory at temperature 0.8; nothing where the logits draw no token."""
         room = min(SAMPLE_TOKENS, self.config.model.context - 1)
         sampling = SamplingParams(max_new_tokens=room, temperature=0.8, seed=self.config.train.seed)
-        return "".join(complete(self.model, self.prepared.tokenizer, "", sampling))
+        try:
+            return "".join(complete(self.model, self.prepared.tokenizer, "", sampling))
+        except ValueError:  # logits that are not finite: what ends the training says so
+            return ""
 
     def save(self) -> None:
         """Write a checkpoint of this moment, unless it stands there already; on cuda in the background.
 
-        Not while steps are being skipped: whatever is wrong may be in the weights.
+        Not while steps are being skipped, or if a step has just made weights that are not finite.
         """
         p, t = self.progress, self.config.train
         p.skipped, row, _ = self.skips.read()
-        if self.saved == p.step or row:
+        if self.saved == p.step or row or self.world.any(not finite(self.model)):
             return
         self.saved, self.saved_at = p.step, time.monotonic()
         bpb = self.bpb.as_dict() if self.bpb and self.scored == p.step else None
@@ -335,6 +340,11 @@ class Session:
         """Write the final evaluation to result.json and hand everything over."""
         bpb = self.bpb or self.evaluate()
         self.lock.require_place()
+        require(
+            math.isfinite(bpb.decoded) and not self.world.any(not finite(self.model)),
+            f"{self.run} ended at step {self.progress.step} with weights or logits that are not finite: nothing can be "
+            f"scored or decoded; {self._last_good()}: lower optim.matrix_lr or the other rates",
+        )
         result = {"name": self.config.name, "progress": vars(self.progress), "bpb": bpb.as_dict()}
         result["peak_memory_bytes"] = peak_memory(self.device)
         if self.world.first and not (self.resumed and not self.stepped and (self.run / "result.json").exists()):

@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from lrt.utils.file_lock import LOCK
 from lrt.utils.files import one_line, open_regular, read_text, write_text
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\0\\][^\0\\]*)")
-FREE = (SUMS, "README.md")
-"""Left out: what others go on writing."""
+FREE = (SUMS, "README.md", LOCK)
+"""Left out: what others go on writing, and what is there only while the folder is written."""
 
 
 def file_hash(path: Path) -> str:

@@ -9,6 +9,9 @@ import stat
 from pathlib import Path
 from typing import final
 
+LOCK = ".lock"
+"""What a lock is called in the folder that it is of."""
+
 
 class Held(Exception):
     """Somebody else holds it."""

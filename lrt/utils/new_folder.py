@@ -1,34 +1,85 @@
-"""Folders that are written whole or not at all."""
+"""Folders that appear whole or not at all, whatever ends their writer."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lrt.utils.file_lock import LOCK, FileLock, Held
 from lrt.utils.tensor_files import system_error
+
+PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")
+DAY = 86_400.0
+"""Seconds after which a folder that is being written, but was never locked, is taken for abandoned."""
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[None]:
-    """While a folder that was not there is written; what is there of it goes again where that fails.
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, to be written and then renamed; what is still there at the end goes.
 
-    OSError: it could not be written.
+    Its writer holds a lock in it, so that what killed writers left is known, and removed here.
+    OSError: it cannot be made.
     """
-    made = not folder.exists()
+    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    lock = FileLock(aside / LOCK)
     try:
-        yield
-    except BaseException as error:
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
+        aside.mkdir(parents=True)
+        lock.take()
+        _remove_abandoned(folder.parent)
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Give a folder that was written aside its name. FileExistsError: something has that name by now."""
+    (aside / LOCK).unlink(missing_ok=True)
+    try:
+        os.rename(aside, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, "something is there by now", str(folder)) from None
+        raise
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Delete what writers that were killed have left; a writer that is alive holds its folder."""
+    for folder in parent.iterdir():
+        if PARTIAL.fullmatch(folder.name) and not folder.is_symlink():
+            lock = FileLock(folder / LOCK)
+            with contextlib.suppress(Held, OSError):
+                if (folder / LOCK).is_file():
+                    lock.take()
+                if lock.held or time.time() - folder.stat().st_mtime > DAY:
+                    shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder that is not there: aside, where the block is told, and under its name once that is done.
+
+    OSError: it could not be written, or another has been written there meanwhile.
+    """
+    try:
+        with folder_aside(folder) as aside:
+            yield aside
+            put_in_place(aside, folder)
+    except (OSError, SafetensorError) as error:
         if isinstance(error, (SafetensorError, shutil.Error)):
             error = system_error(error, folder)
         reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        if isinstance(reason, OSError) and reason.strerror:
+        if reason.strerror:
             raise OSError(f"{folder} could not be written ({reason.strerror}); free space, or choose another") from None
         raise
 

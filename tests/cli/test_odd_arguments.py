@@ -49,3 +49,63 @@ def test_a_flag_that_is_given_twice_is_told_and_typographic_text_is_text(monkeyp
     assert parse(EvalFlags, ["run", "--rows", "2", "--rows=3"], "eval").rows == 3
     assert str(parse(EvalFlags, ["–run", "--source", "“a”"], "eval").run) == "–run"
     assert capsys.readouterr().err == ""
+
+
+DROPPED = {
+    "eval run --mode exact": "--mode is for --suite and --tasks, not for bits per byte",
+    "eval run --limit 3": "--limit is for",
+    "eval run --include-path .": "--include-path is for --tasks",
+    "eval run --suite parity --rows 4": "--rows is for bits per byte, not for --suite",
+    "eval run --suite parity --source text.txt": "--source is for bits per byte",
+    "eval run --tasks x --length 16": "--length is for bits per byte, not for --tasks",
+    "eval run --tasks x --schedule parallel": "--schedule is for",
+    "eval run --tasks x --weights int8": "--weights is for",
+    "eval run --lengths 16": "--lengths is for --suite",
+}
+
+
+@pytest.mark.parametrize("line", DROPPED)
+def test_flags_that_would_be_dropped_are_refused(line: str, capsys):
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert DROPPED[line] in error and error.count("\n") == 1 and len(error) < 300
+
+
+HUGE = {
+    "schedule refinement-99999999999": "too large",
+    "schedule settled-1..99999999999999999999999": "too large",
+    "schedule interleaved-1..5000": "a range at most 1,024 sizes",
+    "schedule chunked-99999999999": "at most 16,777,216",
+    f"schedule settled-{'9' * 5000}": "is not a number or a range",
+    "schedule refinement-1:weights=1e308/1e308": "must be numbers >= 0",
+    "tokenize --source text.txt --vocab-size 4000000000": "at most 16,777,216",
+    "tokenize --source a@1e308,b@1e308": "the weights are too large",
+    "train --data.max-bytes 99999999999999999999": "lrt train: --data.max-bytes is 9999",
+    "train --optim.alpha-lr 1e308": "optim.alpha_lr is 1e+308; its size must lie between",
+    "train --model.softcap 1e308": "model.softcap is 1e+308",
+    "train --model.rope-theta 1e-320": "model.rope_theta is 1e-320",
+    "serve run --host=": "--host is empty",
+}
+
+
+@pytest.mark.parametrize("line", HUGE)
+def test_sizes_that_no_machine_holds_are_refused_at_once(line: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some words\n" * 50)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert HUGE[line] in error and error.count("\n") == 1 and len(error) <= 300
+
+
+@pytest.mark.parametrize("line", ["demo --out", "sweep sweep.toml --out", "report r.jsonl --out"])
+@pytest.mark.parametrize("place", ["file", "file/in", "link"])
+def test_a_result_that_has_no_place_is_told_before_the_work(line: str, place: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("link").symlink_to("nowhere")
+    Path("sweep.toml").write_text('[base]\ndata = { source = "no such text" }\n')
+    Path("r.jsonl").write_text("")
+    assert main([*line.split(), place]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be made; remove it, or choose another" in error and error.count("\n") == 1
+    assert Path("file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4

@@ -357,3 +357,15 @@ def test_unknown_choices_are_refused(folder):
     for split, verify in [("test", "size"), ("train", "fully")]:
         with pytest.raises(ValueError, match="choose train or val, and size or checksum"):
             open_split(folder, split, verify)
+
+
+def test_a_text_that_is_there_several_times_is_on_one_side():
+    docs = [f"text {i % 17}" for i in range(17 * 3)]
+    for share in (0.01, 0.3, 0.99):
+        sides: dict[str, set[str]] = {"train": set(), "val": set()}
+        for split, doc in split_documents(docs, share):
+            sides[split].add(doc)
+        assert not sides["train"] & sides["val"] and all(sides.values())
+        assert len(list(split_documents(docs, share))) == len(docs)
+    with pytest.raises(ValueError, match="one text that is there several times"):
+        list(split_documents(["the same"] * 40, 0.1))

@@ -256,3 +256,23 @@ def test_the_fingerprint_follows_files_and_options(tmp_path):
     (tmp_path / "b.txt").write_text("more")
     seen += [source_fingerprint(source), source_fingerprint("hf:owner/name"), source_fingerprint("hf:owner/other")]
     assert len(set(seen)) == len(seen)
+
+
+def test_a_pattern_leaves_out_what_this_package_wrote_unless_it_names_it(tmp_path, caplog):
+    (tmp_path / "book.json").write_text('{"text": "words"}')
+    run = tmp_path / "runs" / "one"
+    (run / "tokenizer").mkdir(parents=True)
+    for name in ("config.json", "tokenizer/tokenizer.json", "notes.json"):
+        (run / name).write_text('{"text": "ours"}')
+    with caplog.at_level(logging.WARNING):
+        assert list(documents(str(tmp_path / "**/*.json"))) == ["words"]
+    assert "left out 3 files in folders that were written by lrt" in caplog.text
+    assert list(documents(str(run / "notes*"))) == ["ours"]
+
+
+def test_half_characters_are_told(tmp_path, caplog):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a \\ud800 b"}\n{"text": "\\ud83d\\ude00 whole"}\n')
+    with caplog.at_level(logging.WARNING):
+        assert list(documents(str(file))) == ["a \ufffd b", "\U0001f600 whole"]
+    assert "1 texts held half characters" in caplog.text

@@ -20,6 +20,7 @@ from lrt.schedule import Curriculum, Schedule
 from lrt.training import checkpoint
 from lrt.training.budget import horizon
 from lrt.training.logging import Jsonl
+from lrt.training.session import Session
 from lrt.training.trainer import train
 from lrt.utils.checksums import SUMS, file_hash, sums_text
 
@@ -127,7 +128,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(schedule, con
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
+)
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, ends, source, tmp_path):
     said, before = [], signal.getsignal(number)
 
@@ -141,7 +144,30 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, ends, source
     assert "--resume" in said[-1]["text"]
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 4
     assert signal.getsignal(number) == before
-    assert ends is KeyboardInterrupt or end.value.code == 143
+    assert ends is KeyboardInterrupt or end.value.code == 128 + number
+
+
+def test_a_training_that_ends_in_nan_says_so_and_saves_nothing_of_it(source, tmp_path):
+    """The last step's own weights are looked at too: no later loss would tell of them."""
+    config, run = tiny(cpu_demo(), source, steps=3, save_every=1), tmp_path / "run"
+
+    def spoil(event: dict) -> None:
+        if event["kind"] == "train":
+            with torch.no_grad():
+                sessions[0].model.embedding.weight[0] = math.inf
+
+    sessions, init = [], Session.__init__
+
+    def seen(self, *args, **options):
+        init(self, *args, **options)
+        sessions.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "__init__", seen)
+        with pytest.raises(ValueError, match="ended at step 3 with weights or logits that are not finite.*last good"):
+            train(config, run, sinks=[spoil])
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["step_00000001", "step_00000002"]
+    assert not (run / "result.json").exists()
 
 
 def test_micro_batches_give_the_same_step(source, tmp_path):
