@@ -54,9 +54,9 @@ def main(args: list[str]) -> int:
         show(f"{flags.folder}: step {loaded.step} of {flags.run}, weights in bfloat16")
         return 0
     if flags.to == "gguf":
-        with new_folder(flags.folder):
-            save_gguf(loaded, flags.folder)
-            write_sums(flags.folder)
+        with new_folder(flags.folder) as aside:
+            save_gguf(loaded, aside)
+            write_sums(aside)
         show(f"{flags.folder / FILE}: step {loaded.step} of {flags.run}, weights in float32")
         return 0
     disable_progress_bar()  # a bar for one file says nothing

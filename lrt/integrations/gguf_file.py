@@ -49,7 +49,7 @@ def save_gguf(loaded: Loaded, folder: Path) -> None:
         raise ValueError("GGUF needs its package: pip install 'latent-recurrent-transformer[gguf]'") from None
     kind, facts, weights = _checkpoint(loaded)
     words = _words(loaded.tokenizer, facts, kind)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(folder / FILE, kind)
     _write_shape(writer, facts)
     _write_words(writer, words, loaded.tokenizer, facts)
