@@ -127,8 +127,8 @@ def read_options(options: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     unheeded = [
         name for name, value in wanted.items() if name not in HEEDED and (name not in NEUTRAL or value != NEUTRAL[name])
     ]
-    asked = ", ".join(one_line(f"{name}: {wanted[name]}", 40) for name in unheeded)
-    require(not unheeded, f"the task asks to decode with {asked}, which lrt eval --tasks does not do; leave it out")
+    dropped = ", ".join(one_line(f"{name}: {wanted[name]}", 40) for name in unheeded)
+    require(not unheeded, f"the task asks to decode with {dropped}, which lrt eval --tasks does not do; leave it out")
     return tuple(text for text in stop if text), count
 
 
