@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple, final
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from lrt.config.decoding import CALLED, NEXT
 from lrt.data.chat_template import ChatTemplate, chat_template_of
-from lrt.data.dialogue import Dialogue, Document, plain_pieces
+from lrt.data.dialogue import Dialogue, Document, in_turns, plain_pieces
 from lrt.data.tokenizer import Tokenizer
 
 NEAR_END = 4
@@ -59,6 +60,7 @@ class DocumentEncoder:
 
     def _plain(self, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
         """As `lrt chat` and the server write it: an answer, and the beginning of the next turn that ends it."""
+        dialogue = replace(dialogue, messages=in_turns(dialogue.messages))
         ids, learned, due = [self.tokenizer.bos], [False], False
         end, called = self.tokenizer.encode(NEXT), self.tokenizer.encode(CALLED)
         skipped = 1 if dialogue.tools else 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lrt.data.dialogue import COLUMNS, MESSAGES, PAIRS, Dialogue, Document, dialogue_in
+from lrt.data.dialogue import COLUMNS, MESSAGES, PAIRS, Dialogue, Document, dialogue_in, listed_in
 from lrt.utils.files import one_line, parse_json, read_bytes
 
 INSTALL_HF = "pip install 'latent-recurrent-transformer[hf]'"
@@ -63,9 +63,10 @@ def document_in(row: Row, column: str, place: str) -> Document:
         filled = [name for name, cell in row.items() if cell is not None]
         dialogue = dialogue_in(row, place) if holds_dialogue(filled, column) else None
         if dialogue is None and column not in row:
-            raise absent(place, column, row)
+            raise _empty(place, row) if holds_dialogue(row, column) else absent(place, column, row)
         return dialogue or ""
-    document = dialogue_in(row, place, column) if isinstance(value, list) else value
+    is_list = isinstance(value, list) or (column in MESSAGES and listed_in(value) is not None)
+    document = dialogue_in(row, place, column) if is_list else value
     if not isinstance(document, (str, Dialogue, type(None))):
         raise ValueError(f"{place}: column {column!r} holds {type(value).__name__}, not text: name another column")
     return document or ""
@@ -87,10 +88,16 @@ def _wanted(names: Sequence[str], column: str | None, file: Path) -> list[str]:
     return [name for name in names if name in texts or name in COLUMNS]
 
 
+def _empty(place: str, row: Row) -> ValueError:
+    names = one_line(", ".join(name for name, cell in row.items() if cell is None and name in COLUMNS), 120)
+    return ValueError(f"{place}: nothing stands in {names}: give messages, or a prompt and its answer, or leave it out")
+
+
 def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:
     """That there is no such column."""
     names = one_line(", ".join(columns) or "none", 120)
-    return ValueError(f"{place}: no column {column!r}: set text_column to one of {names}")
+    without = ", and no messages or prompt with its answer" if column == TEXT else ""
+    return ValueError(f"{place}: no column {column!r}{without}: set text_column to one of {names}")
 
 
 def _json_lines(file: Path, column: str | None) -> Iterator[Placed]:

@@ -135,11 +135,81 @@ ONE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
         {"question": "a", "answer": "b"},
         {"instruction": "a", "input": "", "output": "b"},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ONE[1]]},
+        {"messages": json.dumps(ONE)},
+        {"conversations": " " + json.dumps([{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}])},
+        {"query": "a", "response": "b"},
+        {"input": "a", "output": "b", "system": ""},
     ],
 )
 def test_rows_that_hold_dialogues(row, tmp_path: Path):
     (found,) = documents(str(rows_file(tmp_path, row)))
     assert [(m["role"], content_text(m)) for m in found.messages] == [("user", "a"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ({"instruction": "a", "context": "c", "response": "b"}, "USER: a\n\nc\nBOT: b\nUSER:"),
+        ({"question": "a", "input": "i", "context": "c", "answer": "b"}, "USER: a\n\ni\n\nc\nBOT: b\nUSER:"),
+        ({"system_prompt": "s", "question": "a", "response": "b"}, "s\nUSER: a\nBOT: b\nUSER:"),
+        ({"system": "s", "conversations": [{"from": "human", "value": "a"}, ONE[1]]}, "s\nUSER: a\nBOT: b\nUSER:"),
+        ({"system": "s", "messages": [{"role": "system", "content": "t"}, *ONE]}, "t\nUSER: a\nBOT: b\nUSER:"),
+        ({"prompt": [*ONE, ONE[0]], "completion": "c"}, "USER: a\nBOT: b\nUSER: a\nBOT: c\nUSER:"),
+        (
+            {"messages": [ONE[0], {"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+            'USER: a\nBOT: {"name": "f", "arguments": {}}\nUSER:',
+        ),
+        (
+            {"messages": [ONE[0], {"role": "assistant", "tool_calls": json.dumps([{"function": {"name": "f"}}])}],
+             "tools": json.dumps([{"name": "f"}])},
+            'TOOLS: [{"name": "f"}]\nUSER: a\nBOT: {"name": "f", "arguments": {}}\nUSER:',
+        ),
+    ],
+)  # fmt: skip
+def test_no_column_that_says_something_is_left_out(row, written: str, tmp_path: Path):
+    (talk,) = documents(str(rows_file(tmp_path, row)))
+    assert isinstance(talk, Dialogue) and talk.text == written
+    assert [talk.messages[i]["content"] for i in talk.learned] in (["b"], ["c"], [""])  # of a prompt nothing
+
+
+def test_messages_as_json_text_are_read_from_tables_and_where_their_column_is_named(tmp_path: Path):
+    (tmp_path / "a.csv").write_text('messages,n\n"{}",1\n'.format(json.dumps(ONE).replace('"', '""')), encoding="utf-8")
+    for named in ({}, {"text_column": "messages"}):
+        assert list(documents(str(tmp_path / "a.csv"), **named)) == [Dialogue(ONE)]
+    file = rows_file(tmp_path, {"conversation": "A: hello\nB: hello"})
+    assert list(documents(str(file), text_column="conversation")) == ["A: hello\nB: hello"]
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"messages": "hello"}, "column 'messages' holds text that is no JSON list: write messages as"),
+        ({"messages": {"role": ["user"], "content": ["a"]}}, "column 'messages' holds a dict: write messages as"),
+        ({"messages": None}, "nothing stands in messages"),
+        ({"prompt": "a", "completion": None}, "nothing stands in completion"),
+        ({"prompt": "a", "history": [["q", "a"]], "response": "b"}, "'history' is not read"),
+        ({"chosen": "a", "rejected": "b"}, "no messages or prompt with its answer: set text_column to one of chosen"),
+    ],
+)
+def test_rows_that_hold_no_dialogue_say_what_to_write(row, wrong: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{wrong}"):
+        list(documents(str(rows_file(tmp_path, row))))
+
+
+def test_without_a_template_turns_that_follow_their_like_are_apart():
+    """As if an empty turn stood between them, of which nothing is learned."""
+    user, bot, tool = ({"role": role, "content": role[0]} for role in ("user", "assistant", "tool"))
+    cases = {
+        "USER: u\nBOT: a\nUSER: \nBOT: a\nUSER:": [user, bot, bot],
+        "USER: \nBOT: a\nUSER: u\nBOT: a\nUSER:": [bot, user, bot],
+        "USER: u\nBOT: \nUSER: u\nBOT: a\nUSER:": [user, user, bot],
+        "USER: u\nBOT: a\nTOOL: t\nBOT: \nTOOL: t\nBOT: a\nUSER:": [user, bot, tool, tool, bot],
+        "USER: u\nBOT: \ns\nUSER: \nBOT: a\nUSER:": [user, {"role": "system", "content": "s"}, bot],
+    }
+    for written, messages in cases.items():
+        assert Dialogue(tuple(messages)).text == written
+        spans = learned(ByteTokenizer(), messages)
+        assert [span[:2] for span in spans] == [" a"] * messages.count(bot)
 
 
 def test_text_goes_before_dialogues_and_a_named_column_before_both(tmp_path: Path):
@@ -160,7 +230,7 @@ def test_text_goes_before_dialogues_and_a_named_column_before_both(tmp_path: Pat
         ([{"content": "a"}], "the role 'None'"),
         (["a"], "a message is no object"),
         ([ONE[0], {"role": "assistant", "content": None}], "holds no text"),
-        ([ONE[0], {"role": "assistant", "content": [{"type": "image_url"}]}], "holds no text"),
+        ([ONE[0], {"role": "assistant", "content": [{"type": "image_url"}]}], "a part of type 'image_url'"),
         ([ONE[0], {"role": "assistant", "tool_calls": [{"id": 1}]}], "names no function"),
         *(([ONE[0], ONE[1] | {"weight": w}], "weight '.*': give 0, for not learned, or 1") for w in ("0", 0.5, -1, [])),
     ],
