@@ -164,9 +164,10 @@ def test_the_code_that_travels_is_the_packages(exported: Path):
 def test_the_code_that_travels_needs_torch_and_transformers_alone(exported: Path):
     """Their own requirements included; a library of ours would be missing where the model is loaded.
 
-    yaml and tomli are imported where files of their kinds are read, of which an export has none.
+    yaml and tomllib (tomli before Python 3.11) are imported where files of their kinds are read, of which an export
+    has none.
     """
-    unread = {"yaml", "tomli"}
+    unread = {"yaml", "tomli", "tomllib"}
     there = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "tokenizers"} | set(
         sys.stdlib_module_names
     )
