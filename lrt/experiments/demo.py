@@ -121,8 +121,8 @@ def _write(out: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     figure = curves([read_run(out / row["name"]) for row in rows])
     figure.savefig(out / "report.png", dpi=130)
     about = (
-        f"Equal training FLOPs ({rows[0]['flops'] / 1e12:.3g} TFLOP each), so the tokens seen differ. Each arm had one "
-        f"CPU core or the GPU. Evaluation is in float32 on the same rows; decoding is eager, one row. "
+        f"Equal training FLOPs ({rows[0]['flops'] / 1e12:.3g} TFLOP each), so the tokens seen differ. Each model had "
+        f"one CPU core or the GPU. Evaluation is in float32 on the same rows; decoding is eager, one row. "
         f"{seconds:.0f} s in all."
     )
     samples = {f"sample: {row['name']}": row["sample"] for row in rows}
