@@ -52,7 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         return _fail("lrt", f"unknown command {name!r}; {hint}")
+    if not _has_folder():
+        return _fail(f"lrt {name}", "the current folder was removed; change to one that is there")
     return _run(f"lrt {name}", lambda: importlib.import_module(f"lrt.cli.{name}").main(args[1:]), show_traceback)
+
+
+def _has_folder() -> bool:
+    """Whether the current folder is there: without it libraries fail in ways of their own."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def overview() -> str:
@@ -94,6 +105,8 @@ def _reason(error: Exception) -> object:
     """What the system says of a file, with the file first and a remedy; of other errors, the error."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}; choose another path, or mend what is there"
+    if isinstance(error, OSError) and error.strerror:  # the system names no file where a write fails
+        return f"something could not be written ({error.strerror}); free space, or write elsewhere"
     return error
 
 

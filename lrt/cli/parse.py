@@ -23,6 +23,8 @@ WIDE = "1000000"
 """Columns of the terminal that tyro's message boxes are made for, so that no line in them is broken."""
 
 
+NARROWEST = 30
+"""Columns below which tyro's boxes are not drawn: at one column that would not end."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 DASHED = re.compile(rf"-?[{DASHES}]+-?[A-Za-z][\w.-]*(=|$)")
@@ -103,7 +105,8 @@ class _Page(io.TextIOWrapper):
 def _help(print_help: Callable[[], object]) -> str:
     """What tyro prints, with usage and description broken between words where the screen ends."""
     page = _Page()
-    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+    columns = max(NARROWEST, shutil.get_terminal_size().columns)
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit), _terminal_of(str(columns)):
         print_help()
     page.seek(0)
     usage, *lines = page.read().rstrip("\n").split("\n")

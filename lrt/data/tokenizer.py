@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from lrt.data.token_bytes import byte_of_character, spellings
 from lrt.data.tokenizer_config import CONFIG, TokenizerConfig, read_tokenizer_config, token_text
 from lrt.data.tokenizer_trial import try_tokenizer
-from lrt.utils.files import expand_home, one_line, read_json, write_json
+from lrt.utils.files import expand_home, is_there, one_line, read_json, write_json
 
 BOS = "<|bos|>"
 MOST_IDS = 2**22  # of a tokenizer: more than any has, and few enough for a table of them
@@ -366,7 +366,7 @@ def _load_bytes(file: Path, content: dict[str, Any]) -> ByteTokenizer:
 def _find_bos(core: tokenizers.Tokenizer, file: Path) -> str:
     """The token that opens documents: the configured BOS, else a well-known name, else the configured EOS."""
     config_file = file.with_name(CONFIG)
-    config = read_json(config_file, "tokenizer's settings") if config_file.exists() else {}
+    config = read_json(config_file, "tokenizer's settings") if is_there(config_file) else {}
     candidates = (token_text(config, "bos_token"), *BOS_NAMES, *SEPARATOR_NAMES, token_text(config, "eos_token"))
     for text in candidates:
         if text and core.token_to_id(text) is not None:

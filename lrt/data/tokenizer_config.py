@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lrt.utils.files import MOST_SETTINGS, read_json, read_text, write_json, write_text
+from lrt.utils.files import MOST_SETTINGS, is_there, read_json, read_text, write_json, write_text
 
 CONFIG, TEMPLATE, OTHER_TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 MODEL_FILES = ("generation_config.json", "config.json")
@@ -70,7 +70,7 @@ def read_tokenizer_config(folder: Path, vocabulary: Mapping[str, int], specials:
     `vocabulary` maps a token's text to its id; `specials` are the special ones.
     ValueError: a file that is not a JSON object, or a template whose name is no file name; it is named.
     """
-    facts = read_json(folder / CONFIG, "tokenizer's settings") if (folder / CONFIG).exists() else {}
+    facts = read_json(folder / CONFIG, "tokenizer's settings") if is_there(folder / CONFIG) else {}
     name_of = {i: text for text, i in vocabulary.items()}
     ends = [name_of[i] for i in _ending_ids(folder) if i in name_of]
     named = (token_text(facts, "eos_token"), next(iter(ends), None))
@@ -98,7 +98,7 @@ def token_text(config: Mapping[str, Any], key: str) -> str | None:
 def _ending_ids(folder: Path) -> list[int]:
     """The ids by which a model beside its tokenizer ends a text."""
     for name in MODEL_FILES:
-        if (folder / name).exists():
+        if is_there(folder / name):
             ids = read_json(folder / name, "model's settings").get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             token_ids = [i for i in ids if isinstance(i, int) and not isinstance(i, bool)]
@@ -113,7 +113,7 @@ def _chat_templates(folder: Path, facts: Mapping[str, Any]) -> dict[str, str]:
         path.stem: read_text(path, "chat template", MOST_SETTINGS)
         for path in sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))
     }
-    if (folder / TEMPLATE).exists():
+    if is_there(folder / TEMPLATE):
         return {DEFAULT: read_text(folder / TEMPLATE, "chat template", MOST_SETTINGS)} | files
     listed = facts.get("chat_template")
     if isinstance(listed, str):

@@ -19,7 +19,7 @@ from lrt.experiments.record import origin
 from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import prefill_options
-from lrt.utils.files import read_jsonl, require_fields, sealed, write_jsonl
+from lrt.utils.files import is_there, read_jsonl, require_fields, sealed, write_jsonl
 
 Tell = Callable[[str], None]
 PART: dict[str, type] = {"part": str, "scores": dict, "cpu_seconds": float, "lost": str}
@@ -84,7 +84,7 @@ def _subject(loaded: Loaded, suite: Suite, scorer: Scorer) -> dict[str, Any]:
 
 
 def _record_of(file: Path, subject: dict[str, Any]) -> dict[str, Any] | None:
-    if not file.exists():
+    if not is_there(file):
         return None
     records = [record for _, record in read_jsonl(file, "record", loose=True)]
     require(len(records) == 1, f"{file} holds {len(records)} records, not one; move it, or choose another --out")
@@ -94,7 +94,7 @@ def _record_of(file: Path, subject: dict[str, Any]) -> dict[str, Any] | None:
 
 def _kept_parts(file: Path, subject: dict[str, Any], suite: Suite) -> dict[str, dict[str, Any]]:
     """The lines of the parts that are scored, by their part."""
-    if not file.exists():
+    if not is_there(file):
         return {}
     lines = list(read_jsonl(file, "scored parts", loose=True))
     require(bool(lines), f"{file} is empty; remove it")

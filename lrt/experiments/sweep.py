@@ -32,7 +32,7 @@ from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
-from lrt.utils.files import read_json, read_toml, require_fields, sealed, write_jsonl, write_sealed
+from lrt.utils.files import is_there, read_json, read_toml, require_fields, sealed, write_jsonl, write_sealed
 from lrt.utils.new_folder import require_makable
 
 RECORD = "record.json"
@@ -162,7 +162,7 @@ def to_key(config: RunConfig) -> str:
 
 def finished(run: Run, folder: Path) -> bool:
     """Whether a run has been recorded; ValueError if its folder holds one of other settings."""
-    if not (folder / RECORD).exists():
+    if not is_there(folder / RECORD):
         return False
     stored = read_json(folder / RECORD, "record")
     require_fields(stored, {"settings": dict}, str(folder / RECORD))

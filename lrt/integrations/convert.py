@@ -22,11 +22,13 @@ from lrt.model.lrt import LRT
 from lrt.model.parameters import MEMORY, role
 from lrt.training import checkpoint
 from lrt.utils.checksums import require_sums
-from lrt.utils.files import one_line, read_json, require_kind, write_json
+from lrt.utils.files import is_there, one_line, read_json, require_kind, write_json
 from lrt.utils.new_folder import new_folder
 from lrt.utils.tensor_files import read_tensors, write_tensors
 
 UNCHANGED = Conversion()
+WIDENED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Number types of weights; whole numbers and narrow floats are codes, which mean something with scales alone."""
 UNSTARTED: tuple[AddedMemory, ...] = ("keep", "none", "recirculation")
 """Memory that does not wait for training."""
 
@@ -162,7 +164,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder in float32, from one safetensors file or several."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if is_there(index):
         names: dict[str, Any] = require_kind(read_json(index, "index").get("weight_map"), dict, f"{index}: weight_map")
         for weight, name in names.items():
             require_kind(name, str, f"{index}: {one_line(weight, 60)}")
@@ -170,7 +172,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     require(bool(files), f"{folder} holds no .safetensors; save the model with save_pretrained, pickle is not read")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= {name: value.float() for name, value in read_tensors(file, "weights").tensors.items()}
+        for name, value in read_tensors(file, "weights").tensors.items():
+            require(name not in tensors, f"{file} holds {one_line(name, 60)}, as another file does; keep one of them")
+            tensors[name] = value.float() if value.dtype in WIDENED else value  # what is no weight is refused later
     return tensors
 
 

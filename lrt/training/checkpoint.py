@@ -34,7 +34,16 @@ from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.utils.checksums import SUMS, file_hash, sums_text
 from lrt.utils.dtensor import fill
-from lrt.utils.files import one_line, read_json, read_text, require_fields, require_kind, write_json, write_text
+from lrt.utils.files import (
+    is_there,
+    one_line,
+    read_json,
+    read_text,
+    require_fields,
+    require_kind,
+    write_json,
+    write_text,
+)
 from lrt.utils.tensor_files import read_tensors, write_tensors
 
 FORMAT, BEFORE = 2, 1
@@ -237,7 +246,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     step, sums = meta["step"], meta["sha256"]
     if set(sums) != {MODEL, OPTIMIZER}:
         raise ValueError(f"{folder / META} does not say what {MODEL} and {OPTIMIZER} hash to; use another checkpoint")
-    if meta["format"] == FORMAT or (folder / SUMS).exists():
+    if meta["format"] == FORMAT or is_there(folder / SUMS):
         written = read_text(folder / SUMS, "checksums")
         if written != sums_text(sums | {META: file_hash(folder / META)}):
             raise ValueError(f"{folder / META} is not what {SUMS} says (checksum); use another checkpoint")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lrt.utils.file_lock import LOCK
-from lrt.utils.files import one_line, open_regular, read_text, write_text
+from lrt.utils.files import is_there, one_line, open_regular, read_text, write_text
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\0\\][^\0\\]*)")
@@ -42,7 +42,7 @@ def require_sums(folder: Path, needed: Callable[[str], bool] = lambda name: True
     A folder without such a file is taken as it is: others write those.
     """
     sums = folder / SUMS
-    if not sums.exists():
+    if not is_there(sums):
         return
     lines = [LINE.fullmatch(line) for line in read_text(sums, "checksums").removesuffix("\n").split("\n")]
     names = [line[2] for line in lines if line is not None]

@@ -86,6 +86,11 @@ def read_bytes(path: Path | str, what: str, most: int = MOST_JSON) -> bytes:
     return content
 
 
+def is_there(path: Path | str) -> bool:
+    """Whether a file that may be missing has a name here; a link that leads to nothing is no missing file."""
+    return os.path.lexists(path)
+
+
 def open_regular(path: Path | str, what: str) -> io.BufferedReader:
     """A regular file, opened without waiting for a writer. ValueError: there is none, or it is something else."""
     with _readable(path, what):
@@ -341,11 +346,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file aside, sync it, and put it in place at once."""
-    aside = path.with_name(path.name + ".tmp")
-    write(aside)
-    sync(aside)
-    os.replace(aside, path)
+    """Have `write` make a file aside, sync it, and put it in place at once; two writers do not meet aside.
+
+    OSError: it cannot be written; then nothing of it stays.
+    """
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def sync(path: Path) -> None:

@@ -109,3 +109,21 @@ def test_a_result_that_has_no_place_is_told_before_the_work(line: str, place: st
     error = capsys.readouterr().err
     assert "cannot be made; remove it, or choose another" in error and error.count("\n") == 1
     assert Path("file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("columns", ["1", "0", "-5", "abc"])
+def test_help_ends_whatever_the_screen_is_said_to_be(columns: str, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        main(["info", "--help-all"])
+    assert "--recipe" in capsys.readouterr().out
+
+
+def test_a_current_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["info", str(tmp_path)]) == 2
+    assert "the current folder was removed" in capsys.readouterr().err
+    assert main(["--version"]) == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrt.cli.main import main
@@ -272,3 +273,37 @@ def test_an_index_of_other_kinds_is_one_line(names, tmp_path: Path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(ValueError, match=r"model.safetensors.index.json: .* it must be"):
         _weights(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_codes_are_no_weights(dtype: torch.dtype, tmp_path: Path, words):
+    """A quantised matrix means something with its scales alone; taken as numbers it would be another model."""
+    folder = saved("llama", tmp_path / "theirs", words)
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: (weights[name] * 3).to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=str(dtype).removeprefix("torch.")):
+        convert(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path: Path, words):
+    folder = saved("llama", tmp_path / "theirs", words)
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    with pytest.raises(ValueError, match="as another file does; keep one of them"):
+        convert(folder, tmp_path / "run")
+
+
+OPTIONAL = [
+    "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "SHA256SUMS",
+    "model.safetensors.index.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_link_that_leads_nowhere_is_not_taken_for_a_file_that_is_missing(name: str, tmp_path: Path, words):
+    """As a download that was broken off leaves them: what they say would be lost in silence."""
+    folder = saved("llama", tmp_path / "theirs", words)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"{name} does not exist; restore the file"):
+        convert(folder, tmp_path / "run")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lrt.utils import files
 from lrt.utils.files import (
+    is_there,
     one_line,
     parse_json,
     read_csv,
@@ -209,3 +210,35 @@ def test_text_is_bounded(tmp_path: Path):
     assert read_text(tmp_path / "template", "template", most=11) == "x" * 11
     with pytest.raises(ValueError, match="larger than 10 bytes"):
         read_text(tmp_path / "template", "template", most=10)
+
+
+def test_what_does_not_fit_leaves_nothing_aside_and_two_writers_do_not_meet(tmp_path: Path, monkeypatch):
+    file, whole = tmp_path / "file", os.replace
+    write_text(file, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def another(aside: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "replace", whole)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        write_text(path, "another's")
+        assert Path(aside).read_text() == "mine"
+        whole(aside, path)
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(file, "new")
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", another)
+    write_text(file, "mine")
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path: Path):
+    assert not is_there(tmp_path / "settings")
+    (tmp_path / "settings").symlink_to("nowhere")
+    assert is_there(tmp_path / "settings")
+    with pytest.raises(ValueError, match="settings .*settings does not exist; restore"):
+        read_json(tmp_path / "settings", "settings")

@@ -13,6 +13,7 @@ from typing import Any
 from lrt.config.run import to_dict
 from lrt.inference.loaded import Loaded
 from lrt.integrations.hf.fast_tokenizer import with_pad
+from lrt.utils.files import is_there
 from lrt.utils.score_names import checked_figures, read_result, share_text, unit
 
 ENTRY = "lrt.integrations.hf.model"
@@ -128,7 +129,7 @@ def _scored(loaded: Loaded) -> dict[str, Any] | None:
     own, file = loaded.extra.get("bpb"), loaded.run / "result.json"
     if isinstance(own, dict):
         return checked_figures(own, f"{loaded.folder}: bpb")
-    result = read_result(file) if file.is_file() else {}
+    result = read_result(file) if is_there(file) else {}
     progress = result.get("progress")
     same = isinstance(progress, dict) and progress.get("step") == loaded.step
     return result["bpb"] if same else None
