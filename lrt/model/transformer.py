@@ -22,6 +22,7 @@ from lrt.model.ops import rms_norm
 from lrt.model.parameters import MEMORY, initialise, role
 from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
 from lrt.model.state import Buffer, LayerKV, PassInput, PassOutput, Segments, State
+from lrt.utils.dtensor import is_sharded
 
 BlockOutput = tuple[StreamBND, HeadsBKNE, HeadsBKNE]
 
@@ -119,10 +120,13 @@ class Transformer(nn.Module):
         return self.embedding(torch.arange(self.config.vocab_size, device=self.device))
 
     def head_matrix(self) -> Tensor | None:
-        """The matrix [V, D] that is all the head does; None where the head is more: an adapter, a hook, a bias."""
+        """The matrix [V, D] that is all the head does; None where it does more: an adapter, a hook, a bias, packing."""
         if self.head is None:
             return self.tied_head()
-        return self.head.weight if plain(self.head, nn.Linear) and self.head.bias is None else None
+        if not plain(self.head, nn.Linear) or self.head.bias is not None:
+            return None
+        weight = self.head.weight
+        return weight if type(weight) in (Tensor, nn.Parameter) or is_sharded(weight) else None
 
     @property
     def stream_dtype(self) -> torch.dtype:

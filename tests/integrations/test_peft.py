@@ -109,3 +109,31 @@ def test_prefix_tuning_is_refused():
     model = peft.get_peft_model(wrapped(FULL), peft.PrefixTuningConfig(num_virtual_tokens=3, **LABELS)).double()
     with pytest.raises(ValueError, match=r"PEFT's prefix tuning, whose cache has none, take prompt tuning"):
         model(input_ids=ids_of(2, 9), labels=ids_of(2, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [peft.LoraConfig(r=4, **LABELS), peft.PromptTuningConfig(num_virtual_tokens=3, **LABELS)]
+)
+def test_resumed_adapters_draw_on(settings, tmp_path):
+    """PEFT saves adapters alone: a callback keeps the count that ranges are drawn from."""
+    import transformers
+
+    from lrt.integrations.hf.trainer_callback import DrawsGoOn
+
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids_of(16, 9)]
+    told = {"per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
+            "learning_rate": 1e-2, "max_steps": 6, "save_steps": 3, "logging_strategy": "no"}  # fmt: skip
+    weights = []
+    for name, resumed, callbacks in (("a", None, True), ("b", "a/checkpoint-3", True), ("c", "a/checkpoint-3", False)):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(wrapped(FULL, schedule="settled-1..3", seed=2), copy.deepcopy(settings)).double()
+        trainer = transformers.Trainer(
+            model=model, args=transformers.TrainingArguments(str(tmp_path / name), **told), train_dataset=rows,
+            data_collator=transformers.default_data_collator, callbacks=[DrawsGoOn()] if callbacks else [],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(tmp_path / resumed) if resumed else None)
+        assert model.get_base_model().steps == (6 if callbacks else 3)
+        weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not all(torch.equal(a, c) for a, c in zip(weights[0], weights[2], strict=True))

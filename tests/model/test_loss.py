@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CORNERS, SCHEDULES, config, fixed, outcome, packed, passes
+from helpers import CORNERS, SCHEDULES, config, fixed, outcome, packed, passes, randomised
 from torch import Tensor
 
 from lrt.inference.generate import score
@@ -213,3 +213,31 @@ def test_a_schedule_may_be_given_by_its_name_but_stages_need_the_number_of_steps
         ScheduledLoss(MODEL, text)(IDS, IDS)
     staged = ScheduledLoss(MODEL, replace(Curriculum.parse(text), steps=2))
     assert len(staged.passes(0, 9)) == 1 < len(staged.passes(1, 9))
+
+
+class Packed(Tensor):
+    """A weight as quantisers keep it: a linear module may use it, and nothing else is defined on it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        allowed = (torch.nn.functional.linear, Tensor.detach, Tensor.requires_grad_)
+        if func not in allowed and not getattr(func, "__name__", "") == "__get__":
+            raise NotImplementedError(f"{func}")
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs or {})
+            return out.as_subclass(cls) if func is Tensor.detach else out
+
+
+def test_a_quantised_head_is_called_and_not_taken_for_a_matrix():
+    model = randomised(FULL)
+    expected = ScheduledLoss(model, Schedule.parse("settled-2"))(IDS, TARGETS)
+    expected.loss.backward()
+    grad = model.blocks[0].mlp.up.weight.grad.clone()
+    model.zero_grad()
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().as_subclass(Packed), requires_grad=False)
+    assert type(model.head.weight) is Packed
+    assert model.head_matrix() is None
+    got = ScheduledLoss(model, Schedule.parse("settled-2"))(IDS, TARGETS)
+    got.loss.backward()
+    assert torch.allclose(got.loss, expected.loss, rtol=1e-12)
+    assert torch.allclose(model.blocks[0].mlp.up.weight.grad, grad, rtol=1e-9, atol=1e-12)
