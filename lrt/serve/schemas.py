@@ -9,7 +9,7 @@ from pydantic import BaseModel, FailFast, Field, PlainValidator, WithJsonSchema,
 from pydantic.json_schema import models_json_schema
 
 from lrt.config.decoding import PENALTIES, SamplingParams
-from lrt.serve.fields import MOST_TOKENS, Bias, Prompt, Stop, Strict, at_most, id_list, refused
+from lrt.serve.fields import MOST_FIELDS, MOST_TOKENS, Bias, Prompt, Stop, Strict, at_most, id_list, refused
 from lrt.serve.messages import MOST_MESSAGES, MOST_TOOLS, Message, ResponseFormat, Tool, ToolChoice
 
 BY_FORMAT = "; ask for a form by response_format"
@@ -25,7 +25,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "enable_thinking": (False,), "thinking": ({"type": "disabled"},), "detokenize": (True,), "prompt_logprobs": (),
     "chat_template": (), "web_search_options": (), "audio": (), "moderation": (), "prompt_embeds": (),
     "kv_transfer_params": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
-    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "structured_outputs": (),
+    "guided_decoding_backend": (), "guided_whitespace_pattern": (), "structured_outputs": ({},),
 }  # fmt: skip
 """Settings that are not honoured, and the values by which they change nothing: those are taken."""
 
@@ -93,6 +93,7 @@ class Generation(Unused):
         """Leave out what changes nothing. ValueError: a setting that is not honoured."""
         if not isinstance(data, dict):
             return data
+        data = _as_format(data)
         neutral = [name for name in data if name in NEUTRAL and name not in cls.model_fields]
         for name in neutral:
             if data[name] is not None and not any(_same(data[name], value) for value in NEUTRAL[name]):
@@ -119,6 +120,34 @@ class Generation(Unused):
             frequency_penalty=self.frequency_penalty, logit_bias=self.logit_bias, seed=seed,
             stop=(*self.stop, *stop), stop_tokens=tuple(dict.fromkeys((*ends, *self.stop_token_ids))),
         )  # fmt: skip
+
+
+def _as_format(data: dict[str, Any]) -> dict[str, Any]:
+    """The forms of vLLM's own fields that response_format has too, as that; all else is left as it is.
+
+    ValueError: both are there.
+    """
+    settings = data.get("structured_outputs")
+    wanted = settings if isinstance(settings, dict) and len(settings) <= MOST_FIELDS else {}
+    wanted = {name: value for name, value in wanted.items() if value is not None and value is not False}
+    if isinstance(settings, dict) and len(settings) <= MOST_FIELDS and not wanted:
+        data = {key: value for key, value in data.items() if key != "structured_outputs"}
+    forms: dict[str, Any] = {
+        name: {"type": "json_schema", "json_schema": {"schema": schema}}
+        for name, schema in (("guided_json", data.get("guided_json")), ("structured_outputs", wanted.get("json")))
+        if isinstance(schema, dict) and schema
+    }
+    if wanted == {"json_object": True}:
+        forms["structured_outputs"] = {"type": "json_object"}
+    elif len(wanted) > 1:
+        forms.pop("structured_outputs", None)
+    if not forms:
+        return data
+    name, form = next(iter(forms.items()))
+    others = [other for other in ("response_format", *forms) if other != name and data.get(other) is not None]
+    if others:
+        raise refused(name, f"{name} and {others[0]} both ask for a form: give one of them")
+    return {key: value for key, value in data.items() if key != name} | {"response_format": form}
 
 
 def _not_honoured(name: str) -> str:

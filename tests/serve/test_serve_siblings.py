@@ -25,6 +25,7 @@ def tool(name: str) -> dict:
 
 
 TOOLS = [tool("area"), tool("edge")]
+SHORT = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,11 @@ def test_a_null_in_any_field_is_as_good_as_absent(server):
         ({"prompt_logprobs": 0}, "prompt_logprobs", "unsupported_parameter"),
         ({"echo": True}, "echo", "unsupported_parameter"),
         ({"guided_json": {}}, "guided_json", "unsupported_parameter"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs", "unsupported_parameter"),
+        ({"structured_outputs": {"json": SHORT, "regex": "a"}}, "structured_outputs", "unsupported_parameter"),
+        ({"structured_outputs": 3}, "structured_outputs", "unsupported_parameter"),
+        ({"guided_json": SHORT, "response_format": {"type": "json_object"}}, "guided_json", None),
+        ({"guided_json": SHORT, "structured_outputs": {"json": SHORT}}, "guided_json", None),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"stream_options": {}}, "stream_options", None),
         ({"top_logprobs": 1}, "top_logprobs", None),
@@ -84,6 +90,26 @@ def test_what_is_wrong_is_named(server, body, param, code):
     error = error_of(chat(server, **body))
     assert (error["param"], error["code"]) == (param, code) and param in error["message"]
     assert "literal[" not in error["message"] and len(error["message"]) < 300
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_vllms_own_fields_for_json_are_response_format(server, path: str):
+    begin = {"prompt": "the"} if path == "/v1/completions" else {"messages": TALK}
+    settings = begin | {"max_tokens": 40, "temperature": 1.0, "seed": 3}
+
+    def answer(**form):
+        response = post(server, path, settings | form)
+        assert response.status_code == 200, response.text
+        (choice,) = response.json()["choices"]
+        return choice.get("text") or choice["message"]["content"]
+
+    schema, any_object = {"type": "json_schema", "json_schema": {"schema": SHORT}}, {"type": "json_object"}
+    expected = answer(response_format=schema)
+    assert set(json.loads(expected)) == {"ok"} and expected != answer()
+    assert answer(guided_json=SHORT) == expected
+    assert answer(structured_outputs={"json": SHORT, "regex": None, "json_object": False}) == expected
+    assert answer(structured_outputs={"json_object": True}) == answer(response_format=any_object)
+    assert answer(structured_outputs={}) == answer(structured_outputs={"choice": None}) == answer()
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
