@@ -88,3 +88,18 @@ def test_a_folder_of_runs_names_them(trained: lrt.TextModel, tmp_path: Path, cap
 def test_a_resumed_training_goes_on(trained: lrt.TextModel):
     again = lrt.train(trained.config, trained.run, resume=True, progress=False)
     assert replace(again.config, train=trained.config.train) == trained.config
+
+
+@pytest.mark.parametrize("wrong", [None, b"def ", ["def ", "class "]])
+def test_a_prompt_is_one_text(wrong, trained: lrt.TextModel):
+    with pytest.raises(ValueError, match="no text to encode"):
+        trained.generate(wrong)
+    with pytest.raises(ValueError, match="no text to encode"):
+        trained.score(wrong)
+
+
+def test_one_stop_text_ends_the_answer_as_a_list_of_it_does(trained: lrt.TextModel):
+    text = trained.generate("def ", seed=1, max_new_tokens=40)
+    stop = text[10:13]
+    once = trained.generate("def ", seed=1, max_new_tokens=40, stop=stop)
+    assert once == text[: text.index(stop)] == trained.generate("def ", seed=1, max_new_tokens=40, stop=[stop])

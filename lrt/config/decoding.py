@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lrt.config.typed_fields import check_fields
 from lrt.passes import Pass, no_grad_pass
 
 Weights = Literal["full", "int8"]
@@ -103,11 +104,14 @@ class SamplingParams:
     seed: int = 0
     """The same seed gives the same text, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
+    """Texts that end the answer, or one text; they are not part of it."""
     stop_tokens: tuple[int, ...] | None = None
     """Tokens that end the answer; they spell no text. None: the model's BOS, which opens the next document."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check_fields(self, "sampling")
         low, high = PENALTIES
         size = f"between -{BIAS:g} and {BIAS:g}"
         for name, fine, range_ in (

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from lrt.config.typed_fields import check_fields
+
 Projection = Literal["none", "gates", "shared", "layerwise"]
 ValueEmbeddings = Literal["none", "alternating", "all"]
 LastLayer = Literal["L", "S"]
@@ -62,6 +64,7 @@ class MemoryConfig:
     """Channels of the attention input that the gates read; none means all of them."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.memory")
         require_choice("model.memory.projection", self.projection, Projection)
         require_choice("model.memory.start", self.start, MemoryStart)
         require_choice("model.memory.injection", self.injection, Injection)
@@ -110,6 +113,7 @@ class RopeScaling:
     """Llama 3: the original context, in tokens."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.backbone.rope")
         require_choice("model.backbone.rope.kind", self.kind, RopeKind)
         sound = 1 <= self.factor < math.inf and 0 < self.low < self.high < math.inf and self.original >= 1
         numbers = f"factor {self.factor}, low {self.low}, high {self.high}, original {self.original}"
@@ -142,6 +146,7 @@ class BackboneConfig:
     """Scaling of the rotary frequencies."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.backbone")
         require_choice("model.backbone.mlp", self.mlp, MLPKind)
         require_choice("model.backbone.biases", self.biases, Biases)
         require_choice("model.backbone.qk_norm", self.qk_norm, QKNorm)
@@ -200,6 +205,7 @@ class ModelConfig:
     """Departures of the backbone from nanochat's."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         self._require_sizes()
         require(self.depth >= 1, f"model.depth is {self.depth}; a model needs at least 1 block")
         looped = self.loops == 1 or (self.loops > 1 and self.residual_scalars)
@@ -361,6 +367,7 @@ class Execution:
     """Compile the blocks, for passes over slices; decoding compiles its own step."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "train")
         require_choice("train.attention", self.attention, Backend)
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 from lrt.config.model import (
     MOST,
@@ -16,6 +16,7 @@ from lrt.config.model import (
     require,
     require_choice,
 )
+from lrt.config.typed_fields import check_fields, field_value, hints_of
 from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
 from lrt.utils.files import require_name
@@ -62,6 +63,7 @@ class DataConfig:
     """Where token shards are kept; prepared once per source and tokenizer."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data")
         require(0 < self.validation < 1, f"data.validation is {self.validation}; it must lie between 0 and 1")
         require(self.vocab_size >= 258, f"data.vocab_size is {self.vocab_size}; bytes and BOS alone need 258")
         require(self.vocab_size <= MOST, f"data.vocab_size is {self.vocab_size}; it may be at most {MOST:,}")
@@ -107,6 +109,7 @@ class OptimConfig:
     """Largest gradient norm; none does not clip."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "optim")
         shares = ("warmup", "decay", "final", "memory_warmup")
         rates = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay")
         for name, value in ((name, getattr(self, name)) for name in rates):
@@ -114,7 +117,7 @@ class OptimConfig:
         for name, value in ((name, getattr(self, name)) for name in ("alpha_lr", "beta_lr", "gamma_lr", "memory_lr")):
             require(value is None or 0 <= value < math.inf, f"optim.{name} is {value}; it must be at least 0, or none")
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; it must be at least 0 and below 1")
-        fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        fine = all(0 <= beta < 1 for beta in self.betas)
         require(fine, f"optim.betas are {self.betas}; give two numbers, at least 0 and below 1")
         for name, share in ((name, getattr(self, name)) for name in shares):
             require(0 <= share <= 1, f"optim.{name} is {share}; it is a share and must lie between 0 and 1")
@@ -185,6 +188,7 @@ class TrainConfig:
     """Live gap (decoded minus parallel BPB) above which a warning is shown."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "train")
         schedule = Curriculum.parse(self.schedule)
         self.horizon_parts()
         require(self.length >= 2, f"train.length is {self.length}; a row needs at least 2 positions")
@@ -261,6 +265,7 @@ class RunConfig:
     """The training."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "config")
         require_name(self.name, "name")
         _require_float32(self, "")
         length, context = self.train.length, self.model.context
@@ -323,11 +328,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     """Rebuild a configuration from `to_dict`'s output; unknown or ill-typed fields raise ValueError naming them."""
     require(isinstance(data, dict), f"{where} is a {type(data).__name__}; it must be an object of named fields")
-    hints, written = get_type_hints(cls), {f.name: str(f.type) for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    hints = hints_of(cls)
     unknown = sorted(set(data) - set(hints))
     require(not unknown, f"{where} has no field {', '.join(map(repr, unknown))}; known fields: {', '.join(hints)}")
-    values = {name: _RENAMED.get((written[name], str(value)), value) for name, value in data.items()}
-    return cls(**{name: _field(hints[name], written[name], value, f"{where}.{name}") for name, value in values.items()})
+    values = {name: _RENAMED.get((hints[name][1], str(value)), value) for name, value in data.items()}
+    return cls(**{name: _field(*hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 TINY = 1e-30
@@ -336,40 +341,10 @@ _RENAMED = {("Backend", "merged"): "auto"}
 """What older configurations call a choice, by its type."""
 
 
-MOST_BITS = 63
-"""Of a whole number, beside its sign; what torch and files hold."""
-
-
 def _field(hint: Any, written: str, value: Any, where: str) -> Any:
-    """A field's value, of the type it is annotated with; JSON's lists are tuples, and no truth value is a number."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, where)
-    value = tuple(value) if isinstance(value, list) else value
-    number = any(isinstance(x, bool) for x in (value if isinstance(value, tuple) else (value,))) and hint is not bool
-    require(not number and _fits(value, hint), f"{where} is {value!r}; it must be {_in_words(hint, written)}")
-    bits = value.bit_length() if isinstance(value, int) else 0
-    require(bits <= MOST_BITS, f"{where} is a whole number of {bits} bits; it must fit 64")
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type: a plain one, a choice, one of several, or a tuple of such.
-
-    By hand: this module travels with exported models, which need torch and transformers alone.
-    """
-    kinds, kind = get_args(hint), get_origin(hint)
-    if kind is Literal:
-        return value in kinds
-    if kind is tuple:
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if kinds:
-        return any(_fits(value, one) for one in kinds)
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _in_words(hint: Any, written: str) -> str:
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    return f"one of {', '.join(map(str, choices))}" if choices else written
+    return field_value(hint, written, value, where)
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

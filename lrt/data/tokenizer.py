@@ -137,6 +137,12 @@ class Tokenizer(ABC):
         return self._spellings[token]
 
 
+def _require_texts(texts: Sequence[str]) -> None:
+    """ValueError unless these are texts: the library would take two texts as a pair, and one as many characters."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"no text to encode: {repr(texts)[:60]}; give a str to encode, a list of them to encode_batch")
+
+
 @final
 class ByteTokenizer(Tokenizer):
     """Ids 0..255 are the bytes of UTF-8 text and 256 is BOS: nothing to train, nothing to lose."""
@@ -149,6 +155,7 @@ class ByteTokenizer(Tokenizer):
         super().__init__(spellings=spellings, bos=256, canonical=json.dumps(self._content, sort_keys=True))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        _require_texts(texts)
         return [list(text.encode("utf-8")) for text in texts]
 
     def content(self) -> dict[str, Any]:
@@ -227,6 +234,7 @@ class BPETokenizer(Tokenizer):
         return _opening(tokenizers.Tokenizer.from_str(self._core.to_str()), self._bos_text)
 
     def _core_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        _require_texts(texts)
         try:
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:  # how the library reports text that has no UTF-8 form

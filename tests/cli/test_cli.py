@@ -186,7 +186,7 @@ def test_matrices_in_8_bits_are_scored_and_served(run, capsys, monkeypatch):
     assert scored["int8"]["decoded"] == pytest.approx(scored["full"]["decoded"], rel=0.01)
     assert main(["eval", str(run), "--rows", "2", "--weights", "int8"]) == 0
     assert "float32, matrices in 8 bits" in capsys.readouterr().out
-    fails(capsys, f"eval {run} --suite parity --weights int8", "--weights int8", "leave it out")
+    fails(capsys, f"eval {run} --suite parity --weights int8", "--weights is for bits per byte", "leave it out")
     served = []
     monkeypatch.setattr("lrt.serve.server.run", lambda server, listener: served.append(server.served))
     monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)

@@ -66,7 +66,7 @@ BAD: list[tuple[type, dict, list[str]]] = [
     (OptimConfig, {"weight_decay": -0.5}, ["optim.weight_decay is -0.5"]),
     (OptimConfig, {"momentum": 1.0}, ["optim.momentum is 1.0", "below 1"]),
     (OptimConfig, {"betas": (0.9, 1.5)}, ["optim.betas are (0.9, 1.5)", "two numbers"]),
-    (OptimConfig, {"betas": (0.9,)}, ["optim.betas are (0.9,)", "two numbers"]),
+    (OptimConfig, {"betas": (0.9,)}, ["optim.betas is (0.9,)", "tuple[float, float]"]),
     (OptimConfig, {"warmup": 1.5}, ["optim.warmup is 1.5", "between 0 and 1"]),
     (OptimConfig, {"decay": -0.1}, ["optim.decay is -0.1", "between 0 and 1"]),
     (OptimConfig, {"final": NAN}, ["optim.final is nan", "between 0 and 1"]),

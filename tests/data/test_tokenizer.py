@@ -269,3 +269,12 @@ def test_a_damaged_file_with_pauses_is_refused(wrong, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
     with pytest.raises(ValueError, match=r"tokenizer\.json: "):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [None, b"abc", ["a", "b"], ("a", "b"), 3])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), train_bpe(["abc abd " * 20], 270)], ids=["bytes", "bpe"])
+def test_what_is_no_text_is_refused_and_not_taken_as_a_pair_or_as_letters(tokenizer, wrong):
+    with pytest.raises(ValueError, match="no text to encode"):
+        tokenizer.encode(wrong)
+    with pytest.raises(ValueError, match="no text to encode"):
+        tokenizer.encode_batch("abc")
