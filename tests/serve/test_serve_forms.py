@@ -67,7 +67,7 @@ def test_values_that_change_nothing_are_taken_and_others_refused(server):
     for i in range(max(map(len, foreign.values()))):
         assert text(server, **{name: values[i] for name, values in foreign.items() if i < len(values)}) == plain
     for name in foreign:
-        refused = post(server, "/v1/completions", {"prompt": "def", name: {"other": 1}})
+        refused = post(server, "/v1/completions", {"prompt": "def", name: ["other"]})
         error = refused.json()["error"]
         assert refused.status_code == 400 and name in error["message"]
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
