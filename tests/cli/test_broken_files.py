@@ -28,6 +28,7 @@ TRAIN = [
     "--data.tokenizer", "bytes", "--data.folder", "data",
 ]  # fmt: skip
 TOKENIZE = "tokenize --source text.txt --tokenizer run/tokenizer --folder new"
+SUITE = "eval run --suite parity --limit 1 --lengths 4 --out scored"
 TEXT = "".join(f"line {i} of a text\n" for i in range(200))
 SWEEP = """
 seeds = [0]
@@ -77,6 +78,11 @@ KINDS = {
     "CSV": Kind("rows.csv", "eval run --source rows.csv --rows 1"),
     "Parquet": Kind("rows.parquet", "eval run --source rows.parquet --rows 1"),
     "Arrow": Kind("rows.arrow", "eval run --source rows.arrow --rows 1"),
+    "TSV": Kind("rows.tsv", "eval run --source rows.tsv --rows 1"),
+    "dialogues": Kind("talks.jsonl", "eval run --source talks.jsonl --rows 1"),
+    "weights of an export": Kind("exported/model.safetensors", "convert exported --out new"),
+    "record of a suite": Kind("scored/parity-exact.jsonl", SUITE),
+    "checksums of an export": Kind("summed/SHA256SUMS", "convert summed --out new"),
     "gzip": Kind("text.txt.gz", "eval run --source text.txt.gz --rows 1"),
 }
 
@@ -89,6 +95,9 @@ def texts() -> None:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("rows.json").write_text(json.dumps(rows))
     Path("rows.csv").write_text("text,x\n" + "".join(f'"{row["text"]}",1\n' for row in rows))
+    Path("rows.tsv").write_text("text\tx\n" + "".join(f"{row['text']}\t1\n" for row in rows))
+    talk = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day to you"}]}
+    Path("talks.jsonl").write_text((json.dumps(talk) + "\n") * 40)
     table = pyarrow.Table.from_pylist(rows)
     parquet.write_table(table, "rows.parquet")
     with pyarrow.OSFile("rows.arrow", "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
@@ -143,6 +152,8 @@ def home(tmp_path_factory) -> Path:
         assert main(["sweep", "sweep.toml", "--out", "swept", "--jobs", "1"]) == 0
         shutil.copy("swept/results.jsonl", "results.jsonl")
         bundle()
+        assert main(SUITE.split()) == 0
+        shutil.copytree("exported", "summed")
         for file in (*home.rglob("*.json"), *home.rglob("*.jsonl")):
             file.write_text(without_seal(file.read_text("utf-8")), "utf-8")
         Path("exported/SHA256SUMS").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 from pathlib import Path
@@ -22,7 +23,10 @@ VALUES = [
     "interleaved-8", "interleaved-0", "settled-1..3", "settled-9..1", "hop-2", "parallel", "steps=1", "steps=-1",
     "tokens=nan", "ratio=", "hf:", "hf:a/b", "http://x", "\xe9", "\u202e", "\u001b[31m", "\ud800", "x" * 5000,
     "9" * 400, "%s%n", "\u0000", "\n", "cpu_demo", "d24_paper", "bytes", "bpe", "bpe+pauses", "llama", "bfloat16",
-    "float8",
+    "float8", "1e308", "-1e-320", "1_000", "\u0663", "+5", " 5", "5 ", "0x10", "1,5", "\u201c4\u201d", "\u2013rows",
+    "settled-1..99999999999", "refinement-99999999", "chunked-3:weights=1e308/1e308", "parallel@0.5,settled-1..3",
+    "text.txt@0.5", "text.txt@1e308,empty@1e308", "text.txt,text.txt", "**", "[", "link", "pipe", "file:///etc/passwd",
+    "a\nb", "a" * 300, "text.txt/in", "/proc/self/fd/0", "/dev/full", "task:parity", "parity-0", "mqar-8-8",
 ]  # fmt: skip
 LONG = [
     "lrt.training.trainer.train", "lrt.experiments.demo.run_demo", "lrt.experiments.sweep.run_sweep",
@@ -62,6 +66,8 @@ def test_random_arguments_end_plainly(flags, tmp_path: Path, monkeypatch, capfd)
     make_run(tmp_path / "run", context=64)
     (tmp_path / "text.txt").write_text("some words of a text\n" * 300)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere_at_all")
+    os.mkfifo(tmp_path / "pipe")
 
     def nothing(*_: object, **__: object) -> None:
         raise ValueError("it would work now")
