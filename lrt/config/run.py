@@ -337,6 +337,8 @@ def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
 
 TINY = 1e-30
 """The smallest size of a number of a configuration: its square, or 1 through it, is still one in float32's range."""
+MOST_BITS = 63
+"""Of a whole number, beside its sign; what torch and files hold."""
 _RENAMED = {("Backend", "merged"): "auto"}
 """What older configurations call a choice, by its type."""
 
@@ -344,6 +346,8 @@ _RENAMED = {("Backend", "merged"): "auto"}
 def _field(hint: Any, written: str, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, where)
+    bits = value.bit_length() if isinstance(value, int) else 0
+    require(bits <= MOST_BITS, f"{where} is a whole number of {bits} bits; it must fit 64")
     return field_value(hint, written, value, where)
 
 

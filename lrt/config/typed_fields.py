@@ -11,9 +11,6 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-MOST_BITS = 63
-"""Of a whole number, beside its sign; what torch and files hold."""
-
 
 def check_fields(config: Any, part: str) -> None:
     """Bring the fields of `config` to their types: lists to tuples, numpy's numbers and paths to plain ones.
@@ -42,9 +39,6 @@ def field_value(hint: Any, written: str, value: Any, where: str) -> Any:
     number = any(isinstance(x, bool) for x in (value if isinstance(value, tuple) else (value,))) and hint is not bool
     if number or not _fits(value, hint):
         raise ValueError(f"{where} is {value!r}; it must be {_in_words(hint, written)}")
-    bits = value.bit_length() if isinstance(value, int) else 0
-    if bits > MOST_BITS:
-        raise ValueError(f"{where} is a whole number of {bits} bits; it must fit 64 bits")
     return value
 
 

@@ -239,7 +239,9 @@ def test_a_space_that_a_tokenizer_puts_in_front_is_no_byte_of_a_document(tmp_pat
     )
     tokenizer = BPETokenizer(core, "<s>")
     assert tokenizer.space_in_front and tokenizer.decode_bytes(tokenizer.encode("one")) == b" one"
-    write_shards(["one two"] * 60, tokenizer, tmp_path / "shards", validation=0.5)
+    write_shards(
+        [" ".join(["one"] * (1 + i) + ["two"]) for i in range(60)], tokenizer, tmp_path / "shards", validation=0.5
+    )
     stream = open_split(tmp_path / "shards", "val")
     rows = validation_rows(stream, tokenizer, rows=10**6, length=6)
     scored = stream.read(0, rows.tokens.numel() + 1)

@@ -133,8 +133,8 @@ def test_figures_of_something_else_are_neither_lost_nor_gone_on_with(place, caps
         (["--suite", "pointers-2", "--lengths", "9", "600"], "no rows of 600 positions"),
         (["--suite", "parity", "--mode", "sideways"], "prefill mode 'sideways' is unknown"),
         (["--suite", "parity", "--tasks", "copa"], "give one of them"),
-        (["--lengths", "8"], "--lengths belongs to a suite"),
-        (["--suite-data", "data", "--arm", "x"], "--suite-data, --arm belongs to a suite"),
+        (["--lengths", "8"], "--lengths is for --suite"),
+        (["--suite-data", "data", "--arm", "x"], "--suite-data is for --suite"),
     ],
 )
 def test_what_cannot_be_scored_is_said_in_one_line(place, flags: list[str], said: str, capsys):

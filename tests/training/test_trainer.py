@@ -128,10 +128,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(schedule, con
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.fixture
+def heard():
+    """SIGHUP is not ignored, as it is where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
 )
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, ends, source, tmp_path):
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, ends, source, tmp_path, heard):
     said, before = [], signal.getsignal(number)
 
     def stop(event: dict) -> None:
