@@ -41,9 +41,11 @@ KINDS = {
 }
 _SIZED = {"interleaved", "refinement", "chunked", "settled", "hop"}
 _SWEPT = {"settled", "hop"}
-_STEPPED = {"interleaved", "chunked"}  # their size counts positions, and passes end where the row does
-MOST_POSITIONS = 2**24
 """Kinds whose size counts sweeps without gradient."""
+_STEPPED = {"interleaved", "chunked"}
+"""Kinds whose size counts positions; their passes end where the row does."""
+MOST_POSITIONS = 2**24
+"""The largest size of such a kind."""
 
 
 @dataclass(frozen=True)

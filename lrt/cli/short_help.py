@@ -7,7 +7,7 @@ import textwrap
 from lrt.config.recipes import RECIPES
 
 RECIPE_NAMES = f"\n{' ' * 28}".join(textwrap.wrap(", ".join(RECIPES), 50))
-
+"""For descriptions, which begin in column 28."""
 DECODING = """\
   --max-new-tokens N        most tokens to draw; --stop TEXT .. end it earlier
   --temperature X           0 is greedy; --seed N: the same seed, the same text

@@ -18,6 +18,7 @@ import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ MOST_SETTINGS = 2**18
 MOST_LINES = 1024 * MEBI
 MOST_LINE = 16 * MEBI
 """Bytes of a JSON-lines file, and of one line in it."""
+DAY = 86_400.0
+"""Seconds after which what nobody has written into is taken for abandoned."""
 DEPTH = 64
 """Levels of objects and lists inside one another."""
 PLAIN = (str, int, float, bool, type(None))
@@ -348,9 +351,10 @@ def write_text(path: Path, text: str) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file aside, sync it, and put it in place at once; two writers do not meet aside.
 
-    OSError: it cannot be written; then nothing of it stays.
+    OSError: it cannot be written; then nothing of it stays. What a killed writer left goes with a later one's write.
     """
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    _remove_left(path)
     try:
         write(aside)
         sync(aside)
@@ -359,6 +363,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def _remove_left(path: Path) -> None:
+    """Delete what writers of this file have left aside, where nobody has written for a day."""
+    aside = re.compile(re.escape(path.name) + r"\.[0-9]+\.tmp")
+    with contextlib.suppress(OSError):
+        for other in path.parent.iterdir():
+            if aside.fullmatch(other.name) and time.time() - other.lstat().st_mtime > DAY:
+                other.unlink()
 
 
 def sync(path: Path) -> None:

@@ -15,11 +15,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lrt.utils.file_lock import LOCK, FileLock, Held
+from lrt.utils.files import DAY
 from lrt.utils.tensor_files import system_error
 
 PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")
-DAY = 86_400.0
-"""Seconds after which a folder that is being written, but was never locked, is taken for abandoned."""
 
 
 @contextlib.contextmanager

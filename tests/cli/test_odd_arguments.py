@@ -10,6 +10,21 @@ from lrt.cli.eval import EvalFlags
 from lrt.cli.main import main
 from lrt.cli.parse import parse
 
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """Runs a line in a new folder, which must be refused in one line of at most 300 characters; returns that line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> str:
+        assert main([arg if arg != "''" else "" for arg in line.split(" ")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and len(error) <= 300
+        return error
+
+    return run
+
+
 SPOILT = {
     "eval ''": "RUN is empty; give a path",
     "sample ''": "RUN is empty",
@@ -34,11 +49,8 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("line", SPOILT)
-def test_spoilt_arguments_are_named_in_one_line(line: str, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main([arg if arg != "''" else "" for arg in line.split(" ")]) == 2
-    error = capsys.readouterr().err
-    assert SPOILT[line] in error and error.count("\n") == 1 and len(error) < 300
+def test_spoilt_arguments_are_named_in_one_line(line: str, refusal, tmp_path: Path):
+    assert SPOILT[line] in refusal(line)
     assert not list(tmp_path.iterdir())
 
 
@@ -65,10 +77,8 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("line", DROPPED)
-def test_flags_that_would_be_dropped_are_refused(line: str, capsys):
-    assert main(line.split()) == 2
-    error = capsys.readouterr().err
-    assert DROPPED[line] in error and error.count("\n") == 1 and len(error) < 300
+def test_flags_that_would_be_dropped_are_refused(line: str, refusal):
+    assert DROPPED[line] in refusal(line)
 
 
 HUGE = {
@@ -89,12 +99,9 @@ HUGE = {
 
 
 @pytest.mark.parametrize("line", HUGE)
-def test_sizes_that_no_machine_holds_are_refused_at_once(line: str, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_sizes_that_no_machine_holds_are_refused_at_once(line: str, refusal):
     Path("text.txt").write_text("some words\n" * 50)
-    assert main(line.split()) == 2
-    error = capsys.readouterr().err
-    assert HUGE[line] in error and error.count("\n") == 1 and len(error) <= 300
+    assert HUGE[line] in refusal(line)
 
 
 @pytest.mark.parametrize("line", ["demo --out", "sweep sweep.toml --out", "report r.jsonl --out"])

@@ -16,6 +16,7 @@ from lrt.schedule import Schedule
 
 transformers = pytest.importorskip("transformers")
 from lrt.integrations.hf import LRTConfig, LRTForCausalLM, LRTModel, objective  # noqa: E402
+from lrt.integrations.hf import model as hf_model  # noqa: E402
 
 FULL = config()
 NO_BOS = config(projection="shared", source=3, bos=None, window_pattern="L", value_embeddings="none")
@@ -180,6 +181,22 @@ def test_in_eval_mode_too():
     close(model(left, left_mask, labels=left_labels).loss, whole)
     rows = [ids[i : i + 1, :n] for i, n in enumerate(lengths)]
     close(sum(model(row, labels=row, num_items_in_batch=13).loss for row in rows), whole)
+
+
+@pytest.mark.parametrize("kind", [LRTForCausalLM, LRTModel])
+@pytest.mark.parametrize(("schedule", "several"), [("interleaved-2", True), ("settled-2", False), ("parallel", False)])
+def test_a_result_that_lacks_passes_with_loss_says_so(kind: type, schedule: str, several: bool, monkeypatch):
+    """DPO and losses of one's own are of logits, which are of the last pass alone; a loss by labels is of all."""
+    said: list[str] = []
+    monkeypatch.setattr(hf_model.logger, "warning_once", said.append)
+    model, ids = wrapped(FULL, kind, schedule=schedule).train(), ids_of(2, 9)
+    if kind is LRTForCausalLM:
+        model(ids, labels=ids)
+    with torch.no_grad():
+        model(ids)
+    assert not said
+    model(ids)
+    assert len(said) == several and all("lacks the schedule's other passes" in line for line in said)
 
 
 def test_the_trainers_count_of_rows_padded_on_the_left_is_read_as_their_targets(monkeypatch):

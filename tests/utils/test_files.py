@@ -242,3 +242,14 @@ def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path: Path):
     assert is_there(tmp_path / "settings")
     with pytest.raises(ValueError, match="settings .*settings does not exist; restore"):
         read_json(tmp_path / "settings", "settings")
+
+
+def test_what_killed_writers_left_aside_goes_after_a_day(tmp_path):
+    """A writer that is alive writes on, so its file is young; files of other names are nobody's business here."""
+    names = ["a.json.123.tmp", "a.json.456.tmp", "a.json.tmp", "b.json.123.tmp", "a.json.x.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / "a.json.456.tmp")
+    write_text(tmp_path / "a.json", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", *names[1:]}

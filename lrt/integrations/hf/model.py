@@ -287,8 +287,7 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
         targets = labels if shift_labels is None else shift_labels
         out = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, return_scored=self.training or targets is not None,
-            **kwargs,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, return_scored=targets is not None, **kwargs,
         )  # fmt: skip
         hidden, core = out.last_hidden_state, self.model.core
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
