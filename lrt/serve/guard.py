@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +19,8 @@ HEADERS = {
     "referrer-policy": "no-referrer",
 }
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
+ABSOLUTE = re.compile(rb"(?i:https?)://([^/]*)(.*)", re.DOTALL)
+"""A request target in absolute form: the name asked for, and the path."""
 
 
 class Guard:
@@ -40,6 +43,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        scope = _origin_form(scope)
         headers = dict(scope["headers"])
         client_id = headers.get(b"x-request-id", b"")
         request_id = client_id if REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex.encode()
@@ -78,3 +82,16 @@ class Guard:
         if len(length) > 18 or int(length) > self.max_body:  # h11 takes digits alone
             raise too_large(self.max_body)
         return owner or 0
+
+
+def _origin_form(scope: Scope) -> Scope:
+    """The scope of a request whose target is a whole address, as that of its path; the name in it is the Host's.
+
+    RFC 9112, section 3.2.2: such a target must be taken, and the Host header is then ignored.
+    """
+    absolute = ABSOLUTE.fullmatch(scope["raw_path"])
+    if absolute is None:
+        return scope
+    name, path = absolute[1], absolute[2] or b"/"
+    headers = [(b"host", name), *(pair for pair in scope["headers"] if pair[0] != b"host")]
+    return {**scope, "raw_path": path, "path": unquote(path.decode("ascii")), "headers": headers}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Sequence
 from typing import final
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ANY_ADDRESS = ("0.0.0.0", "::", "")
+PORT = re.compile("[0-9]*")
 
 
 @final
@@ -49,7 +51,7 @@ class HostNames:
     def __init__(self, host: str, more: Sequence[str] = ()):
         """`host` is the address listened at; `more` are other names, `*` all of them."""
         self._any = "*" in more
-        self._names = {name.lower().strip("[]") for name in (*LOOPBACK, host, *more)}
+        self._names = {_without_root(name.lower().strip("[]")) for name in (*LOOPBACK, host, *more)}
         self._addresses = host in ANY_ADDRESS
 
     def serves(self, header: str) -> bool:
@@ -59,10 +61,15 @@ class HostNames:
 
 
 def _without_port(header: str) -> str:
-    if header.startswith("["):
-        return header[1:].partition("]")[0] if "]" in header else header
     name, colon, port = header.rpartition(":")
-    return name if colon and port.isdigit() else header
+    whole = name.endswith("]") or not name.startswith("[")  # a colon within brackets begins no port
+    name = name if colon and PORT.fullmatch(port) and whole else header
+    return name[1:-1] if name.startswith("[") and name.endswith("]") else _without_root(name)
+
+
+def _without_root(name: str) -> str:
+    """A name without the dot of DNS's root, which says that the name is whole: `localhost.` is `localhost`."""
+    return name[:-1] if name.endswith(".") and len(name) > 1 else name
 
 
 def _is_address(name: str) -> bool:

@@ -101,8 +101,17 @@ ODD = {
     "length with a sign": (asked(b"Content-Length: +29"), 400),
     "length without end": (asked(b"Content-Length: " + b"9" * 24), 400),
     "no body": (asked(body=b""), 400),
-    "absolute": (got(b"GET http://localhost/health HTTP/1.1", HERE), 404),
-    "absolute elsewhere": (got(b"GET http://evil.example/health HTTP/1.1", HERE), 404),
+    "absolute": (got(b"GET http://localhost/health HTTP/1.1", HERE), 200),
+    "absolute, the page": (got(b"GET http://localhost HTTP/1.1", HERE), 200),
+    "absolute with a query": (got(b"GET HTTPS://LOCALHOST:8000/health?a=b HTTP/1.1", HERE), 200),
+    "absolute, whose Host is ignored": (got(b"GET http://[::1]:1/health HTTP/1.1", b"Host: evil.example"), 200),
+    "absolute in HTTP/1.0": (got(b"GET http://localhost/health HTTP/1.0"), 200),
+    "absolute elsewhere": (got(b"GET http://evil.example/health HTTP/1.1", HERE), 403),
+    "absolute with a user": (got(b"GET http://evil.example@localhost/health HTTP/1.1", HERE), 403),
+    "absolute without a name": (got(b"GET http:///health HTTP/1.1", HERE), 403),
+    "absolute without a Host": (got(b"GET http://localhost/health HTTP/1.1"), 400),
+    "absolute in an absolute one": (got(b"GET http://localhost/http://localhost/health HTTP/1.1", HERE), 404),
+    "absolute of another scheme": (got(b"GET ftp://localhost/health HTTP/1.1", HERE), 404),
     "authority": (got(b"CONNECT evil.example:80 HTTP/1.1", HERE), 404),
     "star": (got(b"OPTIONS * HTTP/1.1", HERE), 404),
     "HTTP/1.0": (got(b"GET /health HTTP/1.0", HERE), 200),
@@ -123,12 +132,14 @@ ODD = {
         "/v1/models/a%0d%0aX:y", "/%", "/%u0041", "/v1/models/%ed%a0%80", "/health;a=b", "/health/", "/health%20",
     )},
     **{f"host {host}": (got(GET, b"Host: " + host.encode("latin-1")), 403) for host in (
-        "localhost.", "127.1", "2130706433", "0x7f.1", "[::1", "[::ffff:127.0.0.1]", "0.0.0.0", "127.0.0.2", "",
+        "localhost..", ".", "evil.example.", "[::1].", "[::1]x", ":", "localhost:\xb2",
+        "127.1", "2130706433", "0x7f.1", "[::1", "[::ffff:127.0.0.1]", "0.0.0.0", "127.0.0.2", "",
         "localhost:x", "localhost.evil.example", "localhost@evil.example", "evil.example@localhost", "localhost/",
         "localhost,evil.example", "localhost evil.example", "::1", "127.0.0.1:80:80", "localhost#x", "localhost\xe9",
     )},
     **{f"host {host}": (got(GET, b"Host: " + host.encode()), 200) for host in (
         "[::1]:8000", "localhost:99999", "LocalHost", "127.0.0.1:1",
+        "localhost.", "localhost.:80", "127.0.0.1.", "localhost:", "[::1]:",
     )},
 }  # fmt: skip
 
@@ -153,6 +164,15 @@ def test_other_methods_are_405_and_echo_nothing(server):
         wanted = b"200" if method == "HEAD" and path in READ else b"405"
         assert answer.split(b" ", 2)[1] == wanted, (method, path, answer)
         assert b"X-Secret" not in answer and (method != "HEAD" or answer.endswith(b"\r\n\r\n"))
+
+
+def test_a_whole_address_in_place_of_a_path_asks_for_the_key_all_the_same(run):
+    with Server(run, "key") as server:
+        for path in (b"/v1/models", b"/openapi.json", b"/metrics", b"/health/../v1/models"):
+            answer = raw(server, got(b"GET http://localhost" + path + b" HTTP/1.1", HERE))
+            assert answer.split(b" ", 2)[1] == b"401", path
+        answer = raw(server, got(b"GET http://localhost/v1/models HTTP/1.1", HERE, b"Authorization: Bearer key"))
+        assert answer.split(b" ", 2)[1] == b"200"
 
 
 @pytest.mark.parametrize(

@@ -51,14 +51,18 @@ def raw(server: Server, data: bytes, seconds: float = 10) -> bytes:
 # Names and keys.
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST", "page.example"])
-def test_names_of_this_machine_and_allowed_ones_are_served(run, name):
-    hosts = HostNames("127.0.0.1", ["page.example"])
+@pytest.mark.parametrize(
+    "name",
+    ["localhost", "127.0.0.1", "[::1]", "LOCALHOST", "page.example", "localhost.", "page.example.", "rooted.example"],
+)
+def test_names_of_this_machine_and_allowed_ones_are_served(name):
+    hosts = HostNames("127.0.0.1", ["page.example", "rooted.example."])
     assert hosts.serves(name) and hosts.serves(f"{name}:8000")
 
 
 @pytest.mark.parametrize(
-    "name", ["evil.example", "127.0.0.1.evil.example", "localhost.", "10.0.0.1", "", "a:b:c", "[::1"]
+    "name",
+    ["evil.example", "127.0.0.1.evil.example", "localhost..", "evil.example.", ".", "10.0.0.1", "", "a:b:c", "[::1"],
 )
 def test_other_names_are_not(name):
     assert not HostNames("127.0.0.1").serves(name)
