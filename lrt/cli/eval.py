@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from lrt.cli.parse import parse
 from lrt.cli.suites import SuiteRequest, score_suite
 from lrt.config.decoding import DEFAULT_MODE, Weights
-from lrt.config.model import require, require_at_least
+from lrt.config.model import MOST, require, require_at_least
 from lrt.config.run import Device
 from lrt.schedule import Curriculum
 from lrt.utils.files import to_json
@@ -38,7 +38,7 @@ class EvalFlags:
     rows: int = 64
     """Rows to score."""
     length: int | None = None
-    """Row length; by default the one trained with."""
+    """Row length; by default the one trained with. It may exceed the model's context; the score then says so."""
     schedule: str | None = None
     """Schedule of the per-pass and merged figures; by default the one trained with."""
     tasks: tuple[str, ...] = ()
@@ -85,6 +85,7 @@ def main(args: list[str], command: str = "eval") -> int:
     flags = parse(EvalFlags, args, command)
     require_at_least(1, rows=flags.rows, limit=flags.limit)
     require_at_least(2, length=flags.length)
+    require((flags.length or 0) <= MOST, f"--length is {flags.length}; it may be at most {MOST:,}")
     require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")
     _require_heeded(flags)
 
@@ -103,14 +104,13 @@ def main(args: list[str], command: str = "eval") -> int:
             print(score_suite(loaded, request, as_json=flags.json) if request else _tasks(flags, loaded))
             return 0
         length = loaded.config.train.length if flags.length is None else flags.length
-        context = loaded.config.model.context
-        require(2 <= length <= context, f"--length is {length}; this model takes rows of 2 to {context} tokens")
         curriculum = Curriculum.parse(flags.schedule or loaded.config.train.schedule)
         normalised = True if flags.normalised else None
         sample = held_out(loaded, flags.source, rows=flags.rows, length=length, normalised=normalised)
         bpb = score_rows(loaded.model, curriculum, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
-    where |= {"dtype": "float32", "stored": loaded.stored, "weights": flags.weights}
+    where |= {"context": loaded.config.model.context, "dtype": "float32", "stored": loaded.stored}
+    where["weights"] = flags.weights
     if world.first:
         if flags.json:
             print(to_json(where | bpb.as_dict()))
@@ -181,9 +181,10 @@ def _tasks(flags: EvalFlags, loaded: Loaded) -> str:
 def _eval_text(where: dict[str, Any], bpb: BPB) -> str:
     figures, weights = bpb.as_dict(), ", matrices in 8 bits" if where["weights"] == "int8" else ""
     weights += "" if where["stored"] == "float32" else f" of weights stored in {where['stored']}"
+    beyond = f" (beyond its context of {where['context']})" if where["length"] > where["context"] else ""
     lines = [
-        f"{where['run']} step {where['step']}, {share_text(figures)}, {where['length']} tokens each, float32{weights}, "
-        f"{unit(figures)}"
+        f"{where['run']} step {where['step']}, {share_text(figures)}, {where['length']} tokens each{beyond}, "
+        f"float32{weights}, {unit(figures)}"
     ]
     passes = "  ".join(f"{x:.4f}" for x in bpb.passes[:8]) + ("  ..." if len(bpb.passes) > 8 else "")
     for name, text in {
