@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -42,6 +43,12 @@ def alone(monkeypatch, tmp_path):
     settings = {"OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LLM_USER_PATH": str(tmp_path)}
     for name, value in (settings | {"LANGSMITH_TRACING": "false", "LANGCHAIN_TRACING_V2": "false"}).items():
         monkeypatch.setenv(name, value)
+    yield
+    gc.collect()  # connections that clients leave open are closed here, where warnings are ignored
+
+
+def plain(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
 def test_litellm(server: Server):
@@ -92,8 +99,8 @@ def test_langchain(server: Server):
 @pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
 def test_instructor(server: Server, mode: str):
     instructor = pytest.importorskip("instructor")
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as plain:
-        client = instructor.from_openai(plain, mode=instructor.Mode[mode])
+    with plain(server) as client_of_openai:
+        client = instructor.from_openai(client_of_openai, mode=instructor.Mode[mode])
         law: Any = {"model": "tiny", "messages": TALK, "response_model": Short, "max_tokens": 90, "max_retries": 0}
         assert isinstance(client.chat.completions.create(**law, seed=1), Short)
 
@@ -122,3 +129,83 @@ def test_llm(server: Server, tmp_path: Path):
         assert asked("-o", "max_tokens", "8", *stream).rstrip("\n") == expected.rstrip("\n")
     schema = json.dumps(Short.model_json_schema())
     assert Short.model_validate_json(asked("-o", "max_tokens", "60", "--schema", schema))
+
+
+def test_aisuite(server: Server):
+    aisuite = pytest.importorskip("aisuite")
+    client = aisuite.Client({"openai": {"base_url": server.url + "/v1", "api_key": "none"}})
+    answer = client.chat.completions.create(model="openai:tiny", messages=TALK, temperature=0, max_tokens=8)
+    assert answer.choices[0].message.content == spelled(server, opened(server, PROMPT))
+
+
+def test_smolagents(server: Server):
+    smolagents = pytest.importorskip("smolagents")
+    settings = {"model_id": "tiny", "api_base": server.url + "/v1", "api_key": "none", "temperature": 0}
+    model = smolagents.OpenAIModel(**settings, max_tokens=8)
+    talk = [smolagents.ChatMessage(role="user", content=[{"type": "text", "text": "def"}])]
+    expected = spelled(server, opened(server, PROMPT))
+    assert model.generate(talk).content == expected
+    assert "".join(piece.content or "" for piece in model.generate_stream(talk)) == expected
+
+
+def test_pydantic_ai(server: Server):
+    pydantic_ai = pytest.importorskip("pydantic_ai")
+    models = pytest.importorskip("pydantic_ai.models.openai")
+    providers = pytest.importorskip("pydantic_ai.providers.openai")
+    where = providers.OpenAIProvider(base_url=server.url + "/v1", api_key="none")
+    model, short = models.OpenAIChatModel("tiny", provider=where), {"temperature": 0, "max_tokens": 8}
+    text = pydantic_ai.Agent(model).run_sync("def", model_settings=short)
+    assert text.output == spelled(server, opened(server, PROMPT))
+    for form in (Short, pydantic_ai.NativeOutput(Short)):  # by a call, and by a schema
+        made = pydantic_ai.Agent(model, output_type=form).run_sync("def", model_settings={"max_tokens": 90})
+        assert isinstance(made.output, Short)
+
+
+def test_outlines(server: Server):
+    outlines = pytest.importorskip("outlines")
+    with plain(server) as client:
+        model, expected = outlines.from_openai(client, "tiny"), spelled(server, opened(server, PROMPT))
+        assert model("def", temperature=0, max_tokens=8) == expected
+        assert "".join(model.stream("def", temperature=0, max_tokens=8)) == expected
+        assert Short.model_validate_json(model("def", Short, max_tokens=60))
+        as_vllm = outlines.from_vllm(client, "tiny")
+        assert Short.model_validate_json(as_vllm("def", Short, max_tokens=60))
+        with pytest.raises(Exception, match="structured_outputs is not supported"):
+            as_vllm("def", Literal["x", "yy"], max_tokens=8)
+
+
+def test_haystack(server: Server):
+    chat = pytest.importorskip("haystack.components.generators.chat")
+    kinds, utils = pytest.importorskip("haystack.dataclasses"), pytest.importorskip("haystack.utils")
+    settings: Any = {"model": "tiny", "api_base_url": server.url + "/v1", "api_key": utils.Secret.from_token("none")}
+    talk, pieces = [kinds.ChatMessage.from_user("def")], []
+    short = {"temperature": 0, "max_tokens": 8}
+    whole = chat.OpenAIChatGenerator(**settings, generation_kwargs=short)
+    streamed = chat.OpenAIChatGenerator(**settings, generation_kwargs=short, streaming_callback=pieces.append)
+    expected = spelled(server, opened(server, PROMPT))
+    assert [one.run(talk)["replies"][0].text for one in (whole, streamed)] == [expected, expected]
+    assert "".join(piece.content for piece in pieces) == expected
+    form = chat.OpenAIChatGenerator(**settings, generation_kwargs={"max_tokens": 60, "response_format": Short})
+    assert Short.model_validate_json(form.run(talk)["replies"][0].text)
+
+
+def test_dspy(server: Server):
+    dspy = pytest.importorskip("dspy")
+    where = {"api_base": server.url + "/v1", "api_key": "none", "cache": False, "num_retries": 0}
+    model = dspy.LM("openai/tiny", temperature=0, max_tokens=8, **where)
+    assert model(messages=TALK) == [spelled(server, opened(server, PROMPT))]
+
+
+def test_openai_agents(server: Server):
+    agents = pytest.importorskip("agents")
+    agents.set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    model = agents.OpenAIChatCompletionsModel(model="tiny", openai_client=client)
+
+    def answer(output_type: type | None, limit: int):
+        settings = agents.ModelSettings(temperature=0, max_tokens=limit)
+        agent = agents.Agent(name="a", model=model, model_settings=settings, output_type=output_type)
+        return agents.Runner.run_sync(agent, "def", max_turns=1).final_output
+
+    assert answer(None, 8) == spelled(server, opened(server, PROMPT))
+    assert isinstance(answer(Short, 90), Short)
