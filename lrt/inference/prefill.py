@@ -22,7 +22,7 @@ from lrt.model.recurrence import (
 )
 from lrt.model.shapes import TokensBN
 from lrt.model.transformer import Transformer
-from lrt.utils.compiling import mark_dynamic
+from lrt.utils.compiling import graph_of, mark_dynamic
 
 
 class Prefill(NamedTuple):
@@ -103,7 +103,7 @@ def compiled() -> OneToken:
     One row and several make two graphs, and so do part of the slots and all of them. The first call takes as long as
     compiling does. Untested on CUDA, where it asks for CUDA graphs.
     """
-    run = torch.compile(next_logits, fullgraph=True, mode="reduce-overhead" if torch.cuda.is_available() else None)
+    run = graph_of(next_logits, fullgraph=True, mode="reduce-overhead" if torch.cuda.is_available() else None)
 
     def marked(model: Transformer, tokens: Tensor, view: KVCache, active: Tensor | None) -> tuple[Tensor, PerRow]:
         for x in (*view.keys, *view.values):

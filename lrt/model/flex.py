@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lrt.model.shapes import HeadsBKNE, PositionsN
+from lrt.utils.compiling import graph_of
 
 SIZE = 128
 """Queries and keys of a block."""
@@ -93,4 +94,4 @@ def _tensor(out: Any) -> Tensor:
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    return graph_of(flex_attention)

@@ -22,6 +22,7 @@ from lrt.model.ops import rms_norm
 from lrt.model.parameters import MEMORY, initialise, role
 from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
 from lrt.model.state import Buffer, LayerKV, PassInput, PassOutput, Segments, State
+from lrt.utils.compiling import graph_of
 from lrt.utils.dtensor import is_sharded
 
 BlockOutput = tuple[StreamBND, HeadsBKNE, HeadsBKNE]
@@ -214,4 +215,4 @@ def _called(block: nn.Module, x: StreamBND, context: BlockContext) -> BlockOutpu
 
 @cache
 def _compiled() -> Callable[..., BlockOutput]:
-    return torch.compile(_called, fullgraph=True)
+    return graph_of(_called, fullgraph=True)

@@ -1,14 +1,79 @@
-"""What a compiler is told, and the calls into torch that are private to it, in one place."""
+"""What a compiler is told, where it keeps its results, and the calls into torch that are private to it."""
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lrt.utils.files import MEBI, expand_home, one_line
+
+logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+"""The variable that tells torch where to keep what it compiles."""
+MOST_KEPT = 512 * MEBI
+"""Bytes beyond which all that was kept is dropped: some 150 steps at depth 12."""
+
+
+def graph_of(function: F, **options: Any) -> F:
+    """`torch.compile`, whose results are kept for later processes in a folder that is the user's alone."""
+    os.environ[FOLDER] = str(_kept())
+    return torch.compile(function, **options)  # pyright: ignore[reportReturnType] - as above
+
+
+@cache
+def _kept() -> Path:
+    """The folder of what was compiled; what it holds will be executed. See docs/decoding.md#speed."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache"))
+    folder = Path(os.environ.get(FOLDER) or home / "lrt" / "compiled")
+    try:
+        if folder.parts[:1] == ("~",):
+            raise FileNotFoundError("there is no home folder")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(folder):
+            raise PermissionError("it is not yours alone")
+        keep_below(folder, MOST_KEPT)
+    except OSError as error:
+        reason = one_line(error.strerror or error, 120)
+        logger.warning("%s keeps nothing that is compiled (%s): this process compiles anew", folder, reason)
+        folder = Path(tempfile.mkdtemp(prefix="lrt-compiled-"))
+        atexit.register(partial(shutil.rmtree, folder, ignore_errors=True))
+    return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can write to a folder, nor put another in its place."""
+    if not hasattr(os, "getuid"):  # Windows: a folder below the user's home is the user's
+        return True
+    whole = folder.resolve()
+    return _safe(whole.stat(), {os.getuid()}) and all(
+        _safe(parent.stat(), {os.getuid(), 0}) or parent.stat().st_mode & stat.S_ISVTX for parent in whole.parents
+    )
+
+
+def _safe(status: os.stat_result, owners: set[int]) -> bool:
+    """Whether only `owners` can write; a user's private group, which has the user's number, is the user."""
+    others = stat.S_IWOTH if status.st_gid == status.st_uid else stat.S_IWOTH | stat.S_IWGRP
+    return status.st_uid in owners and not status.st_mode & others
+
+
+def keep_below(folder: Path, most: int) -> None:
+    """Drop all that a folder holds if that is more than `most` bytes; other processes write theirs again."""
+    sizes = (Path(root, name).lstat().st_size for root, _, names in os.walk(folder) for name in names)
+    if sum(sizes) > most:
+        for part in folder.iterdir():
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def outside_graphs(function: F) -> F:
