@@ -36,14 +36,16 @@ def graph_of(function: F, **options: Any) -> F:
 def _kept() -> Path:
     """The folder of what was compiled; what it holds will be executed. See docs/decoding.md#speed."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache"))
-    folder = Path(os.environ.get(FOLDER) or home / "lrt" / "compiled")
+    named = os.environ.get(FOLDER)
+    folder = Path(named or home / "lrt" / "compiled")
     try:
         if folder.parts[:1] == ("~",):
             raise FileNotFoundError("there is no home folder")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(folder):
             raise PermissionError("it is not yours alone")
-        keep_below(folder, MOST_KEPT)
+        if not named:  # a folder that a person chose may hold other programs' code
+            keep_below(folder, MOST_KEPT)
     except OSError as error:
         reason = one_line(error.strerror or error, 120)
         logger.warning("%s keeps nothing that is compiled (%s): this process compiles anew", folder, reason)

@@ -31,8 +31,12 @@ def test_compiled_code_is_kept_with_the_user(kept, tmp_path: Path):
 
 
 def test_the_variable_of_torch_names_another_folder(kept, tmp_path: Path, monkeypatch):
+    """It may hold other programs' code, so nothing is dropped there."""
     monkeypatch.setenv(compiling.FOLDER, str(tmp_path / "mine"))
-    assert kept() == tmp_path / "mine"
+    monkeypatch.setattr(compiling, "MOST_KEPT", 0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "code.so").write_bytes(b"x")
+    assert kept() == tmp_path / "mine" and (tmp_path / "mine" / "code.so").exists()
 
 
 def alone(folder: Path, trap: Path, caplog) -> None:
