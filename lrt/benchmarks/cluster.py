@@ -5,6 +5,7 @@ docs/scaling.md derives them and compares them with measurements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -84,7 +85,8 @@ def width(config: RunConfig) -> int:
 
 def fitting(share: int, limit: float) -> int:
     """The largest micro-batch that divides a device's share of the batch and is at most `limit` rows; 0: none."""
-    return max((rows for rows in range(1, share + 1) if share % rows == 0 and rows <= limit), default=0)
+    small = [rows for rows in range(1, math.isqrt(share) + 1) if share % rows == 0]
+    return max((rows for rows in (*small, *(share // rows for rows in small)) if rows <= limit), default=0)
 
 
 def matrices(model: ModelConfig) -> int:

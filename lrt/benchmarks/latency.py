@@ -26,6 +26,7 @@ from lrt.config.recipes import recipe as find_recipe
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import compiled, decode_step, next_logits
 from lrt.inference.weights import by_columns
+from lrt.model.flops import cache_bytes_per_token
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import Effort, OneToken, advance, prefill_options, solve
@@ -33,12 +34,13 @@ from lrt.model.shapes import IGNORE, TokensBN
 from lrt.utils.hardware import resolve_device, synchronise
 
 CACHE_GIB = 6.0
-"""Cells of the latency grid with a larger cache are left out."""
+"""Cells of the latency grid with a larger cache are left out, aloud."""
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
 TIMED, GROUP = 4, 8
 """Prompts whose prefill is timed, and prompts that are compared at once."""
 DECODE_LINE = "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}"
+LEFT_OUT_LINE = "batch {batch:3d}  context {context:5d}  left out: its cache of {cache_gib:.3g} GiB is too large"
 PREFILL_LINE = (
     "{length:5d} tokens  {mode:30s}  {speedup:5.2f} x exact  {forward_equivalents:5.2f} forwards  "
     "logits {max_logit_diff:.1e}  greedy {greedy_agree:.3f}"
@@ -48,13 +50,13 @@ X = TypeVar("X")
 
 
 def run(settings: DecodingBenchmark, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Measure; the result is plain JSON data with the keys `decode`, `prefill`, `score` and `setting`.
+    """Measure; the result is plain JSON data: `decode`, what is `left_out` of it, `prefill`, `score` and `setting`.
 
     `tell` takes a line of text for each figure as soon as it is there. Prefill and scoring are measured on a trained
     model alone, since sweeps converge on one and mean nothing on random weights.
     """
     device = resolve_device(settings.device)
-    result: dict[str, Any] = {"decode": [], "prefill": [], "score": {}}
+    result: dict[str, Any] = {"decode": [], "left_out": [], "prefill": [], "score": {}}
     if settings.checkpoint is None:
         config = replace(find_recipe(settings.recipe).model, memory=MemoryConfig(projection="shared"))
     else:
@@ -66,8 +68,8 @@ def run(settings: DecodingBenchmark, tell: Callable[[str], None] = lambda line: 
     }  # fmt: skip
     grid = settings.batches, settings.contexts
     for cell in latencies(config, device, *grid, steps=settings.steps, compile=settings.compile):
-        result["decode"].append(cell)
-        tell(DECODE_LINE.format(**cell))
+        result["decode" if "ms" in cell else "left_out"].append(cell)
+        tell((DECODE_LINE if "ms" in cell else LEFT_OUT_LINE).format(**cell))
     if result["decode"]:
         result["setting"]["median_overhead"] = median(cell["overhead"] for cell in result["decode"])
     if settings.peer:
@@ -137,11 +139,16 @@ def latencies(
     compile: bool,
     cache_gib: float = CACHE_GIB,
 ) -> Iterator[dict[str, Any]]:
-    """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell."""
+    """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell.
+
+    Of a cell whose cache is larger than `cache_gib` only its size is said.
+    """
     models = [LRT(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
     runs = [compiled() if compile else next_logits for _ in models]
     for batch, context in itertools.product(batches, contexts):
-        if 2 * batch * context * config.depth * config.k * config.e * 4 > cache_gib * 2**30:
+        size = 4 * batch * context * cache_bytes_per_token(config, 1) / 2**30
+        if size > cache_gib:
+            yield {"batch": batch, "context": context, "cache_gib": size}
             continue
         cache = _filled(models[0], batch, context)
         tokens = torch.ones(batch, dtype=torch.int64, device=device)

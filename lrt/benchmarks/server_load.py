@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any, NamedTuple
 
-from lrt.config.model import require
+from lrt.config.model import require, require_at_most
 
 PROMPTS = (
     "def area(self, width, height):\n", "class Reader:\n    def __init__(self", "import os\nimport sys\n\n",
@@ -32,6 +32,8 @@ PROMPTS = (
 )  # fmt: skip
 DEADLINE = 3600
 """Seconds that an answer may take here: one that takes long is measured, not given up."""
+MOST_LOAD = 100_000
+"""Of clients, tokens, seconds and rounds."""
 ROW = ("shared", "prompt", "clients")
 """What rows are ordered by, after the loop."""
 
@@ -64,7 +66,11 @@ class LoadBenchmark:
         require(min(sizes) >= 1, "--prompts take numbers from 1 on, --shared from 0 on")
         require(bool(self.clients) and min(self.clients) >= 1, f"--clients are {self.clients}; give numbers from 1 on")
         require(self.seconds > 0 and self.tokens >= 1 and self.rounds >= 1, "give positive seconds, tokens and rounds")
-        require(self.load > 0, f"--load is {self.load}; give a positive share")
+        require(0 < self.load <= 100, f"--load is {self.load}; give a share above 0, and at most 100")
+        require(self.keep_mb >= 0, f"--keep-mb is {self.keep_mb}; give at least 0, which keeps nothing")
+        require_at_most(MOST_LOAD, tokens=self.tokens, seconds=self.seconds, rounds=self.rounds)
+        for name, numbers in (("clients", self.clients), ("prompts", self.prompts), ("shared", self.shared)):
+            require_at_most(MOST_LOAD, **{name: max(numbers, default=0)})
 
 
 class Load(NamedTuple):

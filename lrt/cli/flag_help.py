@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
@@ -22,6 +23,7 @@ def flag_rules() -> ConstructorRegistry:
     rules = ConstructorRegistry()
     rules.primitive_rule(_optional)
     rules.primitive_rule(_path)
+    rules.primitive_rule(_float)
     within: list[type] = []
 
     @rules.struct_rule
@@ -72,6 +74,26 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
         metavar="PATH",
         instance_from_str=value,
         is_instance=lambda instance: isinstance(instance, Path),
+        str_from_instance=lambda instance: [str(instance)],
+    )
+
+
+def _float(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    """A number; one that is too small for its type is refused, since 0 often means something else."""
+    if info.type is not float:
+        return None
+
+    def value(texts: list[str]) -> float:
+        number = float(texts[0])
+        if number == 0 and any(c.isdigit() and int(c) for c in re.split("[eE]", texts[0])[0]):
+            raise ValueError(f"is {texts[0]!r}, too small to hold; give 0, or a larger number")
+        return number
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=value,
+        is_instance=lambda instance: isinstance(instance, float | int) and not isinstance(instance, bool),
         str_from_instance=lambda instance: [str(instance)],
     )
 

@@ -95,14 +95,22 @@ def _run(label: str, work: Callable[[], int], show_traceback: bool) -> int:
         return 0
     except KeyboardInterrupt:
         return _fail(label, "interrupted", 130)
-    except (ValueError, OSError) as error:
-        if show_traceback:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if show_traceback or (isinstance(error, RuntimeError) and not _is_of_memory(error)):
             raise
         return _fail(label, _reason(error))
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is not enough memory, as Python or torch does on any device."""
+    phrases = ("out of memory", "allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in phrases)
+
+
 def _reason(error: Exception) -> object:
     """What the system says of a file, with the file first and a remedy; of other errors, the error."""
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return "not enough memory; use fewer rows, a shorter length, or a smaller model"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}; choose another path, or mend what is there"
     if isinstance(error, OSError) and error.strerror:  # the system names no file where a write fails

@@ -32,8 +32,10 @@ QUOTED = re.compile("^[\u2018-\u201f\u00ab]|=[\u2018-\u201f\u00ab]|[\u2018-\u201
 ERRORS = {
     r"invalid literal for int\(\) with base 10: (.*)": r"\1 is \2; give a whole number",
     r"could not convert string to float: (.*)": r"\1 is \2; give a number",
-    r"is (empty;.*)": r"\1 is \2",
+    r"is (empty;.*|.* too small to hold;.*)": r"\1 is \2",
     r"Could not find valid parse for arguments: .*''.*()": r"\1 is empty; give a path",
+    r"Could not (?:find valid parse for|parse) arguments:? \[(.*?)\].*": r"\1 is \2; give what the help names",
+    r"no type matching .* could be instantiated from \[(.*)\]": r"\1 is \2; give a number",
 }
 """How Python and tyro say that a text is no number or path, and how it is said here."""
 MISSING = re.compile(r"((?:--[\w.-]+ )?[A-Z]+|\{[\w,]+\}) (.+?) ?\(required\)")
@@ -70,9 +72,14 @@ def parse(flags: type[T], args: Sequence[str], command: str, **options: Any) -> 
         message = _pasted(args) or _first_line(message_box.getvalue())
         raise ValueError(f"{message}; see lrt {command} --help") from None
     checked = _checked(parsed, "")
-    for flag in _given_twice(args):
-        show(f"lrt {command}: {flag} is given more than once; the last one counts", sys.stderr)
+    tell(command, [f"{flag} is given more than once; the last one counts" for flag in _given_twice(args)])
     return checked
+
+
+def tell(command: str, sentences: Sequence[str]) -> None:
+    """What somebody should know of the arguments, on standard error; of several processes the first says it."""
+    for sentence in sentences if os.environ.get("RANK", "0") == "0" else ():
+        show(f"lrt {command}: {sentence}", sys.stderr)
 
 
 def _pasted(args: Sequence[str]) -> str:
@@ -86,9 +93,9 @@ def _pasted(args: Sequence[str]) -> str:
 
 
 def _given_twice(args: Sequence[str]) -> list[str]:
-    """Flags that occur more than once, where several processes do not all say so."""
+    """Flags that occur more than once."""
     names = [name for name in names_of(args) if len(name) > 2]
-    return sorted({name for name in names if names.count(name) > 1}) if os.environ.get("RANK", "0") == "0" else []
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 class _Page(io.TextIOWrapper):
@@ -163,7 +170,7 @@ def _first_line(box: str) -> str:
             parts += [[]] if parts[-1] else []
         else:
             parts[-1].append(line)
-    message = re.sub(r"^Error parsing [\w.]+: (?=\w+\.\w+ )", "", " ".join(parts[0]).strip().rstrip("."))
+    message = re.sub(r"^Error parsing [\w.]+: (?=\w+(\.\w+)+ )", "", " ".join(parts[0]).strip().rstrip("."))
     if missing := MISSING.findall(message):
         return "; ".join(f"{name} is missing: {what.rstrip('.')}" for name, what in missing)
     for form, plain_words in ERRORS.items():
@@ -172,7 +179,7 @@ def _first_line(box: str) -> str:
     return message + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _flag_name(field: dataclasses.Field[Any], within: str) -> str:
+def flag_name(field: dataclasses.Field[Any], within: str) -> str:
     """A field as the command line calls it: a flag, or in capitals what is told by its place."""
     if "Positional[" in str(field.type):
         return field.name.upper()
@@ -182,19 +189,19 @@ def _flag_name(field: dataclasses.Field[Any], within: str) -> str:
 
 
 def _checked(value: Any, name: str) -> Any:
-    """`value` with `~` in its paths expanded. ValueError: an integer of more than 64 bits, or a NaN."""
+    """`value` with `~` in its paths expanded. ValueError: an integer of more than 64 bits, a NaN, or an infinity."""
     if isinstance(value, Path):
         require_name(str(value), name)
         return expand_home(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} is {value}; it must fit 64 bits")
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{name} is not a number; give one")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; give a number that is finite")
     if type(value) is tuple:
         return tuple(_checked(item, name) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        checked = {f.name: _checked(fields[f.name], _flag_name(f, name)) for f in dataclasses.fields(value)}
+        checked = {f.name: _checked(fields[f.name], flag_name(f, name)) for f in dataclasses.fields(value)}
         changed = {n: v for n, v in checked.items() if v is not fields[n] and v != fields[n]}
         return dataclasses.replace(value, **changed) if changed else value
     return value

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from lrt.cli.parse import parse
+from lrt.cli.parse import names_of, parse
 from lrt.config.model import require
+from lrt.utils.files import one_line
 from lrt.utils.terminal import show
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def main(args: list[str]) -> int:
     require_makable(flags.out)
     groups = read_groups(flags.files)
     require(bool(groups), f"{flags.files[0]} holds no records; give a file that does")
+    arms = list(dict.fromkeys(group.arm for group in groups))
+    known = "--baseline" not in names_of(args) or flags.baseline in arms
+    require(known, f"--baseline is {flags.baseline!r}, which is no arm; give one of {one_line(', '.join(arms), 150)}")
     try:
         text = _report(flags, groups)
     except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:

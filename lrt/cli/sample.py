@@ -12,7 +12,9 @@ from tyro.conf import Positional
 
 from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
-from lrt.config.model import require_at_least
+from lrt.config.model import require_at_least, require_at_most
+
+MOST_SAMPLES = 100_000
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(SampleFlags, args, "sample")
     require_at_least(1, samples=flags.samples)
+    require_at_most(MOST_SAMPLES, samples=flags.samples)
 
     from lrt.inference.chat import complete
     from lrt.inference.weights import by_columns, with_weights

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lrt.cli.parse import parse
-from lrt.config.run import DataConfig
+from lrt.cli.parse import names_of, parse, tell
+from lrt.config.run import DataConfig, RunConfig
+from lrt.config.unread import unread
 from lrt.utils.terminal import show
 
 
@@ -31,7 +32,9 @@ def _in_full(arg: str) -> str:
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
-    flags = parse(TokenizeFlags, [_in_full(arg) for arg in args], "tokenize")
+    args = [_in_full(arg) for arg in args]
+    flags = parse(TokenizeFlags, args, "tokenize")
+    tell("tokenize", unread(RunConfig(data=flags.data), names_of(args)))
 
     from lrt.data import TaskRows
     from lrt.training.logging import Live

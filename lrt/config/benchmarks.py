@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrt.config.decoding import PrefillOptions
-from lrt.config.model import Backend, require, require_at_least
+from lrt.config.model import MOST, Backend, require, require_at_least, require_at_most
 from lrt.config.recipes import RecipeName
 from lrt.config.run import Device, Dtype
 from lrt.schedule import Schedule
@@ -15,6 +15,10 @@ TIMED_SCHEDULES = (
     "interleaved-2", "interleaved-4", "interleaved-8", "refinement-1", "refinement-3",
     "settled-1", "settled-2", "settled-3",
 )  # fmt: skip
+MOST_TIMED = 2**20
+"""Of anything that is timed: more would not end."""
+MOST_POWER = 1e24
+"""What no cluster has of anything: bytes, FLOP/s, devices."""
 PREFILL_MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
 
 
@@ -56,6 +60,7 @@ class StepBenchmark:
     """Also time transformers' own nanochat model of the same sizes (its whole step with fused AdamW alone)."""
 
     def __post_init__(self) -> None:
+        require_at_most(MOST_TIMED, batch=self.batch, repeats=self.repeats, length=self.length)
         require_at_least(1, batch=self.batch, repeats=self.repeats, depth=self.depth, width=self.width)
         require_at_least(2, length=self.length, vocab_size=self.vocab_size)
         for name in self.schedules:
@@ -93,11 +98,13 @@ class DecodingBenchmark:
 
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, prompts=self.prompts)
+        require_at_most(MOST_TIMED, steps=self.steps)
         for mode in self.modes:
             PrefillOptions.parse(mode)
         for name, sizes in (("batches", self.batches), ("contexts", self.contexts), ("lengths", self.lengths)):
             require(bool(sizes), f"--{name} are none; give at least one number")
             require_at_least(1, **{name: min(sizes)})
+            require_at_most(MOST, **{name: max(sizes)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +128,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            require(value > 0, f"--cluster.{name} is {value}; it must be positive")
+            require(0 < value < MOST_POWER, f"--cluster.{name} is {value}; give more than 0, less than {MOST_POWER:g}")
+        for name in ("memory", "flops", "within", "across"):
+            require(getattr(self, name) >= 1, f"--cluster.{name} is {getattr(self, name)}; give at least 1")
         require(self.efficiency <= 1, f"--cluster.efficiency is {self.efficiency}; it is a share, at most 1")
 
     @property

@@ -42,11 +42,26 @@ class Conversion:
     """Of `small`."""
 
     def __post_init__(self) -> None:
+        self._require_read()
         untrained = self.memory == "recirculation"
         of_untrained = {"memory-block": self.memory_block is not None, "share": self.share != 0.1}
         of_untrained |= {"mixture": self.mixture != "share"}
         misplaced = [f"--{name}" for name, is_set in of_untrained.items() if is_set and not untrained]
         require(not misplaced, f"{', '.join(misplaced)} belongs to --memory recirculation; add that, or leave it out")
         require(0 < self.share < 1, f"--share is {self.share}; give a number between 0 and 1, such as 0.1")
+        scale, context = self.start_scale, self.context
+        require(0 < scale <= 1, f"--start-scale is {scale}; give a number above 0 and at most 1, such as 0.02")
+        require(context is None or context >= 1, f"--context is {context}; give at least 1 token, or leave it out")
         settled = not untrained or self.start == "zero"
         require(settled, "--start belongs to memory that will be trained; with recirculation, leave it out")
+
+    def _require_read(self) -> None:
+        """ValueError: an option that nothing looks at, and that would be dropped in silence."""
+        kept = self.memory in ("keep", "none")
+        for flag, is_set, is_read, needs in (
+            ("memory-source", self.memory_source is not None, not kept, "--memory residual, shared, layerwise, ..."),
+            ("start", self.start != "zero", not kept, "--memory residual, shared or layerwise"),
+            ("start-scale", self.start_scale != 0.02, self.start != "zero", "--start small or copy"),
+            ("seed", self.seed != 0, self.start == "small", "--start small"),
+        ):
+            require(is_read or not is_set, f"--{flag} belongs to {needs}; add that, or leave --{flag} out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -57,7 +58,7 @@ class PrefillOptions(NamedTuple):
             )
         stride = int(match[1]) if match[1] else int(mode == "jacobi")
         tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
-        if not tolerance >= 0 or max_sweeps < 1 or chunk < 1:
+        if not 0 <= tolerance < math.inf or max_sweeps < 1 or chunk < 1:
             raise ValueError(
                 f"tolerance {tolerance}, max_sweeps {max_sweeps}, chunk {chunk}: use a tolerance >= 0, the others >= 1"
             )

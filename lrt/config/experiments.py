@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrt.config.model import require
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -18,3 +20,7 @@ class DemoConfig:
     """Text to train on: `python` is the standard library's sources; see `lrt train --help`."""
     seed: int = 0
     """Seed of all arms."""
+
+    def __post_init__(self) -> None:
+        require(self.compute is None or self.compute > 0, f"--compute is {self.compute}; it must be positive")
+        require(self.seed >= 0, f"--seed is {self.seed}; it must be at least 0")

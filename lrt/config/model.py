@@ -32,6 +32,12 @@ def require_at_least(least: float, **values: float | None) -> None:
         require(value is None or value >= least, f"--{name.replace('_', '-')} is {value}; give at least {least}")
 
 
+def require_at_most(most: float, **values: float | None) -> None:
+    """Raise `ValueError` unless each value is None or at most `most`; they are named as flags."""
+    for name, value in values.items():
+        require(value is None or value <= most, f"--{name.replace('_', '-')} is {value}; give at most {most:,}")
+
+
 def require_choice(name: str, value: str, choices: Any) -> None:
     """Raise `ValueError` unless `value` is one of a Literal's."""
     require(value in get_args(choices), f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")

@@ -196,7 +196,7 @@ class TrainConfig:
         for drawn, _ in schedule.shares():
             if drawn.weights:
                 drawn.passes(self.length)  # raises now, not at the step that draws fewer passes than weights
-        require(self.batch >= 1, f"train.batch is {self.batch}; it must be at least 1")
+        require(1 <= self.batch <= MOST, f"train.batch is {self.batch}; it must be at least 1, and at most {MOST:,}")
         require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
         require(self.keep >= 1, f"train.keep is {self.keep}; at least 1 checkpoint must be kept")
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")

@@ -156,17 +156,21 @@ def _cut(text: str, piece: int) -> int:
 
 
 def _valid(source: str, texts: Iterator[Document]) -> Iterator[Document]:
-    """Drop empty documents and make each valid UTF-8; a source without any text is an error."""
-    empty, mended = True, 0
+    """Leave out empty documents, aloud, and make each valid UTF-8; a source without any text is an error."""
+    held, empty, mended = 0, 0, 0
     for text in texts:
         if text.messages if isinstance(text, Dialogue) else text:
-            empty = False
+            held += 1
             valid = text if isinstance(text, Dialogue) else valid_text(text)
             mended += valid is not text and "\ufffd" in text_of(valid)
             yield valid
+        else:
+            empty += 1
     if mended:
         logger.warning("%s: %d texts held half characters (lone surrogates); each is read as U+FFFD", source, mended)
-    if empty:
+    if empty and held and source not in PYTHON_SOURCES:
+        logger.warning("%s: %d of %d documents or rows are empty and were left out", source, empty, empty + held)
+    if not held:
         raise ValueError(f"{source}: holds no text (every file or row is empty or binary): name a source of UTF-8 text")
 
 
@@ -312,7 +316,8 @@ def _file_texts(source: str, files: list[Path], named: bool, text_column: str) -
 def _texts_of(file: Path, text_column: str) -> Iterator[Document]:
     kind = kind_of(file)
     if file.suffix.lower() in NOT_READ or kind in NOT_READ:
-        raise _NotText(f"{file}: {file.suffix} files are not read: unpack or convert it to UTF-8 text")
+        ending = file.suffix if file.suffix.lower() in NOT_READ else kind
+        raise _NotText(f"{file}: {ending} files are not read: unpack or convert it to UTF-8 text")
     rows = rows_of(file, text_column)
     if rows is not None:
         return (document_in(row, text_column, place) for place, row in rows)

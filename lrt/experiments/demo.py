@@ -65,7 +65,6 @@ PROMPT = "def read_lines(path):\n"
 
 def run_demo(demo: DemoConfig) -> str:
     """Train the arms, as many at a time as there are cores, and report; returns the table and samples as text."""
-    require(demo.compute is None or demo.compute > 0, f"--compute is {demo.compute}; it must be positive")
     require_makable(demo.out)
     for name in ARMS:
         folder = demo.out / name

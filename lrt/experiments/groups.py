@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lrt.utils.files import read_jsonl, require_fields
 
+ALIKE = (
+    "data.source", "data.tokenizer", "data.vocab_size", "data.validation", "data.validation_source", "data.max_bytes",
+    "train.schedule", "train.consistency", "train.batch", "train.length", "train.horizon", "train.dtype",
+)  # fmt: skip
+"""Settings beside the model's and the optimizer's that runs of one arm share."""
 Record = dict[str, Any]
 Measure = Callable[[Record], float]
 
@@ -46,7 +51,7 @@ def seeds_and_mean(values: Sequence[float]) -> tuple[float, float]:
 def read_groups(files: Sequence[Path]) -> list[RunGroup]:
     """Runs recorded in JSON-lines files, grouped, in the files' order; one that is given twice counts once.
 
-    ValueError: a line that is no record.
+    ValueError: a line that is no record, or whose run differs in more than the seed from others of its arm.
     """
     grouped: dict[tuple[str, str, str], list[Record]] = {}
     for file in files:
@@ -56,6 +61,7 @@ def read_groups(files: Sequence[Path]) -> list[RunGroup]:
             point = ", ".join(f"{name} {value}" for name, value in record["grid"].items())
             group = grouped.setdefault((sweep, point, record["arm"]), [])
             if not any(_same_run(record, other) for other in group):
+                _require_alike(record, group, f"{file}:{number}")
                 group.append(record)
     return [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in grouped.items()]
 
@@ -68,6 +74,36 @@ def _require_record(record: Record, where: str) -> None:
     require_fields(record, {"arm": str, "grid": dict, "seed": int} | kinds, where)
 
 
+def _require_alike(record: Record, group: Sequence[Record], where: str) -> None:
+    """ValueError: the record's run is not one more seed of the arm's others, so that no mean may be taken.
+
+    Settings that one of two records does not know are passed over: they are of different versions.
+    """
+    settings = _settings(record)
+    for other in group:
+        theirs = _settings(other)
+        differ = sorted(name for name, value in settings.items() if theirs.get(name, value) != value)
+        if differ or record["seed"] == other["seed"]:
+            what = f"differs in {', '.join(differ[:3])}" if differ else "is of the same seed as another"
+            raise ValueError(
+                f"{where}: this run of arm {record['arm']!r} {what}; rename its arm, or report on one file alone"
+            )
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    """What a run computes, by dotted names: model, optimizer, and of data and training what changes the weights."""
+    named = _leaves(record.get("config"))
+    return {name: value for name, value in named if name.startswith(("model.", "optim.")) or name in ALIKE}
+
+
+def _leaves(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield above + name, value
+
+
 def _same_run(one: Record, other: Record) -> bool:
-    """Whether two records of a group are of one run: the same seed and settings."""
-    return one["seed"] == other["seed"] and one.get("config") == other.get("config")
+    """Whether two records of a group are of one run: the same seed, settings and figures."""
+    return all(one.get(name) == other.get(name) for name in ("seed", "config", "step", "bpb", "accuracy", "whole"))

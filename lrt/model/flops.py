@@ -81,7 +81,8 @@ def forward_flops(
         pairs = {"gates": 0, "shared": 1, "layerwise": len(reading)}[projection]
         weights += 2 * d * kv * pairs * read
     weights += d * config.vocab_size if head else 0
-    keys = sum(_seen(positions, config.windows()[i]) for i in blocks)
+    windows = config.windows()
+    keys = sum(_seen(positions, windows[i]) for i in blocks)
     return 2 * weights * n + 4 * inner * keys
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
 from lrt.config.model import require
 
+DAY = 86_400.0
+"""Seconds."""
+MOST_ROWS = 2**16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -53,13 +57,15 @@ class Settings:
         PrefillOptions.parse(self.prefill, self.tolerance, 1, self.chunk)
         for name in ("rows", "queue", "max_choices", "max_body", "sweep_from", "connections", "connections_per_peer"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        require(self.rows <= MOST_ROWS, f"--rows is {self.rows}; give at most {MOST_ROWS:,}")
         for name in ("max_prompt", "max_output"):
             limit = getattr(self, name)
             require(limit is None or limit >= 1, f"--{name.replace('_', '-')} is {limit}; give at least 1, or none")
         require(self.keep_mb >= 0, f"--keep-mb is {self.keep_mb}; give at least 0, which keeps nothing")
         for name in ("deadline", "header_seconds", "body_seconds"):
             seconds = getattr(self, name)
-            require(seconds > 0, f"--{name.replace('_', '-')} is {seconds}; give some seconds")
+            fine = 0 < seconds <= DAY
+            require(fine, f"--{name.replace('_', '-')} is {seconds}; give some seconds, at most a day")
         wrong = [x for x in self.allow_origin if not x.startswith(("http://", "https://")) or x.count("/") != 2]
         require(not wrong, f"--allow-origin names {wrong[:1]}; give origins such as https://example.org")
 

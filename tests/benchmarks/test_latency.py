@@ -19,11 +19,13 @@ from lrt.evaluation.contraction import exact_states
 
 
 def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
-    small = "--recipe cpu_demo --batches 1 2 --contexts 8 --steps 1 --no-compile --device cpu --json"
+    small = "--recipe cpu_demo --batches 1 2 10000000 --contexts 8 --steps 1 --no-compile --device cpu --json"
     assert bench_decode(small.split()) == 0
     *told, last = capsys.readouterr().out.splitlines()
     assert [(c["batch"], c["context"]) for c in json.loads(last)["decode"]] == [(1, 8), (2, 8)]
-    assert [line.split()[:4] for line in told] == [["batch", "1", "context", "8"], ["batch", "2", "context", "8"]]
+    assert [(c["batch"], c["context"]) for c in json.loads(last)["left_out"]] == [(10_000_000, 8)]
+    assert [line.split()[:4] for line in told[:2]] == [["batch", "1", "context", "8"], ["batch", "2", "context", "8"]]
+    assert "left out: its cache of" in told[2]
 
 
 def test_the_bench_measures_every_part(tmp_path):
@@ -33,7 +35,9 @@ def test_the_bench_measures_every_part(tmp_path):
         bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], steps=1, compile=False, cache_gib=0.01)
     )
     prefills = bench.prefill_times(model, prompts, ["jacobi", "interleaved-4"])
-    assert [(c["batch"], c["context"]) for c in cells] == [(1, 8), (2, 8)]
+    assert [(c["batch"], c["context"], "ms" in c) for c in cells] == [
+        (1, 8, True), (1, 10**9, False), (2, 8, True), (2, 10**9, False)
+    ]  # fmt: skip
     assert bench.score_times(model, prompts)["max_nats_diff"] < 1e-2
     assert all(c["max_logit_diff"] < 1e-2 and c["greedy_agree"] > 0.9 for c in prefills)
     exact = exact_states(model, prompts).hidden

@@ -329,7 +329,8 @@ def test_closed_streams_are_open_on_nothing(random_run: Path, tmp_path: Path):
 def test_numbers_that_no_machine_holds_are_refused(capsys):
     for arguments in (
         ["sample", "RUN", "--seed", str(10**20)], ["demo", "--seed", str(10**20)], ["train", "--train.seed", "1" * 40],
-        ["convert", "X", "--out", "Y", "--seed", str(2**63)], ["info", "--length", str(10**30)],
+        ["convert", "X", "--out", "Y", "--memory", "shared", "--start", "small", "--seed", "9223372036854775808"],
+        ["info", "--length", str(10**30)],
     ):  # fmt: skip
         line = failure(capsys, arguments)
         assert "seed" in line or "length" in line

@@ -82,6 +82,21 @@ def test_flags_that_would_be_dropped_are_refused(line: str, refusal):
 
 
 HUGE = {
+    "plan --cluster.flops inf": "--cluster.flops is inf",
+    "plan --cluster.memory 1e-320": "--cluster.memory is 1e-320; give at least 1",
+    "serve run --rows 9223372036854775807": "--rows is 9223372036854775807; give at most 65,536",
+    "serve run --deadline 1e308": "--deadline is 1e+308; give some seconds, at most a day",
+    "serve run --tolerance inf": "tolerance inf",
+    "sample run --temperature 1e-400": "--temperature is '1e-400', too small to hold",
+    "sample run --samples 9223372036854775807": "--samples is 9223372036854775807; give at most 100,000",
+    "bench train --repeats 9223372036854775807": "--repeats is 9223372036854775807; give at most",
+    "bench decode --batches 9223372036854775807": "--batches is 9223372036854775807; give at most",
+    "bench serve run --keep-mb=-1": "--keep-mb is -1; give at least 0",
+    "demo --compute 0": "--compute is 0.0; it must be positive",
+    "convert run --out new --start small": "--start belongs to --memory residual, shared or layerwise",
+    "convert run --out new --memory shared --seed 3": "--seed belongs to --start small",
+    "convert run --out new --memory-source 3": "--memory-source belongs to --memory",
+    "convert run --out new --memory shared --start small --start-scale inf": "--start-scale is inf",
     "schedule refinement-99999999999": "too large",
     "schedule settled-1..99999999999999999999999": "too large",
     "schedule interleaved-1..5000": "a range at most 1,024 sizes",
@@ -116,6 +131,18 @@ def test_a_result_that_has_no_place_is_told_before_the_work(line: str, place: st
     error = capsys.readouterr().err
     assert "cannot be made; remove it, or choose another" in error and error.count("\n") == 1
     assert Path("file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_what_does_not_fit_into_memory_is_one_line(error: Exception, refusal, monkeypatch):
+    def work(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lrt.cli.report.main", work)
+    assert "lrt report: not enough memory; use fewer rows" in refusal("report a.jsonl")
+    monkeypatch.setattr("lrt.cli.report.main", lambda _: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="of ours"):
+        main(["report", "a.jsonl"])
 
 
 @pytest.mark.parametrize("columns", ["1", "0", "-5", "abc"])

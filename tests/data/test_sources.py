@@ -276,3 +276,19 @@ def test_half_characters_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert list(documents(str(file))) == ["a \ufffd b", "\U0001f600 whole"]
     assert "1 texts held half characters" in caplog.text
+
+
+def test_rows_that_are_empty_are_left_out_aloud(tmp_path, caplog):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n')
+    with caplog.at_level(logging.WARNING):
+        assert list(documents(str(rows))) == ["a", "b"]
+    assert "rows.jsonl: 2 of 4 documents or rows are empty and were left out" in caplog.text
+    caplog.clear()
+    rows.write_text('{"text": "a"}\n')
+    assert list(documents(str(rows))) == ["a"] and not caplog.records
+
+
+def test_an_archive_is_refused_by_its_own_ending(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
+    assert ".tar files are not read" in refused(tmp_path / "a.tar.gz")

@@ -142,6 +142,37 @@ def test_the_same_results_given_twice_count_once(records):
     assert once == twice and [len(g.records) for g in once] == [2, 3, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seed": 5, "config": {"model": {"memory": {"shift": True}}, "train": {"seed": 5}}}, "in model.memory.shift;"),
+        ({"seed": 5, "config": {"train": {"length": 64, "seed": 5}}}, "differs in train.length;"),
+        ({"seed": 0, "bpb": {"decoded": 1.0, "zero_memory": 1.0}}, "is of the same seed as another;"),
+        ({"seed": 5, "config": {"model": {"later": 1}, "train": {"seed": 5, "threads": 4, "length": 32}}}, ""),
+    ],
+)
+def test_runs_that_are_no_further_seeds_of_an_arm_are_refused(tmp_path, capsys, change, told):
+    """A mean over them would be of nothing; what one version's records do not know is passed over."""
+    config = {"model": {"memory": {"shift": False}}, "train": {"length": 32, "seed": 0, "threads": 1}}
+    one, other = record("plain", 0, 2.0) | {"config": config}, record("plain", 0, 2.5) | {"config": config} | change
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (one, other)), encoding="utf-8")
+    if not told:
+        assert [len(g.records) for g in read_groups([file])] == [2]
+        return
+    assert main(["report", str(file), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "a.jsonl:2: this run of arm 'plain' " in error and told in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_baseline_that_is_no_arm_is_refused(records, capsys):
+    file = str(records / "text.jsonl")
+    assert main(["report", file, "--out", str(records / "out"), "--baseline", "pain"]) == 2
+    error = capsys.readouterr().err
+    assert "--baseline is 'pain', which is no arm; give one of " in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("change", [{"arm": 3}, {"grid": []}, {"seed": "0"}, {"seed": None}, {"bpb": 1.0}])
 def test_records_of_other_types_are_named(records, capsys, change):
     (records / "bad.jsonl").write_text(json.dumps(record("plain", 0, 2.0) | change) + "\n", encoding="utf-8")
