@@ -51,3 +51,49 @@ def test_after_a_long_talk_the_next_turn_and_the_last_answer_are_in_view(page):
     )
     assert page.evaluate("document.documentElement.scrollHeight") > 2 * 700  # or all of it would be in view anyway
     assert answer["bottom"] <= form["top"] and form["bottom"] <= 701
+
+
+def test_what_was_wrong_of_a_setting_goes_with_it(page):
+    """The field is marked, and the sentence goes when the value is right or another view is chosen."""
+    choose(page, temperature=9)
+    page.get_by_role("button", name="Continue", exact=True).click()
+    page.get_by_text("Temperature: ").wait_for()
+    edge, ink = (page.evaluate(f"getComputedStyle(document.querySelector('{one}')).{of}")
+                 for one, of in (("[name=temperature]", "borderColor"), ("#error", "color")))  # fmt: skip
+    assert edge == ink
+    choose(page, temperature=8)
+    assert page.locator("#error").is_visible()
+    choose(page, temperature=1)
+    assert page.locator("#error").is_hidden()
+    choose(page, temperature=9)
+    page.get_by_role("button", name="Continue", exact=True).click()
+    page.get_by_text("Temperature: ").wait_for()
+    page.get_by_role("tab", name="Inspect").click()
+    assert page.locator("#error").is_hidden()
+
+
+def test_an_answer_says_that_it_ended_at_its_length(page):
+    choose(page, temperature=0, max_tokens=5)
+    page.get_by_role("button", name="Continue", exact=True).click()
+    page.get_by_text("5 tokens").wait_for()
+    assert page.locator("#pace").text_content().endswith("; ended at its length")
+
+
+def test_values_of_settings_are_ink_and_the_map_has_a_legend(page):
+    ink = "getComputedStyle(document.querySelector('%s')).color"
+    assert page.evaluate(ink % "[name=top_p]") == page.evaluate(ink % "body")
+    page.get_by_role("tab", name="Inspect").click()
+    page.locator("#text-in").fill("def area(self)")
+    assert page.locator("#inspect-empty").is_visible()
+    page.get_by_role("button", name="Inspect", exact=True).click()
+    page.locator("#tokens span").first.wait_for()
+    most = float(page.locator("#most").text_content().split()[0])
+    told = page.locator("#heat").get_attribute("aria-label")
+    assert page.locator("#inspect-empty").is_hidden() and f"the strongest is {most:.2f}" in told
+    full = float(page.locator("#most-gain").text_content().split("+")[1].split()[0])
+    much = "[...document.querySelectorAll('#tokens span')].map(s => parseInt(s.style.getPropertyValue('--much')))"
+    shares = page.evaluate(much)
+    assert 0.1 <= full <= 2 and max(shares) == 62 and min(shares) < 62
+    left, right = page.evaluate("""() => { const pen = document.querySelector('#shade').getContext('2d');
+      return [0, 111].map(x => [...pen.getImageData(x, 5, 1, 1).data].join()); }""")
+    assert left != right

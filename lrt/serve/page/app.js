@@ -1,17 +1,19 @@
 // The page: Write and Chat stream answers, Inspect shows what the memory did to a text.
-import { $, call, complain, keep, kept, keptText, setKey, stop } from "./common.js";
+import { $, call, complain, corrected, keep, kept, keptText, setKey, stop } from "./common.js";
 import * as chat from "./chat.js";
 import * as inspecting from "./inspect.js";
 import * as writing from "./write.js";
 
 const GO = { write: writing.begin, chat: chat.say, inspect: inspecting.inspect };
 
+const LOST = "not connected";
+
 async function connect() {
   let about;
   try {
     about = await (await call("api/about")).json();
   } catch (error) {
-    $("about").textContent = "not connected";
+    $("about").textContent = LOST;
     return complain(error.message);
   }
   complain("");
@@ -46,6 +48,7 @@ function show(name, focus = false) {
     $(tab.getAttribute("aria-controls")).hidden = !chosen;
     if (chosen && focus) tab.focus();
   }
+  if (kept.tab !== name && $("about").textContent !== LOST) complain(""); // it was of the other view
   $("settings-box").hidden = name === "inspect";
   keep({ tab: name });
   if (name === "inspect") inspecting.paint();
@@ -73,11 +76,15 @@ for (const node of document.querySelectorAll(".stop")) node.addEventListener("cl
 // Settings are kept; fields that the page does not have are ignored.
 const fields = $("settings").elements;
 for (const [name, value] of Object.entries(kept.settings ?? {})) if (fields[name]?.name === name && typeof value === "string") fields[name].value = value;
-$("settings").addEventListener("input", () => keep({ settings: Object.fromEntries(new FormData($("settings"))) }));
+$("settings").addEventListener("input", () => {
+  keep({ settings: Object.fromEntries(new FormData($("settings"))) });
+  corrected();
+});
 $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("reset").addEventListener("click", () => {
   $("settings").reset();
   keep({ settings: {} });
+  corrected();
 });
 const small = matchMedia("(max-width: 40rem)");
 $("settings-box").open = typeof kept.open === "boolean" ? kept.open : !small.matches;

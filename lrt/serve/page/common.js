@@ -90,17 +90,18 @@ export async function answer(path, makeBody, begin, add) {
   mark(true);
   complain("");
   const began = performance.now();
-  let pace = true;
+  let pace = true, cut = false;
   try {
     const body = { ...(await makeBody()), stream: true, stream_options: { include_usage: true } };
     const response = await call(path, body, running.signal);
     begin();
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
+      cut ||= event.choices.some((choice) => choice.finish_reason === "length");
       add(event.choices.map((choice) => choice.text ?? choice.delta.content ?? "").join(""));
       if (event.usage) {
         const n = event.usage.completion_tokens;
-        pace = `${n} tokens, ${(n / ((performance.now() - began) / 1000)).toFixed(0)} a second`;
+        pace = `${n} tokens, ${(n / ((performance.now() - began) / 1000)).toFixed(0)} a second${cut ? "; ended at its length" : ""}`;
       }
     }
   } catch (error) {
@@ -126,19 +127,32 @@ function checkStops() {
   $("stops").setCustomValidity(wrong);
 }
 
+let blamed = false; // whether a setting is named as wrong
+function firstWrong() {
+  checkStops();
+  return [...$("settings").elements].find((field) => field.willValidate && !field.checkValidity());
+}
+
 // The settings as fields of a request, or null: a value is wrong, and said to be.
 export function settings() {
-  checkStops();
-  const wrong = [...$("settings").elements].find((field) => field.willValidate && !field.checkValidity());
+  const wrong = firstWrong();
   if (wrong) {
     $("settings-box").open = true;
     $("settings").reportValidity();
     complain(`${wrong.labels[0].dataset.name}: ${wrong.validationMessage}`);
+    blamed = true;
     return null;
   }
   const body = {};
   for (const [name, value] of new FormData($("settings"))) if (value !== "" && name !== "stop") body[name] = Number(value);
   return stops().length ? { ...body, stop: stops() } : body;
+}
+
+// What was said of a setting goes once it is right.
+export function corrected() {
+  if (!blamed || firstWrong()) return;
+  blamed = false;
+  complain("");
 }
 
 export async function copy(text, from) {

@@ -4,7 +4,7 @@ import { $, call, complain, keep, keptText, make } from "./common.js";
 let about = null;
 let scored = null;
 let chosen = 0;
-const FULL = 2; // nats at which a colour is full
+const LEAST_FULL = 0.1, MOST_FULL = 2; // nats at which a colour is full: those of the strongest token, within these
 const percent = (logprob) => {
   const p = 100 * Math.exp(logprob);
   return p >= 10 ? `${p.toFixed(0)} %` : p >= 0.1 ? `${p.toFixed(1)} %` : `${p.toExponential(0)} %`;
@@ -50,6 +50,7 @@ export async function inspect() {
     showTogether(scored.tokens);
     chosen = 0;
     $("result").hidden = false;
+    $("inspect-empty").hidden = true;
     summarise();
     listTokens();
     paint();
@@ -77,11 +78,14 @@ const named = (token) => token.part || visible(token.text);
 const gain = (token) => token.decoded.logprob - token.zero.logprob;
 
 function listTokens() {
+  const full = Math.min(MOST_FULL, Math.max(LEAST_FULL, ...scored.tokens.map((token) => Math.abs(gain(token)))));
+  $("least-gain").textContent = `less probable, −${full.toFixed(2)} nats`;
+  $("most-gain").textContent = `more probable, +${full.toFixed(2)} nats`;
   $("tokens").replaceChildren(...scored.tokens.map((token, i) => {
     const odd = token.part ? "" : token.text.startsWith("bytes:") || !token.bytes.length ? "odd" : "";
     const node = make("span", { textContent: token.shown, className: token.shown ? odd : "rest", id: `token-${i}`, tabIndex: -1 });
     node.setAttribute("role", "option");
-    const much = Math.min(1, Math.abs(gain(token)) / FULL);
+    const much = Math.min(1, Math.abs(gain(token)) / full);
     node.style.setProperty("--tint", gain(token) >= 0 ? "var(--more)" : "var(--less)");
     node.style.setProperty("--much", `${Math.round(62 * much)}%`);
     node.setAttribute("aria-label", `${named(token)}, ${percent(token.decoded.logprob)} with memory, ${percent(token.zero.logprob)} without`);
@@ -130,6 +134,22 @@ function describe() {
 }
 
 // The heat map: a row per layer, a column per token.
+function shade(part) {
+  const share = Math.sqrt(part); // so that weak layers can be seen beside strong ones
+  return document.documentElement.dataset.theme === "dark"
+    ? `oklch(${0.24 + 0.6 * share} ${0.02 + 0.13 * share} ${285 - 195 * share})`
+    : `oklch(${0.97 - 0.55 * share} ${0.01 + 0.14 * share} ${230 + 50 * share})`;
+}
+
+function paintLegend(most) {
+  const { width, height } = $("shade"), pen = $("shade").getContext("2d");
+  for (let x = 0; x < width; x++) {
+    pen.fillStyle = shade(x / (width - 1));
+    pen.fillRect(x, 0, 1, height);
+  }
+  $("most").textContent = `${most.toFixed(2)} times the rest`;
+}
+
 const ROW = 22;
 export function paint() {
   if (!scored || $("inspect").hidden) return;
@@ -144,13 +164,12 @@ export function paint() {
   canvas.height = ROW * rows.length * scale;
   const pen = canvas.getContext("2d");
   pen.scale(scale, scale);
-  const most = Math.max(...rows.flat(), 1e-9), dark = document.documentElement.dataset.theme === "dark";
+  const most = Math.max(...rows.flat(), 1e-9);
   rows.forEach((row, layer) => row.forEach((x, i) => {
-    const share = Math.sqrt(x / most); // so that weak layers can be seen beside strong ones
-    pen.fillStyle = dark ? `oklch(${0.24 + 0.6 * share} ${0.02 + 0.13 * share} ${285 - 195 * share})`
-      : `oklch(${0.97 - 0.55 * share} ${0.01 + 0.14 * share} ${230 + 50 * share})`;
+    pen.fillStyle = shade(x / most);
     pen.fillRect(i * wide, layer * ROW, wide - (wide > 9 ? 1 : 0), ROW - 1);
   }));
+  paintLegend(most);
   pen.strokeStyle = getComputedStyle(document.body).color;
   pen.lineWidth = 1.5;
   pen.strokeRect(chosen * wide + 0.75, 0.75, Math.max(2, wide - 2.5), ROW * rows.length - 2.5);
