@@ -31,6 +31,40 @@ def test_what_cannot_work_says_so():
         cache.crop(-2)
 
 
+def test_inputs_of_another_form_are_refused_or_computed_right():
+    """Types and shapes of ids, labels, masks and positions; a hole in a mask is a token that is not there."""
+    model, ids = wrapped(FULL).eval(), ids_of(2, 6)
+    wide = torch.ones(2, 9)
+    steps = torch.arange(6)
+    cases = {
+        "input_ids are a list": lambda: model(ids.tolist()),
+        "labels are torch.bool": lambda: model(ids, labels=ids > 3),
+        "has 9 columns, of which only 6 may be 1": lambda: model(ids, wide),
+        r"position_ids of shape \(2, 3\) for tokens of \(2, 6\)": lambda: model(ids, position_ids=ids[:, :3]),
+        "position_ids are torch.float64; give whole numbers": lambda: model(ids, position_ids=steps.double()[None]),
+        "position_ids must go on from the cache's": lambda: model(
+            ids[:, :1], position_ids=ids.new_zeros(2, 1), past_key_values=model(ids).past_key_values
+        ),
+    }
+    for words, call in cases.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    with torch.no_grad():
+        whole = model(ids).logits
+        hole = torch.ones_like(ids)
+        hole[0, 2] = 0
+        apart = torch.tensor([0, 1, 3, 4, 5])
+        cut = model(ids[:1, apart]).logits
+        padded = torch.nn.functional.pad(torch.ones_like(ids), (0, 3))
+        assert torch.allclose(model(ids.int()).logits, whole, rtol=0, atol=1e-12)
+        assert torch.allclose(model(ids, hole).logits[:1, apart], cut, rtol=0, atol=1e-12)
+        assert torch.allclose(model(ids, padded).logits, whole, rtol=0, atol=1e-12)
+        assert torch.allclose(model(ids, position_ids=steps).logits, whole, rtol=0, atol=1e-12)
+        following = model(ids[:, :1], position_ids=ids.new_full((2, 1), 6), past_key_values=model(ids).past_key_values)
+        more = model(torch.cat((ids, ids[:, :1]), 1)).logits
+        assert torch.allclose(following.logits[:, -1], more[:, -1], rtol=0, atol=1e-10)
+
+
 def test_a_cache_that_a_call_does_not_go_on_from_is_refused():
     """Padding that is told otherwise than it was, rows, room, and keys and values without their memory."""
     model, ids = wrapped(FULL), ids_of(2, 5)

@@ -79,6 +79,18 @@ def require_mask(mask: Tensor | None, like: TokensBN) -> None:
     )
 
 
+def require_positions(positions: Tensor | None, like: TokensBN) -> None:
+    """ValueError: position_ids that are not one whole number a token of `like` [B, N], or a column of it."""
+    if positions is None:
+        return
+    rows, columns = like.shape
+    shape = tuple(positions.shape)
+    fits = shape in ((rows, columns), (1, columns), (columns,))
+    require(fits, f"position_ids of shape {shape} for tokens of {(rows, columns)}; give one a token")
+    whole = not positions.is_floating_point() and positions.dtype is not torch.bool
+    require(whole, f"position_ids are {positions.dtype}; give whole numbers, as int64")
+
+
 def require_open_end(mask: Tensor) -> None:
     """ValueError: a row of a padding mask [B, M] that ends in padding, where its text is to go on."""
     for row in ((mask[:, -1] == 0) & mask.any(1)).nonzero()[:1].flatten().tolist():

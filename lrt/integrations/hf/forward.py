@@ -13,7 +13,7 @@ from lrt.config.decoding import PrefillOptions
 from lrt.config.model import require
 from lrt.integrations.hf.cache import Gained, Layer, RowState, memory_layer, require_goes_on, state_of, store
 from lrt.integrations.hf.config import LRTConfig
-from lrt.integrations.hf.documents import DocumentRows, pick, places, require_mask, rows_of, unpacked
+from lrt.integrations.hf.documents import DocumentRows, pick, places, require_mask, require_positions, rows_of, unpacked
 from lrt.integrations.hf.fold import Folded, PassStates, ScoredPass, Wanted, fold, in_order, recording, settled
 from lrt.integrations.hf.objective import least_length, token_weights
 from lrt.model.kv_cache import KVCache
@@ -24,6 +24,7 @@ from lrt.model.state import PassInput
 from lrt.passes import Pass, Passes
 from lrt.schedule import Curriculum
 
+FOLLOWING = "position_ids must go on from the cache's; begin another document without a cache"
 PACKED = "rows that hold several documents have no {}; give them as rows of their own"
 
 
@@ -61,6 +62,7 @@ def by_schedule(core: LRT, config: LRTConfig, inputs: Inputs, step: int) -> Outc
     """The schedule's passes over every document, with their gradient; each position as the last pass leaves it."""
     schedule = Curriculum.parse(config.schedule).stages[-1][0].draw(config.seed, step)
     require_mask(inputs.mask, inputs.tokens)
+    require_positions(inputs.positions, inputs.tokens)
     mask = None if inputs.mask is None else _cut(inputs.mask, inputs.tokens.shape[1])
     groups = rows_of(mask, inputs.positions, inputs.tokens)
     _require_unpacked(inputs, groups)
@@ -115,6 +117,7 @@ def _several(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
     n = tokens.shape[1]
     used = 0 if cache is None else int(cache.get_seq_length())
     require_mask(inputs.mask, tokens)
+    require_positions(inputs.positions, tokens)
     mask = inputs.mask if inputs.mask is None else _cut(inputs.mask, used + n)
     if cache is not None and used:
         seen = tokens.new_ones(len(tokens), used + n) if mask is None else mask
@@ -138,6 +141,8 @@ def _several(core: LRT, config: LRTConfig, inputs: Inputs) -> Outcome:
 def _cut(mask: Tensor, width: int) -> Tensor:
     narrow = f"the attention_mask has {mask.shape[1]} columns for {width} tokens so far; give one a token"
     require(mask.shape[1] >= width, narrow)
+    beyond = f"the attention_mask has {mask.shape[1]} columns, of which only {width} may be 1: there are so many tokens"
+    require(mask.shape[1] == width or not bool(mask[:, width:].any()), beyond)  # a static cache is wider
     return mask[:, :width]
 
 
@@ -146,7 +151,7 @@ def _require_following(positions: Tensor | None, seen: Tensor, n: int) -> None:
     if positions is not None:
         implied, real = places(seen)[:, -n:], seen[:, -n:].bool()
         same = (positions.expand_as(implied) == implied) | ~real
-        require(bool(same.all()), "position_ids must go on from the cache's; begin another document without a cache")
+        require(bool(same.all()), FOLLOWING)
 
 
 def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome:
@@ -161,7 +166,9 @@ def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome
         queries = inputs.mask.long().sum(1, keepdim=True) - 1
     assert layer.kept is not None
     m, last_token, start, _ = layer.kept
+    require_positions(inputs.positions, tokens)
     if free_to_look(tokens):
+        require(inputs.positions is None or bool((inputs.positions == queries).all()), FOLLOWING)
         counted = torch.ones(len(tokens), int(past), dtype=torch.int64) if inputs.mask is None else inputs.mask
         require_goes_on(cache, core.config.layers, counted, 1)
     layers = [Layer(one, keys, queries) for one in cache.layers]

@@ -165,9 +165,11 @@ class LRTModel(LRTPreTrainedModel):
         )
 
     def _of_vocabulary(self, tokens: TokensBN) -> TokensBN:
+        listed = isinstance(tokens, (list, tuple))
+        require(not listed, "input_ids are a list; give a tensor of rows, torch.tensor([[1, 2, 3]])")
         if free_to_look(tokens):
             check_tokens(self.core, tokens)
-        return tokens
+        return tokens.long()
 
     def _say_what_lacks(self, out: Outcome) -> None:
         """One line, once, where a loss that is made of the result is not the schedule's."""

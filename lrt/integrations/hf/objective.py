@@ -78,7 +78,8 @@ def objective(
         f"labels of shape {list(labels.shape)} for tokens of [{batch}, {columns}]; give one a token, {IGNORE} for none"
     )
     require(labels.shape == (batch, columns), shape)
-    require(not labels.is_floating_point(), f"labels are {labels.dtype}; give whole numbers, as int64")
+    whole = not labels.is_floating_point() and labels.dtype is not torch.bool
+    require(whole, f"labels are {labels.dtype}; give whole numbers, as int64")
     labels = labels.long()
     hidden, aims, weights, counted = [], [], [], torch.zeros_like(labels[0, 0])
     for rows, passes in scored:
