@@ -8,13 +8,13 @@ import csv
 import gzip
 import importlib
 import io
-import sys
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lrt.data.dialogue import COLUMNS, MESSAGES, PAIRS, Dialogue, Document, dialogue_in, listed_in
-from lrt.utils.files import one_line, parse_json, read_bytes
+from lrt.utils.files import MOST_JSON, one_line, parse_json, read_bytes
 
 INSTALL_HF = "pip install 'latent-recurrent-transformer[hf]'"
 PACKED = (".gz", ".zst")
@@ -25,6 +25,10 @@ NOT_READ = (
 """Endings of files that hold no text to be read as it stands."""
 TEXT = "text"
 """The column that holds the text where none is named."""
+ARROW_FILE = b"ARROW1"
+"""How an Arrow file begins; a stream has no such mark."""
+MOST_FREE = 2**24
+"""Rows of columns that need no room for them."""
 Row = dict[str, Any]
 Placed = tuple[str, Row]
 """Where a row stands, and the row."""
@@ -85,7 +89,9 @@ def _wanted(names: Sequence[str], column: str | None, file: Path) -> list[str]:
     if column not in names and not holds_dialogue(names, column):
         raise absent(str(file), column, names)
     texts = [column] if column in names else []
-    return [name for name in names if name in texts or name in COLUMNS]
+    wanted = [name for name in names if name in texts or name in COLUMNS]
+    _require_once(wanted, file)
+    return wanted
 
 
 def _empty(place: str, row: Row) -> ValueError:
@@ -101,19 +107,34 @@ def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:
 
 
 def _json_lines(file: Path, column: str | None) -> Iterator[Placed]:
-    with opened(file) as lines:
-        for number, line in enumerate(lines, 1):
+    with opened(file) as stream:
+        for number, line in enumerate(_bounded(stream, file, b""), 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 place = f"{file}:{number}"
                 yield place, _object(parse_json(line, place, loose=True), place)
 
 
+def _bounded(stream: Any, file: Path, end: Any) -> Iterator[Any]:
+    """The lines of a stream, which `end` ends; a packed file of a few bytes may hold one without end."""
+    for number in itertools.count(1):
+        line = stream.readline(MOST_JSON + 1)
+        if line == end:
+            return
+        if len(line) > MOST_JSON:
+            raise ValueError(
+                f"{file}:{number}: a line of more than {MOST_JSON:,} bytes: break its text into several rows"
+            )
+        yield line
+
+
 def _json(file: Path, column: str | None) -> Iterator[Placed]:
     """A list of objects, or one object."""
     if is_packed(file):
         with opened(file) as stream:
-            content = stream.read()
+            content = stream.read(MOST_JSON + 1)
+        if len(content) > MOST_JSON:
+            raise ValueError(f"{file}: holds more than {MOST_JSON:,} bytes of JSON: write one object a line, as .jsonl")
     else:
         content = read_bytes(file, "the source")
     try:
@@ -134,9 +155,9 @@ def _object(row: Any, place: str) -> Row:
 
 def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Placed]]:
     def read(file: Path, column: str | None) -> Iterator[Placed]:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        csv.field_size_limit(MOST_JSON)  # a quotation mark that nothing closes takes in all that follows
         with opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
-            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            rows = csv.DictReader(_bounded(text, file, ""), delimiter=delimiter, strict=True)
             try:
                 _require_header(rows.fieldnames or (), file)
                 _wanted(rows.fieldnames or (), column, file)
@@ -151,10 +172,14 @@ def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Placed]]:
     return read
 
 
-def _require_header(names: Sequence[str], file: Path) -> None:
-    """ValueError: a header that names a column twice, or whose cells other signs part."""
+def _require_once(names: Sequence[str], file: Path) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: the header names a column twice ({one_line(', '.join(names), 120)}): rename one")
+
+
+def _require_header(names: Sequence[str], file: Path) -> None:
+    """ValueError: a header that names a column twice, or whose cells other signs part."""
+    _require_once(names, file)
     if len(names) == 1 and (sign := next((sign for sign in ";\t|" if sign in names[0]), None)):
         remedy = "name it .tsv" if sign == "\t" else "save it with commas"
         raise ValueError(f"{file}: its cells are parted by {sign!r}, not by commas: {remedy}")
@@ -166,8 +191,14 @@ def _parquet(file: Path, column: str | None) -> Iterator[Placed]:
 
     def batches() -> Iterator[Any]:
         with parquet.ParquetFile(file) as table:
-            names = _wanted(table.schema_arrow.names, column, file)
-            yield from table.iter_batches(batch_size=256, columns=names)
+            schema, known = table.schema_arrow, table.metadata
+        names = _wanted(schema.names, column, file)
+        size = sum(known.row_group(i).total_byte_size for i in range(known.num_row_groups))
+        rows = min(256, max(1, MOST_JSON * max(1, known.num_rows) // max(1, size)))
+        # A column's dictionary is kept as it is: a text that is there a million times is held once.
+        texts = [name for name in names if str(schema.field(name).type) in ("string", "large_string")]
+        with parquet.ParquetFile(file, read_dictionary=texts) as table:
+            yield from table.iter_batches(batch_size=rows, columns=names)
 
     return _arrow_rows(file, column, batches, pyarrow.ArrowException)
 
@@ -177,13 +208,12 @@ def _arrow_file(file: Path, column: str | None) -> Iterator[Placed]:
 
     def batches() -> Iterator[Any]:
         with pyarrow.OSFile(str(file)) as raw:  # a memory map that is truncated meanwhile would kill
-            try:
-                reader = pyarrow.ipc.open_stream(raw)
-            except pyarrow.ArrowInvalid:
+            if raw.read(len(ARROW_FILE)) == ARROW_FILE:  # which as a stream's first length would be 1.3 GB
                 table = pyarrow.ipc.open_file(raw)
                 yield from (table.get_batch(i) for i in range(table.num_record_batches))
             else:
-                yield from reader
+                raw.seek(0)
+                yield from pyarrow.ipc.open_stream(raw)
 
     return _arrow_rows(file, column, batches, pyarrow.ArrowException)
 
@@ -195,13 +225,24 @@ def _arrow_rows(
         for batch in batches():
             batch.validate(full=True)
             names = _wanted(batch.schema.names, column, file)
-            yield from ((str(file), row) for row in batch.select(names).to_pylist())
+            columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
+            _require_held(columns, file)
+            for i in range(batch.num_rows):
+                yield str(file), {name: cells[i].as_py() for name, cells in zip(names, columns, strict=True)}
     except ValueError as error:
         if not isinstance(error, failure):
             raise
         raise _unreadable(file, error) from None
     except Exception as error:  # what broken files make the library raise is of many kinds
         raise _unreadable(file, error) from None
+
+
+def _require_held(columns: Sequence[Any], file: Path) -> None:
+    """ValueError: more rows than anything could be read of, from columns that take no room in a file."""
+    free = all(str(cells.type) == "null" or str(cells.type).startswith("run_end_encoded") for cells in columns)
+    rows = len(columns[0]) if columns else 0
+    if free and rows > MOST_FREE:
+        raise ValueError(f"{file}: {rows:,} rows that repeat one another, or hold nothing: write them as plain text")
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_packed_text_and_saved_datasets(tmp_path: Path):
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:12] + b"\xff" * 40, "a.jsonl.gz: cannot be read"),
         ("a.jsonl.zst", b"nothing", "a.jsonl.zst: cannot be read"),
         ("a.zip", b"PK", "a.zip: .zip files are not read"),
-        ("a.tar.gz", b"\x1f\x8b", "a.tar.gz: .gz files are not read"),
+        ("a.tar.gz", b"\x1f\x8b", "a.tar.gz: .tar files are not read"),
         ("a.csv", b"id;text\n1;a\n", "parted by ';', not by commas: save it with commas"),
         ("a.csv", b"id\ttext\n1\ta\n", "not by commas: name it .tsv"),
         ("a.csv", b"text,text\na,b\n", "names a column twice"),
@@ -147,3 +148,53 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(ValueError, match="locked: cannot be read"):
         list(documents(str(tmp_path)))
+
+
+# Files of a few bytes that would fill a machine.
+
+
+def packed(file: Path, *parts: bytes) -> str:
+    file.write_bytes(gzip.compress(b"".join(parts)))
+    return str(file)
+
+
+def test_a_line_or_cell_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr("lrt.data.rows.MOST_JSON", 2**16)
+    long = b"a" * 2**20
+    for name, parts, words in (
+        ("a.jsonl.gz", (b'{"text":"', long), "a.jsonl.gz:1: a line of more than 65,536 bytes"),
+        ("b.jsonl.gz", (b'{"text":"a"}\n{"text":"', long, b'"}'), "b.jsonl.gz:2: a line of more than 65,536 bytes"),
+        ("a.json.gz", (b'[{"text":"', long, b'"}]'), "a.json.gz: holds more than 65,536 bytes of JSON"),
+        ("a.csv.gz", (b"text\n", long), "a.csv.gz:2: a line of more than 65,536 bytes"),
+        ("b.csv.gz", (b'text\n"', b"a\n" * 2**19), "field larger than field limit"),
+        ("a.tsv.gz", (long,), "a.tsv.gz:1: a line of more than 65,536 bytes"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            list(documents(packed(tmp_path / name, *parts)))
+    assert list(documents(packed(tmp_path / "c.jsonl.gz", b'{"text":"a"}\n\n{"text":"b"}'))) == ["a", "b"]
+    assert list(documents(packed(tmp_path / "c.csv.gz", b'text\n"a\nb"\n\nc'))) == ["a\nb", "c"]
+
+
+def test_tables_of_rows_that_take_no_room_are_refused_and_one_text_many_times_is_held_once(tmp_path):
+    rows = 2**31 - 1
+    once = pyarrow.RunEndEncodedArray.from_arrays(pyarrow.array([rows], pyarrow.int32()), pyarrow.array(["a"]))
+    for column in (pyarrow.Array.from_buffers(pyarrow.null(), rows, [None]), once):
+        table = pyarrow.table({"text": column})
+        with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        with pytest.raises(ValueError, match=r"a\.arrow: 2,147,483,647 rows that repeat one another"):
+            list(documents(str(tmp_path / "a.arrow")))
+    big, parquet = "x" * 2**18, pytest.importorskip("pyarrow.parquet")
+    same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), [big])
+    parquet.write_table(pyarrow.table({"text": same}), tmp_path / "a.parquet", dictionary_pagesize_limit=2**26)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(text == big for text in documents(str(tmp_path / "a.parquet"))) == 20_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # kilobytes; all would be 5 GB
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="names a column twice"):
+        list(documents(str(tmp_path / "a.parquet")))
