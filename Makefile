@@ -10,7 +10,7 @@ BIN := .venv/bin
 # What pip builds from source is built with the tested set's setuptools; the second is read by pip 25.3 and newer.
 BUILDS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: .venv demo test test-slow check lock format docs clean
+.PHONY: .venv demo test test-slow lowest check lock format docs clean
 
 .venv: .venv/installed
 
@@ -33,6 +33,12 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow -n 2 --dist loadfile --timeout 1200 --durations=15
 
+# What pyproject.toml allows must work: every direct dependency at its lowest version, on the lowest Python.
+lowest: .venv/installed
+	$(BIN)/uv venv --clear --python 3.10 .venv-lowest
+	$(BIN)/uv pip install --python .venv-lowest --resolution lowest-direct -e '.[dev]'
+	.venv-lowest/bin/python -m pytest
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +55,4 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-lowest build dist *.egg-info

@@ -36,7 +36,8 @@ def graph_of(function: F, **options: Any) -> F:
 def _kept() -> Path:
     """The folder of what was compiled; what it holds will be executed. See docs/decoding.md#speed."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache"))
-    named = os.environ.get(FOLDER)
+    variable = os.environ.get(FOLDER)
+    named = None if variable == _default_of_torch() else variable
     folder = Path(named or home / "lrt" / "compiled")
     try:
         if folder.parts[:1] == ("~",):
@@ -52,6 +53,13 @@ def _kept() -> Path:
         folder = Path(tempfile.mkdtemp(prefix="lrt-compiled-"))
         atexit.register(partial(shutil.rmtree, folder, ignore_errors=True))
     return folder
+
+
+def _default_of_torch() -> str:
+    """Where torch would keep it, in /tmp; it sets the variable to that itself when a part of it is imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.path.abspath(default_cache_dir())
 
 
 def _is_ours(folder: Path) -> bool:

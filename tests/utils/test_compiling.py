@@ -39,6 +39,17 @@ def test_the_variable_of_torch_names_another_folder(kept, tmp_path: Path, monkey
     assert kept() == tmp_path / "mine" and (tmp_path / "mine" / "code.so").exists()
 
 
+def test_a_variable_that_torch_itself_has_set_names_none(kept, tmp_path: Path, monkeypatch):
+    """It sets it where nobody has, as soon as its compiler is imported."""
+    code = "import os, torch._dynamo.utils, lrt.utils.compiling as c; print(os.environ[c.FOLDER], c._kept())"
+    settings = {name: value for name, value in os.environ.items() if name != compiling.FOLDER}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True)
+    by_torch, ours = done.stdout.split()
+    assert Path(ours) == tmp_path / "cache" / "lrt" / "compiled"
+    monkeypatch.setenv(compiling.FOLDER, by_torch)
+    assert kept() == Path(ours)
+
+
 def alone(folder: Path, trap: Path, caplog) -> None:
     """`folder` is this process's own, not `trap`, and one line says why."""
     assert folder != trap and folder.resolve() != trap.resolve()
@@ -153,3 +164,4 @@ def test_the_next_process_compiles_nothing(tmp_path: Path):
         said.append([int(n) for n in done.stdout.split()])
     assert said[0][0] > 0
     assert said[1] == [0, sum(said[0])]
+    assert list((tmp_path / "lrt" / "compiled").rglob("*.so"))
