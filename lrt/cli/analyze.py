@@ -64,6 +64,6 @@ def main(args: list[str]) -> int:
         print(json.dumps(about | findings))
     else:
         show(text)
-    if drawn:
-        show(f"picture: {picture}", sys.stderr)
+    no_picture = "no picture: the model has no projections of a memory, whose map it would be"
+    show(f"picture: {picture}" if drawn else no_picture, sys.stderr)
     return 0

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from lrt.cli.parse import parse
+from lrt.cli.parse import names_of, parse
 from lrt.config.model import require
 from lrt.utils.terminal import show
 
@@ -34,6 +34,8 @@ FLAGS = ExportFlags
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(ExportFlags, args, "export")
+    kept = flags.to == "hf" or "--prefill" not in names_of(args)
+    require(kept, f"--prefill is kept in an export for transformers, not in one --to {flags.to}; leave it out")
     require(not flags.folder.exists(), f"{flags.folder} exists; remove it or choose another folder")
 
     from transformers.utils.logging import disable_progress_bar

@@ -40,7 +40,7 @@ def main(args: list[str]) -> int:
     flags = parse(ReportFlags, args, "report")
     require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
 
-    from lrt.experiments.groups import read_groups
+    from lrt.experiments.groups import of_right_kinds, read_groups
     from lrt.utils.new_folder import require_makable
 
     require_makable(flags.out)
@@ -49,13 +49,8 @@ def main(args: list[str]) -> int:
     arms = list(dict.fromkeys(group.arm for group in groups))
     known = "--baseline" not in names_of(args) or flags.baseline in arms
     require(known, f"--baseline is {flags.baseline!r}, which is no arm; give one of {one_line(', '.join(arms), 150)}")
-    try:
+    with of_right_kinds(f"{flags.files[0]}{' or the other files' * (len(flags.files) > 1)}"):
         text = _report(flags, groups)
-    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
-        raise ValueError(
-            f"a record in {flags.files[0]}{' or the other files' * (len(flags.files) > 1)} lacks a figure, or holds "
-            f"another kind of value ({type(error).__name__}: {error}); remove its line, or record the run again"
-        ) from None
     print(text)
     show(f"written: {flags.out / 'report.html'}", sys.stderr)
     return 0

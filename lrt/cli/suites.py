@@ -34,7 +34,7 @@ def score_suite(loaded: Loaded, request: SuiteRequest, *, as_json: bool) -> str:
     """Score a suite, or go on with it, and write its record; returns it as a table or as JSON. Progress on stderr."""
     from lrt.evaluation.open_suite import default_mode, open_suite
     from lrt.evaluation.suite import Scorer
-    from lrt.experiments.groups import RunGroup
+    from lrt.experiments.groups import RunGroup, of_right_kinds
     from lrt.experiments.suite_run import Place, arm_of, run_suite
     from lrt.experiments.suite_tables import tables_of
 
@@ -47,6 +47,7 @@ def score_suite(loaded: Loaded, request: SuiteRequest, *, as_json: bool) -> str:
     record = run_suite(loaded, suite, scorer, place, lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
         return json.dumps({"run": str(loaded.run), "step": loaded.step} | record)
-    tables = [table.markdown() for _, table in tables_of([RunGroup(suite.name, "", record["arm"], (record,))])]
+    with of_right_kinds(place.folder):  # it may have been written before
+        tables = [table.markdown() for _, table in tables_of([RunGroup(suite.name, "", record["arm"], (record,))])]
     lost = [f"Of the normalised text: {record['lost']}."] if record.get("lost") else []
     return "\n\n".join([*lost, *tables])

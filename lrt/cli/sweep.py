@@ -35,6 +35,8 @@ def main(args: list[str]) -> int:
     flags = parse(SweepFlags, args, "sweep")
     require_at_least(1, jobs=flags.jobs)
     executors = (None, "slurm", "local", "debug")
+    shared = flags.cluster is None or flags.jobs is None
+    require(shared, "--jobs is for runs on this machine; leave it out with --cluster, whose executor says how many run")
     require(flags.cluster in executors, f"--cluster is {flags.cluster}; use slurm, local, debug")
 
     from lrt.experiments.runner import at_once

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lrt.config.model import require
+from lrt.config.model import require, require_seed
 
 AddedMemory = Literal["keep", "none", "residual", "shared", "layerwise", "recirculation"]
 Start = Literal["zero", "small", "copy"]
@@ -49,6 +49,7 @@ class Conversion:
         misplaced = [f"--{name}" for name, is_set in of_untrained.items() if is_set and not untrained]
         require(not misplaced, f"{', '.join(misplaced)} belongs to --memory recirculation; add that, or leave it out")
         require(0 < self.share < 1, f"--share is {self.share}; give a number between 0 and 1, such as 0.1")
+        require_seed("--seed", self.seed)
         scale, context = self.start_scale, self.context
         require(0 < scale <= 1, f"--start-scale is {scale}; give a number above 0 and at most 1, such as 0.02")
         require(context is None or context >= 1, f"--context is {context}; give at least 1 token, or leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrt.config.model import require
+from lrt.config.model import require, require_seed
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,4 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         require(self.compute is None or self.compute > 0, f"--compute is {self.compute}; it must be positive")
-        require(self.seed >= 0, f"--seed is {self.seed}; it must be at least 0")
+        require_seed("--seed", self.seed)

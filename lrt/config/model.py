@@ -38,6 +38,15 @@ def require_at_most(most: float, **values: float | None) -> None:
         require(value is None or value <= most, f"--{name.replace('_', '-')} is {value}; give at most {most:,}")
 
 
+MOST_SEED = 2**32 - 1
+"""Weights are drawn by torch's generator, which looks at 32 bits of a seed: larger ones would repeat smaller."""
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Raise `ValueError` unless other seeds draw other weights."""
+    require(0 <= seed <= MOST_SEED, f"{name} is {seed}; it must be at least 0, and at most {MOST_SEED:,}")
+
+
 def require_choice(name: str, value: str, choices: Any) -> None:
     """Raise `ValueError` unless `value` is one of a Literal's."""
     require(value in get_args(choices), f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")

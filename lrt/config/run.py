@@ -15,6 +15,7 @@ from lrt.config.model import (
     ModelConfig,
     require,
     require_choice,
+    require_seed,
 )
 from lrt.config.typed_fields import check_fields, field_value, hints_of
 from lrt.passes import rewriting, token_forwards
@@ -202,8 +203,9 @@ class TrainConfig:
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
         minutes = self.save_minutes
         require(0 <= minutes < math.inf, f"train.save_minutes is {minutes}; give minutes, or 0 for none")
-        for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every), ("seed", self.seed)):
+        for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every)):
             require(value >= 0, f"train.{name} is {value}; it must be at least 0")
+        require_seed("train.seed", self.seed)
         threads = self.threads
         require(
             threads is None or threads >= 1, f"train.threads is {threads}; it must be at least 1, or none to choose"

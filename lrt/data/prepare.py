@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, To
 from lrt.utils.files import expand_home
 from lrt.utils.new_folder import folder_aside, put_in_place, require_makable
 
+logger = logging.getLogger(__name__)
 CHECKED = 3  # of what a preparation checks: data prepared with less is prepared again
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on: more changes the merges little and costs minutes
 
@@ -262,7 +264,11 @@ def _train(texts: list[_Text], budgets: list[float], vocab_size: int, report: Re
                 done += len(doc.encode())
                 report(done, total, "training the tokenizer")
 
-    return train_bpe(sample(), vocab_size)
+    tokenizer = train_bpe(sample(), vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        about = "the text gives a BPE of %d tokens, where data.vocab_size asks for %d: it holds too few pairs"
+        logger.warning(about, tokenizer.vocab_size, vocab_size)
+    return tokenizer
 
 
 def _key(facts: list[object]) -> str:

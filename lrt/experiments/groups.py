@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,18 @@ def seeds_and_mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1) of any number of values; (nan, 0) of none."""
     mean = statistics.fmean(values) if values else float("nan")
     return mean, statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+@contextlib.contextmanager
+def of_right_kinds(where: object) -> Iterator[None]:
+    """Within it a figure that a record lacks, or that is no number, is a ValueError that says so of `where`."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"a record in {where} lacks a figure, or holds another kind of value ({type(error).__name__}: {error}); "
+            "remove its line, or record the run again"
+        ) from None
 
 
 def read_groups(files: Sequence[Path]) -> list[RunGroup]:

@@ -80,8 +80,9 @@ def _without_lone_end(by_position: dict[str, float]) -> dict[str, float]:
 def convergence(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Largest relative change of any memory vector in each Jacobi sweep from zero memory."""
     swept = [g for g in groups if g.records[0]["sweep_residuals"]]
+    moves = any(x > 0 for g in swept for r in g.records for x in r["sweep_residuals"])
     figure = _lines(swept, lambda r: {str(k): x for k, x in enumerate(r["sweep_residuals"], 1)}, colours)
-    figure.axes[0].set_yscale("log")
+    figure.axes[0].set_yscale("log" if moves else "linear")  # which a memory that does not move has no place on
     figure.axes[0].set_xlabel("sweep")
     figure.axes[0].set_ylabel("largest relative change of the memory")
     return figure

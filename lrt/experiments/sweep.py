@@ -32,6 +32,7 @@ from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
+from lrt.utils.file_lock import LOCK
 from lrt.utils.files import is_there, read_json, read_toml, require_fields, sealed, write_jsonl, write_sealed
 from lrt.utils.new_folder import require_makable
 
@@ -175,8 +176,12 @@ def finished(run: Run, folder: Path) -> bool:
 
 def _run_one(config: RunConfig, folder: Path, tell: Sink) -> None:
     """Train (or go on with) one run and record it; in a process of its own."""
-    strange = folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir())
-    require(not strange, f"{folder} holds something else than a run; move it, or choose another --out")
+    names = [file.name for file in folder.iterdir()] if folder.exists() else []
+    strange = [name for name in names if name != LOCK and not name.endswith(".tmp")]  # which a killed beginning leaves
+    require(
+        not strange or "config.json" in names,
+        f"{folder} holds something else than a run; move it, or choose another --out",
+    )
     train(config, folder, resume=None, sinks=[tell, Jsonl(folder / "metrics.jsonl")])
     result = record(folder)
     write_sealed(folder / RECORD, result | {"settings": to_dict(config)})

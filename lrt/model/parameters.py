@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lrt.config.model import ModelConfig
+from lrt.config.model import ModelConfig, require_seed
 from lrt.utils.dtensor import fill, is_sharded
 
 Role = Literal[
@@ -56,6 +56,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     | alpha, beta, gamma | 1, 0.1, 0.1 |
     """
     device = next(model.parameters()).device
+    require_seed("seed", seed)
     random = torch.Generator(device).manual_seed(seed)
     for name, p in model.named_parameters():
         sharded = is_sharded(p)  # then it takes its rows of what one process alone would draw

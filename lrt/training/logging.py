@@ -191,7 +191,9 @@ def _start(e: Event) -> list[str]:
     groups = ", ".join(f"{name} {n:,}" for name, n in e["parameters"].items() if n and name != "total")
     where = f"{e['schedule']}, {e['steps']:,} steps from {e['step']:,}, {e['device']} {e['dtype']}"
     peak = f"MFU over {e['peak_flops'] / 1e9:,.0f} GFLOP/s ({e['peak_source']})"
-    return [f"{e['parameters']['total']:,} parameters ({groups})", f"  {where}; {peak}"]
+    times = [f"{times:,.3g}" for times in e.get("text_read", ())]
+    read = [f"  its text is read {', '.join(times)} times"] if times else []
+    return [f"{e['parameters']['total']:,} parameters ({groups})", f"  {where}; {peak}", *read]
 
 
 def _eval(e: Event) -> list[str]:

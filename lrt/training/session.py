@@ -15,7 +15,7 @@ from torch import Tensor
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
-from lrt.data import Batch, Prepared, batches, prefetch
+from lrt.data import Batch, Mixture, Prepared, TaskRows, batches, prefetch
 from lrt.data.run_tokens import RunTokens, recorded
 from lrt.evaluation.bits_per_byte import BPB, evaluate, held_out_name, of_split, validation_rows
 from lrt.inference.chat import complete
@@ -115,7 +115,17 @@ class Session:
             step=self.progress.step, steps=self.steps, processes=self.world.size,
             parameters=groups | {"total": sum(groups.values())}, schedule=self.config.train.schedule,
             device=str(self.device), dtype=self.config.train.dtype, peak_flops=self.peak, peak_source=self.peak_source,
+            text_read=self._text_read(),
         )  # fmt: skip
+
+    def _text_read(self) -> list[float]:
+        """How many times the training reads each of its sources; none of a task, which has no end."""
+        stream, tokens = self.prepared.train, self.steps * self.config.train.batch * self.config.train.length
+        if isinstance(stream, TaskRows):
+            return []
+        mixed = isinstance(stream, Mixture)
+        parts = zip(stream.streams, stream.weights, strict=True) if mixed else [(stream, 1.0)]
+        return [tokens * weight / len(part) for part, weight in parts]
 
     def _take_folder(self) -> int:
         self.run.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +20,13 @@ from pyarrow import parquet
 from serving import make_run
 
 from lrt.cli.main import main
+from lrt.config.model import ModelConfig
+from lrt.config.recipes import recipe
+from lrt.config.run import DataConfig, RunConfig, TrainConfig
 from lrt.data import train_bpe
 
-MANY = 200
+MANY = int(os.environ.get("LRT_TEST_FILES", "200"))
+"""Files of each kind."""
 TRAIN = [
     "train", "--model.depth", "1", "--model.width", "32", "--model.heads", "2", "--model.context", "32",
     "--train.length", "16", "--train.batch", "2", "--train.eval-every", "0", "--train.eval-rows", "1",
@@ -29,6 +35,7 @@ TRAIN = [
 ]  # fmt: skip
 TOKENIZE = "tokenize --source text.txt --tokenizer run/tokenizer --folder new"
 SUITE = "eval run --suite parity --limit 1 --lengths 4 --out scored"
+IMPORT = "convert llama --out new/run"
 TEXT = "".join(f"line {i} of a text\n" for i in range(200))
 SWEEP = """
 seeds = [0]
@@ -84,6 +91,18 @@ KINDS = {
     "record of a suite": Kind("scored/parity-exact.jsonl", SUITE),
     "checksums of an export": Kind("summed/SHA256SUMS", "convert summed --out new"),
     "gzip": Kind("text.txt.gz", "eval run --source text.txt.gz --rows 1"),
+    "Zstandard": Kind("text.txt.zst", "eval run --source text.txt.zst --rows 1"),
+    "packed JSON lines": Kind("rows.jsonl.gz", "eval run --source rows.jsonl.gz --rows 1"),
+    "Arrow stream": Kind("stream.arrow", "eval run --source stream.arrow --rows 1"),
+    "Parquet with dictionaries": Kind("words.parquet", "eval run --source words.parquet --rows 1"),
+    "Parquet of dialogues": Kind("talks.parquet", "eval run --source talks.parquet --rows 1"),
+    "config.json on its way to GGUF": Kind("llama/config.json", f"{IMPORT} && export new/run new/out --to gguf"),
+    "tokenizer.json on its way to GGUF": Kind("llama/tokenizer.json", f"{IMPORT} && export new/run new/out --to gguf"),
+    "tokenizer.json on its way to Qwen3": Kind(
+        "llama/tokenizer.json", f"{IMPORT} && export new/run new/out --to qwen3"
+    ),
+    "BLiMP": Kind("blimp/colours.jsonl", "eval run --suite blimp --bundle blimp --out new"),
+    "kept scores of parts": Kind("halved/parity-exact.parts.jsonl", SUITE.replace("scored", "halved")),
 }
 
 
@@ -100,8 +119,15 @@ def texts() -> None:
     Path("talks.jsonl").write_text((json.dumps(talk) + "\n") * 40)
     table = pyarrow.Table.from_pylist(rows)
     parquet.write_table(table, "rows.parquet")
-    with pyarrow.OSFile("rows.arrow", "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+    for name, make in (("rows.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with pyarrow.OSFile(name, "wb") as file, make(file, table.schema) as writer:
+            writer.write_table(table)
+    with pyarrow.OSFile("text.txt.zst", "wb") as file, pyarrow.CompressedOutputStream(file, "zstd") as packed:
+        packed.write(TEXT.encode())
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(Path("rows.jsonl").read_bytes()))
+    words = pyarrow.array([row["text"] for row in rows]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": words, "tools": pyarrow.nulls(len(rows))}), "words.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([talk] * 40), "talks.parquet", compression="zstd")
 
 
 def families() -> None:
@@ -132,6 +158,19 @@ def bundle() -> None:
     Path("bundle/eval_data/colours.jsonl").write_text("".join(json.dumps(x) + "\n" for x in items))
 
 
+def half_scored() -> None:
+    """Minimal pairs, and the scores of a suite that was stopped after its only part."""
+    Path("blimp").mkdir()
+    pairs = [{"sentence_good": f"line {i}", "sentence_bad": f"enil {i}", "UID": "colours"} for i in range(3)]
+    pairs = [pair | {"field": "syntax", "linguistics_term": "x", "pairID": str(i)} for i, pair in enumerate(pairs)]
+    Path("blimp/colours.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    record = json.loads(Path("scored/parity-exact.jsonl").read_text())
+    ((part, scores),) = record["accuracy"].items()
+    lines = [{"of": record["of"]}, {"part": part, "scores": scores, "cpu_seconds": 0.1, "lost": ""}]
+    Path("halved").mkdir()
+    Path("halved/parity-exact.parts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def without_seal(text: str) -> str:
     """JSON without its seals: no other check is reached behind one that does not fit."""
     return re.sub(r',?\s*"seal": "sha256:[0-9a-f]{64}"', "", text)
@@ -153,6 +192,7 @@ def home(tmp_path_factory) -> Path:
         shutil.copy("swept/results.jsonl", "results.jsonl")
         bundle()
         assert main(SUITE.split()) == 0
+        half_scored()
         shutil.copytree("exported", "summed")
         for file in (*home.rglob("*.json"), *home.rglob("*.jsonl")):
             file.write_text(without_seal(file.read_text("utf-8")), "utf-8")
@@ -169,8 +209,9 @@ def breaks(kind: str, count: int, home: Path, capfd) -> list[str]:
 
     def one(chance: random.Random) -> None:
         file.write_bytes(broken(original, chance))
-        ends_plainly(command.split(), capfd)
-        shutil.rmtree("new", ignore_errors=True)
+        for part in command.split(" && "):
+            ends_plainly(part.split(), capfd)
+        clean()
 
     try:
         return every_time(count, one)
@@ -178,15 +219,31 @@ def breaks(kind: str, count: int, home: Path, capfd) -> list[str]:
         file.write_bytes(original)
 
 
+def small_recipe(name: str) -> RunConfig:
+    """A recipe whose training ends at once: what is left of a broken sweep may lack the sizes."""
+    named = recipe(name)
+    model = ModelConfig(depth=1, width=32, heads=2, context=32)
+    train = TrainConfig(length=16, batch=2, horizon="steps=1", eval_every=0, eval_rows=1, schedule="parallel")
+    return replace(named, model=model, train=train, data=DataConfig(source="text.txt"))
+
+
 def assert_good(command: str, capfd) -> None:
     """Unbroken, the command succeeds: otherwise its failures would show nothing."""
-    assert main(command.split()) == 0, capfd.readouterr().err
+    for part in command.split(" && "):
+        assert main(part.split()) == 0, capfd.readouterr().err
     capfd.readouterr()
+    clean()
+
+
+def clean() -> None:
+    """Remove what a command has made."""
     shutil.rmtree("new", ignore_errors=True)
+    Path("halved/parity-exact.jsonl").unlink(missing_ok=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_files_end_in_one_line_or_a_result(kind: str, home: Path, monkeypatch, capfd):
     monkeypatch.chdir(home)
+    monkeypatch.setattr("lrt.experiments.sweep.recipe", small_recipe)
     assert breaks(kind, MANY, home, capfd) == []

@@ -257,3 +257,11 @@ def test_a_field_of_another_type_is_named(kind: type, data: dict, said: str):
     with pytest.raises(ValueError, match="it must be") as caught:
         from_dict(kind, data)
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 1, 2**63 - 1])
+def test_seeds_that_would_repeat_the_weights_of_others_are_refused(seed: int):
+    """Torch's generator looks at 32 bits of a seed alone."""
+    with pytest.raises(ValueError, match=r"train\.seed is .*; it must be at least 0, and at most 4,294,967,295"):
+        TrainConfig(seed=seed)
+    assert TrainConfig(seed=2**32 - 1).seed == 2**32 - 1

@@ -143,3 +143,11 @@ def test_bad_settings_leave_nothing_behind(source, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(source, tmp_path, **options)
     assert not (tmp_path / "cache").exists() or not os.listdir(tmp_path / "cache")
+
+
+def test_a_bpe_that_the_text_does_not_fill_is_told(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a line of words\n\n" * 40)
+    data = DataConfig(source=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=4096, folder=str(tmp_path / "data"))
+    prepared = prepare(data)
+    told = f"gives a BPE of {prepared.tokenizer.vocab_size} tokens, where data.vocab_size asks for 4096"
+    assert prepared.tokenizer.vocab_size < 400 and told in caplog.text

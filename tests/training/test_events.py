@@ -170,6 +170,11 @@ def test_the_figures_of_training_are_explained_once_and_from_the_start():
     assert said.index("loss: nats") < said.index("step 3/9")
 
 
+def test_how_often_the_text_is_read_is_told():
+    assert "its text is read 8.2, 0.05 times" in shown(False, START | {"text_read": [8.2, 0.05]})
+    assert "is read" not in shown(False, START | {"text_read": []})
+
+
 def test_one_bar_at_a_time_per_run():
     live = Live()
     live.console = Console(file=io.StringIO(), force_terminal=True)
