@@ -101,7 +101,8 @@ def _empty(place: str, row: Row) -> ValueError:
 
 def absent(place: str, column: str, columns: Iterable[str]) -> ValueError:
     """That there is no such column."""
-    names = one_line(", ".join(columns) or "none", 120)
+    shown = (name if name == name.strip() and name else repr(name) for name in columns)
+    names = one_line(", ".join(shown) or "none", 120)
     without = ", and no messages or prompt with its answer" if column == TEXT else ""
     return ValueError(f"{place}: no column {column!r}{without}: set text_column to one of {names}")
 
@@ -166,7 +167,9 @@ def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Placed]]:
                         few = "more" if None in row else "fewer"
                         raise ValueError(f"{file}:{rows.line_num}: has {few} cells than the header: mend the line")
                     yield f"{file}:{rows.line_num}", row
-            except (csv.Error, UnicodeDecodeError) as error:
+            except UnicodeDecodeError as error:  # of a block that is read ahead: its line is not known
+                raise ValueError(f"{file}: not readable as CSV in UTF-8 ({error}): save it as UTF-8") from None
+            except csv.Error as error:
                 raise ValueError(f"{file}:{rows.line_num}: not readable as CSV in UTF-8 ({error})") from None
 
     return read

@@ -19,7 +19,7 @@ from typing import Any
 
 from lrt.data.dialogue import Dialogue, Document, text_of, valid_text
 from lrt.data.rows import INSTALL_HF, NOT_READ, PACKED, document_in, is_packed, kind_of, opened, rows_of
-from lrt.utils.files import expand_home, one_line
+from lrt.utils.files import expand_home, one_line, read_json
 
 WHOLE = 1_000_000  # bytes: a text file up to this size is one document
 PIECE = 64 * 1024  # characters: a larger one becomes documents of about this size
@@ -218,8 +218,14 @@ def _saved_dataset(folder: Path) -> list[Path]:
     """The tables of a folder that `Dataset.save_to_disk` has written; none if it is not one."""
     if (folder / "dataset_dict.json").is_file():
         raise ValueError(f"{folder}: holds several splits, each in a folder: name one of them")
-    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    return sorted(folder.glob("*.arrow")) if saved else []
+    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        return []
+    listed_files = read_json(folder / "state.json", "the list of its files", loose=True).get("_data_files")
+    entries = listed_files if isinstance(listed_files, list) else []
+    names = {Path(str(one["filename"])).name for one in entries if isinstance(one, dict) and "filename" in one}
+    if lost := sorted(name for name in names if not (folder / name).is_file()):
+        raise ValueError(f"{folder}: {one_line(lost[0], 80)} is missing, which its state.json names: save it again")
+    return sorted(folder / name for name in names) or sorted(folder.glob("*.arrow"))
 
 
 def _python_files(*, with_packages: bool) -> list[Path]:

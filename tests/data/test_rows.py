@@ -60,6 +60,13 @@ def test_packed_text_and_saved_datasets(tmp_path: Path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     assert list(documents(str(tmp_path / "saved"))) == TEXTS
+    datasets.Dataset.from_list(ROWS * 3).save_to_disk(str(tmp_path / "sharded"), num_shards=3)
+    assert list(documents(str(tmp_path / "sharded"))) == TEXTS * 3
+    (tmp_path / "sharded" / "other.arrow").write_bytes(b"of another data set")
+    assert list(documents(str(tmp_path / "sharded"))) == TEXTS * 3
+    (tmp_path / "sharded" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(ValueError, match="sharded: data-00001-of-00003.arrow is missing"):
+        list(documents(str(tmp_path / "sharded")))
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "several"))
     with pytest.raises(ValueError, match="several: holds several splits, each in a folder: name one"):
         list(documents(str(tmp_path / "several")))
@@ -72,7 +79,8 @@ def test_packed_text_and_saved_datasets(tmp_path: Path):
         ("a.json", b"[1]", "row 1: holds no JSON object"),
         ("a.csv", b"id,text\n1\n", "a.csv:2: has fewer cells"),
         ("a.csv", b'id,text\n1,"open', "a.csv:.*not readable as CSV"),
-        ("a.csv", b"id,text\n1,\xff\n", "not readable as CSV in UTF-8"),
+        ("a.csv", b"id,text\n1,\xff\n", "a.csv: not readable as CSV in UTF-8"),
+        ("a.csv", b'id, text\n1,"one"\n', "set text_column to one of id, ' text'"),
         ("a.arrow", b"nothing", "a.arrow: not a readable arrow file"),
         ("a.jsonl.gz", b"nothing", "a.jsonl.gz: cannot be read"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "a.jsonl.gz: cannot be read"),

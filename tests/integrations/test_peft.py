@@ -11,7 +11,9 @@ from test_hf_training import FULL, NO_BOS, close, ids_of, wrapped
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*is_gradient_checkpointing.*", "ignore:Position ids are not supported.*"
+    "ignore:.*is_gradient_checkpointing.*",
+    "ignore:Position ids are not supported.*",
+    "ignore:Sparse invariant checks.*",
 )
 LABELS = {"task_type": "CAUSAL_LM"}
 
@@ -81,11 +83,29 @@ KEPT = {
     "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **LABELS),
 }
 
+SOME = {"target_modules": ["query", "value"]} | LABELS
+MORE = {
+    "one block": lambda: peft.LoraConfig(r=4, layers_to_transform=[1], **SOME),
+    "loha": lambda: peft.LoHaConfig(r=4, **SOME),
+    "lokr": lambda: peft.LoKrConfig(r=4, **SOME),
+    "vera": lambda: peft.VeraConfig(r=4, **SOME),
+    "randlora": lambda: peft.RandLoraConfig(r=4, **SOME),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, **SOME),
+    "hra": lambda: peft.HRAConfig(r=4, **SOME),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=20, **SOME),
+    "miss": lambda: peft.MissConfig(r=4, **SOME),
+    "shira": lambda: peft.ShiraConfig(r=4, **SOME),
+    "c3a": lambda: peft.C3AConfig(block_size=4, **SOME),
+    "road": lambda: peft.RoadConfig(group_size=4, **SOME),
+}
+"""Methods that are asked for less often."""
+KINDS = KEPT | MORE
 
-@pytest.mark.parametrize("name", KEPT)
+
+@pytest.mark.parametrize("name", [*KEPT, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_adapters_are_saved_loaded_and_merged(name: str, tmp_path):
     base, ids = wrapped(FULL), ids_of(2, 9)
-    model = peft.get_peft_model(copy.deepcopy(base), KEPT[name]()).double()
+    model = peft.get_peft_model(copy.deepcopy(base), KINDS[name]()).double()
     for i, (_, p) in enumerate(model.named_parameters()):
         if p.requires_grad:
             torch.nn.init.normal_(p.data, std=0.3, generator=torch.Generator().manual_seed(i))

@@ -52,15 +52,18 @@ TEXTS = [{"text": "the quick brown fox " * n} for n in (1, 2, 3, 1)]
 TALK = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "quick fox"}]}] * 4
 PAIRS = [{"prompt": "the", "chosen": " quick fox", "rejected": " brown"}] * 4
 COMMON = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "bf16": False,
-          "learning_rate": 1e-2, "disable_tqdm": True, "save_strategy": "no"}  # fmt: skip
+          "learning_rate": 1e-2, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}  # fmt: skip
 
 
 def trained(trainer) -> list[str]:
-    """What did not move, of what is to be trained."""
+    """What did not move, of what is to be trained; what moves does so by a gradient, not by rounding alone."""
     wanted = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     after = dict(trainer.model.named_parameters())
-    return [name for name, p in wanted.items() if torch.equal(p, after[name].detach())]
+    still = [name for name, p in wanted.items() if torch.equal(p, after[name].detach())]
+    norms = [one["grad_norm"] for one in trainer.state.log_history if "grad_norm" in one]
+    assert len(still) == len(wanted) or max(norms) > 1e-3, norms
+    return still
 
 
 @pytest.mark.parametrize("data", ["text", "messages"])
@@ -106,7 +109,7 @@ def test_grpo_moves_every_tensor(model, words, tmp_path: Path):
 
 def arguments(folder: Path, **options):
     settings = {"per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True,
-                "learning_rate": 1e-2, "seed": 3}  # fmt: skip
+                "learning_rate": 1e-2, "seed": 3, "logging_steps": 1}  # fmt: skip
     return transformers.TrainingArguments(str(folder), **settings | options)
 
 

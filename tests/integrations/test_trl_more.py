@@ -51,7 +51,7 @@ def trainer_class(name: str, *places: str):
 def test_kto_and_rloo_move_every_tensor(exported: Path, words, tmp_path: Path):  # noqa: F811
     auto = transformers.AutoModelForCausalLM
     kto, settings = trainer_class("KTO")
-    labelled = [{"prompt": "the", "completion": " quick fox", "label": i % 2 == 0} for i in range(4)]
+    labelled = [{"prompt": "the", "completion": (" quick fox", " brown")[i % 2], "label": i % 2 == 0} for i in range(4)]
     options = {"train_dataset": rows(labelled), "processing_class": words}
     assert trained(kto(auto.from_pretrained(exported), args=settings(str(tmp_path), **COMMON), **options)) == []
     rloo, settings = trainer_class("RLOO")

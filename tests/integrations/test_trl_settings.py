@@ -67,7 +67,7 @@ DPO: list[tuple[dict[str, Any], float | None]] = [
 def test_dpo_moves_every_tensor_from_the_loss_of_equal_models(starting: Path, words, tmp_path: Path, options, first):
     settings = dict(options)
     extra = adapter(settings)
-    args = trl.DPOConfig(str(tmp_path / "out"), logging_steps=1, **COMMON | settings)
+    args = trl.DPOConfig(str(tmp_path / "out"), **COMMON | settings)
     policy = loaded(starting, **EXACT)
     trainer = trl.DPOTrainer(policy, args=args, train_dataset=rows(PAIRS), processing_class=words, **extra)
     if trainer.ref_model is not None and policy.config.model_type == "lrt":
