@@ -98,8 +98,8 @@ KINDS = {
     "Parquet of dialogues": Kind("talks.parquet", "eval run --source talks.parquet --rows 1"),
     "config.json on its way to GGUF": Kind("llama/config.json", f"{IMPORT} && export new/run new/out --to gguf"),
     "tokenizer.json on its way to GGUF": Kind("llama/tokenizer.json", f"{IMPORT} && export new/run new/out --to gguf"),
-    "tokenizer.json on its way to Qwen3": Kind(
-        "llama/tokenizer.json", f"{IMPORT} && export new/run new/out --to qwen3"
+    "tokenizer.json on its way to Llama": Kind(
+        "llama/tokenizer.json", f"{IMPORT} && export new/run new/out --to llama"
     ),
     "BLiMP": Kind("blimp/colours.jsonl", "eval run --suite blimp --bundle blimp --out new"),
     "kept scores of parts": Kind("halved/parity-exact.parts.jsonl", SUITE.replace("scored", "halved")),
@@ -182,6 +182,7 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("files")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
+        patch.setattr("lrt.experiments.sweep.recipe", small_recipe)
         texts()
         make_run(home / "run", context=32)
         families()
