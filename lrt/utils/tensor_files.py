@@ -29,7 +29,7 @@ TYPES = {
     "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 """Number types by their names in the format."""
-ABOUT = "__metadata__"
+ABOUT, SHORTENED = "__metadata__", "it was shortened while it was read"
 FIELDS = {"dtype": str, "shape": list, "data_offsets": list}
 
 
@@ -118,11 +118,13 @@ def _tensor(file: io.BufferedReader, name: str, entry: dict[str, Any], begin: in
     if first != begin or end - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{one_line(name, 40)}: its place in the file does not fit its shape")
     left = os.fstat(file.fileno()).st_size - file.tell()
+    if left < 0:  # what came before was read ahead
+        raise ValueError(SHORTENED)
     if end - first > left:
         raise ValueError(f"{one_line(name, 40)}: {end - first:,} bytes, of which {left:,} are there")
     raw = torch.empty(end - first, dtype=torch.uint8)
     if file.readinto(raw.numpy().data) != len(raw):
-        raise ValueError("it was shortened while it was read")
+        raise ValueError(SHORTENED)
     return raw.view(dtype).view(shape)
 
 

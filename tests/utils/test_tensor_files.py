@@ -79,8 +79,10 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(tmp_path: Path, monkeypa
         return empty(*args, **kwargs)
 
     monkeypatch.setattr(torch, "empty", shorter)
-    with pytest.raises(ValueError, match="was shortened while it was read"):
-        read_tensors(tmp_path / "t", "weights")
+    for size in (999, 9999, 99999):  # read ahead in part and in whole: Python 3.14 reads 128 KiB ahead, older ones 8
+        save_file({"x": torch.ones(size), "y": torch.ones(9999)}, tmp_path / "t")
+        with pytest.raises(ValueError, match="was shortened while it was read|bytes, of which [0-9,]+ are there"):
+            read_tensors(tmp_path / "t", "weights")
 
 
 BAD = {
