@@ -154,7 +154,8 @@ class ChatSession:
         file = expand_home(names[0])
         require(not file.exists(), f"{file} exists; choose another name")
         write_text(file, "".join(self.transcript))
-        _tell(f"{file}: {len(self.transcript)} turns")
+        count = len(self.transcript)
+        _tell(f"{file}: {count} turn{'s' * (count != 1)}")
 
 
 def _turns(dropped: int) -> str:
