@@ -1,4 +1,4 @@
-"""Pictures of the page for docs/serving.md: python tests/serve/page_pictures.py RUN docs/img
+"""Pictures of the page for docs/serving.md: PYTHONPATH=.:tests python tests/serve/page_pictures.py RUN docs/img
 
 RUN is a run folder: the committed ones show pretrained/books. The page draws with a seed, so the same run
 gives the same texts.

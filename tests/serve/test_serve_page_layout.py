@@ -76,7 +76,7 @@ def test_an_answer_says_that_it_ended_at_its_length(page):
     choose(page, temperature=0, max_tokens=5)
     page.get_by_role("button", name="Continue", exact=True).click()
     page.get_by_text("5 tokens").wait_for()
-    assert page.locator("#pace").text_content().endswith("; ended at its length")
+    assert page.locator("#pace").text_content().endswith("; stopped at the length that was asked for")
 
 
 def test_values_of_settings_are_ink_and_the_map_has_a_legend(page):

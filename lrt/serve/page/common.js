@@ -101,7 +101,7 @@ export async function answer(path, makeBody, begin, add) {
       add(event.choices.map((choice) => choice.text ?? choice.delta.content ?? "").join(""));
       if (event.usage) {
         const n = event.usage.completion_tokens;
-        pace = `${n} tokens, ${(n / ((performance.now() - began) / 1000)).toFixed(0)} a second${cut ? "; ended at its length" : ""}`;
+        pace = `${n} tokens, ${(n / ((performance.now() - began) / 1000)).toFixed(0)} a second${cut ? "; stopped at the length that was asked for" : ""}`;
       }
     }
   } catch (error) {
