@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lrt.experiments.groups import RunGroup, seeds_and_mean
 
@@ -38,7 +38,9 @@ def budgets(groups: Sequence[RunGroup], colours: Colours) -> Figure:
             _band(axes, x, [[decoded(r) for r in g.records] for g in points], arm, colours)
         axes.set_xlabel(label)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_xlim()
+        decades = LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,))
+        axes.xaxis.set_major_locator(decades if high > 5 * low else MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         _plain_axes(axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -305,6 +306,23 @@ def cut_off(figure: Figure) -> bool:
     drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
     slack = 0.01  # inches
     return not (drawn.x0 >= -slack and drawn.y0 >= -slack and drawn.x1 <= width + slack and drawn.y1 <= height + slack)
+
+
+@pytest.mark.parametrize("costs", [(1, 1.9), (13, 31), (5, 10), (1, 4.9), (2, 11), (5, 80), (1, 4000)])
+def test_no_two_numbers_of_an_axis_touch(costs, tmp_path):
+    """Costs stand on logarithmic axes, whose decades may be wider than all of them."""
+    rows = [record("shift", 0, 2.0, f"compute={cost}") for cost in costs]
+    (tmp_path / "costs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    groups = read_groups([tmp_path / "costs.jsonl"])
+    figure = plots.budgets(groups, arm_colours([["shift"]]))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        labels = [label for x, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= x <= high]
+        boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+        assert len(boxes) >= 2
+        assert all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_a_title_that_is_cut_is_found():
