@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from lrt.experiments.groups import Record, RunGroup, read_groups
+from lrt.experiments.groups import RunGroup, read_groups
+from lrt.experiments.plots import decoded
 
 
 class Line(NamedTuple):
@@ -54,11 +55,6 @@ class Line(NamedTuple):
         (away, _), freedom = self._centred(), len(self.widths) - 2
         rest = np.array(self.differences) - np.mean(self.differences) - self._slope() * away
         return float(stats.t.ppf(0.975, freedom)) * math.sqrt(float(rest @ rest) / freedom)
-
-
-def decoded(record: Record) -> float:
-    """Decoded bits per byte of a run."""
-    return float(record["bpb"]["decoded"])
 
 
 def lines(groups: Iterable[RunGroup], less: str, horizon: str, depth: int) -> dict[str, Line]:

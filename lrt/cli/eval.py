@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from lrt.cli.parse import parse
 from lrt.cli.suites import SuiteRequest, score_suite
 from lrt.config.decoding import DEFAULT_MODE, Weights
-from lrt.config.model import MOST, require, require_at_least
+from lrt.config.model import MOST, require, require_at_least, require_at_most
 from lrt.config.run import Device
 from lrt.schedule import Curriculum
 from lrt.utils.files import to_json
@@ -85,7 +85,7 @@ def main(args: list[str], command: str = "eval") -> int:
     flags = parse(EvalFlags, args, command)
     require_at_least(1, rows=flags.rows, limit=flags.limit)
     require_at_least(2, length=flags.length)
-    require((flags.length or 0) <= MOST, f"--length is {flags.length}; it may be at most {MOST:,}")
+    require_at_most(MOST, length=flags.length)
     require(not (flags.tasks and flags.suite), "--tasks are lm-eval's, --suite ours; give one of them")
     _require_heeded(flags)
 
@@ -109,8 +109,8 @@ def main(args: list[str], command: str = "eval") -> int:
         sample = held_out(loaded, flags.source, rows=flags.rows, length=length, normalised=normalised)
         bpb = score_rows(loaded.model, curriculum, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
-    where |= {"context": loaded.config.model.context, "dtype": "float32", "stored": loaded.stored}
-    where["weights"] = flags.weights
+    where |= {"dtype": "float32", "stored": loaded.stored, "weights": flags.weights}
+    where |= {"context": loaded.config.model.context}
     if world.first:
         if flags.json:
             print(to_json(where | bpb.as_dict()))

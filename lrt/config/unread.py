@@ -25,10 +25,7 @@ def _rules(config: RunConfig) -> Iterator[Rule]:
 
 def _of_data(config: RunConfig) -> Iterator[Rule]:
     data = config.data
-    task, downloaded = (
-        data.source.startswith(TASK),
-        any("hf:" in s for s in (data.source, data.validation_source or "")),
-    )
+    task, downloaded = data.source.startswith(TASK), "hf:" in f"{data.source},{data.validation_source}"
     text = "data.text_column data.validation data.validation_source data.max_bytes data.normalised data.folder"
     yield text, not task, f"data.source is {data.source}, which is drawn as it is needed"
     yield "data.subset data.split", downloaded, "it is for datasets (hf:owner/name)"
