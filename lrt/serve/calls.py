@@ -54,6 +54,7 @@ class Call:
         self.scope = hashlib.sha256(f"{owner}:{salt or ''}".encode("utf-8", "replace")).digest()  # no salt is empty
         self.jobs: list[Job] = []
         self.left = 0
+        self._fault: ApiError | None = None
 
     def answers(
         self,
@@ -88,7 +89,12 @@ class Call:
         self.served.engine.cancel(self.jobs)
 
     async def next(self) -> list[Event]:
-        """What has happened since, from one thing to `MOST_TOGETHER`; nothing once all jobs have ended."""
+        """What has happened since, from one thing to `MOST_TOGETHER`; nothing once all jobs have ended.
+
+        What came before a fault is returned first, however late it is read; the next call raises the fault as ApiError.
+        """
+        if self._fault is not None:
+            raise self._fault
         if not self.left:
             return []
         if self.events.qsize() > MOST_TOGETHER:
@@ -96,15 +102,16 @@ class Call:
         ready = [await self.events.get()]
         while not self.events.empty() and len(ready) < MOST_TOGETHER:
             ready.append(self.events.get_nowait())
-        for event in ready:
-            if isinstance(event.what, Ended):
-                raise self._error(event.what)
-            if isinstance(event.what, ValueError):
-                raise ApiError(400, str(event.what))
+        for place, event in enumerate(ready):
+            if isinstance(event.what, Ended | ValueError):
+                self._fault = self._error(event.what)
+                return ready[:place] or await self.next()
             self.left -= not isinstance(event.what, Emission) or event.what.finish is not None
         return ready
 
-    def _error(self, why: Ended) -> ApiError:
+    def _error(self, why: Ended | ValueError) -> ApiError:
+        if isinstance(why, ValueError):
+            return ApiError(400, str(why))
         seconds = self.served.settings.deadline
         return {
             Ended.EXPIRED: ApiError(408, f"the request took longer than {seconds:g} s; ask for less at a time"),

@@ -15,7 +15,8 @@ from serving import post
 
 from lrt.serve import json_writer
 from lrt.serve.calls import MOST_TOGETHER, Call
-from lrt.serve.engine import Answer, Event, Job
+from lrt.serve.engine import Answer, Ended, Event, Job
+from lrt.serve.http import ApiError
 from lrt.serve.json_writer import LARGE, TOGETHER, AnswerWriter, event_bytes, json_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -116,6 +117,25 @@ def test_who_has_not_read_for_a_while_gets_a_little_at_a_time(server):
     taken = asyncio.run(read())
     assert [e.number for events in taken for e in events] == list(range(1000))
     assert max(map(len, taken)) == MOST_TOGETHER
+
+
+@pytest.mark.parametrize(("fault", "status"), [(ValueError("no"), 400), (Ended.EXPIRED, 408), (Ended.FAILED, 500)])
+def test_what_came_before_a_fault_is_read_before_it(server, fault, status):
+    """However late the reader comes: the tokens first, then the fault, and the fault again."""
+
+    async def read() -> tuple[list[int], list[int]]:
+        call = Call(server.served, 0)
+        call.left = 3
+        for number, what in enumerate((None, None, fault, None)):
+            call.events.put_nowait(Event(number, what))
+        numbers, faults = [event.number for event in await call.next()], []
+        for _ in range(2):
+            with pytest.raises(ApiError) as raised:
+                await call.next()
+            faults.append(raised.value.status)
+        return numbers, faults
+
+    assert asyncio.run(read()) == ([0, 1], [status, status])
 
 
 def test_no_salt_is_no_ones_salt(server):
