@@ -84,9 +84,10 @@ def attention_mask(
     `queries` [N] or [B, N], `keys` [M] or [B, M], `document_start` [B, N] of each query; None limits nothing. Boolean
     [N, M], or [B, 1, N, M] where rows differ.
     """
-    distance = queries[..., :, None] - keys[..., None, :]
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    seen = seen if document_start is None else seen & (keys[..., None, :] >= document_start[..., :, None])
+    queries, keys = queries[..., :, None], keys[..., None, :]
+    seen = keys <= queries  # comparisons alone: differences would be eight times as large as the mask
+    seen = seen if window is None else seen & (keys > queries - window)
+    seen = seen if document_start is None else seen & (keys >= document_start[..., :, None])
     return seen[:, None] if seen.dim() == 3 else seen
 
 
