@@ -16,7 +16,7 @@ from lrt.config.model import require
 from lrt.evaluation.bits_per_byte import Rows, sweep_residuals
 from lrt.evaluation.contraction import contraction
 from lrt.inference.generate import score
-from lrt.model.blocks import Block
+from lrt.model.blocks import Block, gate_values
 from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
 from lrt.model.parameters import role
@@ -99,14 +99,17 @@ def ablations(model: LRT, rows: Rows) -> dict[str, float]:
 
 @torch.no_grad()
 def gates(model: LRT, rows: Rows) -> list[dict[str, list[float]]]:
-    """Mean gates by layer: `local`, `memory` and, where there is a value embedding, `value`, each by head."""
+    """Gates by layer, `local`, `memory` and, where there is a value embedding, `value`: means by key/value head.
+
+    They are means over the rows' positions, decoded token by token.
+    """
     seen: list[list[Tensor]] = [[] for _ in _blocks(model)]
     hooks = [
         block.attention.gate.register_forward_hook(_keeper(outputs))
         for block, outputs in zip(_blocks(model), seen, strict=True)
         if block.attention.gate is not None
     ]
-    score(model, rows.tokens, rows.targets)
+    score(model, rows.tokens, rows.targets, mode="exact")  # a pass a position, so that each counts once
     for hook in hooks:
         hook.remove()
     names = ("local", "memory", "value")
@@ -120,7 +123,7 @@ def gates(model: LRT, rows: Rows) -> list[dict[str, list[float]]]:
 
 def _keeper(outputs: list[Tensor]) -> Any:
     def keep(module: nn.Module, inputs: Any, out: Tensor) -> None:
-        outputs.append(2 * torch.sigmoid(out).flatten(0, -2).mean(0))
+        outputs.append(gate_values(out).flatten(0, -2).mean(0))
 
     return keep
 

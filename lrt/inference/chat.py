@@ -121,16 +121,20 @@ class Conversation(KeptState):
             self.cache, self.pending, self.ended = before, self.tokenizer.encode(shown), sampling.stop
 
     def _prompt(self, text: str, sampling: SamplingParams) -> list[int]:
-        """The tokens to take in for a new turn; drops the oldest turns until they leave room for an answer."""
-        context, self.dropped = self.model.config.context, 0
+        """The tokens to take in for a new turn; drops the oldest turns until they leave room for an answer.
+
+        ValueError: the turn alone leaves none. Then nothing is dropped.
+        """
+        context, dropped, in_cache = self.model.config.context, 0, self.used - len(self.pending)
         room = min(sampling.max_new_tokens, context // 4)
         prompt = [*self.pending, *self._opening(), *self.tokenizer.encode(text)]
-        while self.turns and self.used - len(self.pending) + len(prompt) + room > context:
-            self.turns.pop(0)
-            self.dropped += 1
-            self.cache, self.pending = None, []
-            prompt = [self.tokenizer.bos, *self.tokenizer.encode("".join(self.turns) + text)]
-        require_room(self.model, self.used - len(self.pending) + len(prompt))
+        while dropped < len(self.turns) and in_cache + len(prompt) + room > context:
+            dropped, in_cache = dropped + 1, 0
+            prompt = [self.tokenizer.bos, *self.tokenizer.encode("".join(self.turns[dropped:]) + text)]
+        require_room(self.model, in_cache + len(prompt))
+        self.dropped = dropped
+        if dropped:
+            self.turns, self.cache, self.pending = self.turns[dropped:], None, []
         return prompt
 
     def _opening(self) -> list[int]:

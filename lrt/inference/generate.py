@@ -158,8 +158,8 @@ def _requests(
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[TokensBN, Tensor]:
     """Prompts as a right-padded tensor [B, T], and their lengths [B]."""
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-    if not prompts or empty:
-        raise ValueError(f"prompt {empty[0] if empty else 0} is empty: give at least 1 token (BOS opens a text)")
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty: give at least 1 token (BOS opens a text)")
     lengths = [len(prompt) for prompt in prompts]
     rows = [[*prompt, *[prompt[0]] * (max(lengths) - len(prompt))] for prompt in prompts]
     return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
@@ -168,6 +168,8 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tok
 def _check_requests(
     all_params: list[SamplingParams], prompts: int, samples: int, decode_bytes: DecodeBytes | None
 ) -> None:
+    if prompts == 0:
+        raise ValueError("there are no prompts: give at least one list of token ids")
     if len(all_params) != prompts or samples < 1:
         raise ValueError(
             f"{len(all_params)} samplings, {samples} samples for {prompts} prompts: give one sampling a prompt"

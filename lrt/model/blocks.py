@@ -128,6 +128,11 @@ class ResidualInjection(nn.Module):
         return matched if self.kind == "matched" else matched - y * (m != 0).any(-1, keepdim=True)
 
 
+def gate_values(logits: Tensor) -> Tensor:
+    """The gates of KVProjection, 2 sigmoid(W_gate a), from `logits` = W_gate a; 1 where these are 0."""
+    return 2 * torch.sigmoid(logits)
+
+
 class Attention(nn.Module):
     """Grouped-query attention whose keys and values may take in the memory (KVProjection)."""
 
@@ -171,7 +176,7 @@ class Attention(nn.Module):
             extra = self.value_embedding(context.tokens).unflatten(-1, self.kv_heads).to(v.dtype)
         if self.gate is None:
             return k, v if extra is None else v + extra
-        gates = 2 * torch.sigmoid(self.gate(a[..., : self.gate_width]))
+        gates = gate_values(self.gate(a[..., : self.gate_width]))
         local, recurrent, *embedded = gates.unflatten(-1, (-1, self.kv_heads[0], 1)).unbind(2)
         own = projected(context.memories, (self.projection, self.shift_projection))
         pair = context.projected if own is None else own

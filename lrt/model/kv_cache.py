@@ -257,24 +257,35 @@ class KVCache(NamedTuple):
 
 def _require_state(tensors: dict[str, Tensor], slots: Any, longest: Any, path: Path | str) -> None:
     """ValueError unless the tensors of a file are a state: of fitting shapes and types, no longer than their slots."""
-    fine = isinstance(slots, list) and type(longest) is int and longest >= 0
-    fine = fine and all(type(r) is int and 1 <= r <= MOST_SLOTS for r in slots)
-    names = {f"{name}.{i}" for i in range(len(slots) if fine else 0) for name in ("keys", "values")}
-    if not fine or not names | {"memory", "length"} <= set(tensors) or tensors["length"].ndim != 1:
+    counts = isinstance(slots, list) and len(slots) > 0 and type(longest) is int and longest >= 0
+    counts = counts and all(type(r) is int and 1 <= r <= MOST_SLOTS for r in slots)
+    names = {f"{name}.{i}" for i in range(len(slots) if counts else 0) for name in ("keys", "values")}
+    if not counts or not names | {"memory", "length"} <= set(tensors) or tensors["length"].ndim != 1:
         raise ValueError(f"{path}: not a whole saved state: write it again with KVCache.save")
-    rows, parts = len(tensors["length"]), [tensors[name] for name in sorted(names)]
-    shapes = {(*x.shape[:2], *x.shape[3:]) for x in parts if x.ndim == 4}
-    counted = [tensors[name] for name in ("length", "last_token", "document_start") if name in tensors]
-    fine = all(x.ndim == 4 and len(x) == rows and x.is_floating_point() for x in parts) and len(shapes) <= 1
-    fine = fine and all(x.shape == (rows,) and x.dtype == torch.int64 for x in counted)
-    memory, start = tensors["memory"], tensors.get("document_start", torch.zeros_like(tensors["length"]))
-    fine = fine and memory.ndim == 2 and len(memory) == rows
-    fine = fine and memory.is_floating_point() and len({x.dtype for x in (memory, *parts)}) == 1
-    fine = fine and bool(((start >= 0) & (start <= tensors["length"])).all())
-    fine = fine and all(tensors[f"{n}.{i}"].shape[2] <= r for i, r in enumerate(slots) for n in ("keys", "values"))
-    fine = fine and bool(((counted[0] >= 0) & (counted[0] <= longest)).all())
-    if not fine:
+    if not (_shapes_fit(tensors, slots) and _lengths_fit(tensors, longest)):
         raise ValueError(f"{path}: the tensors of this state do not fit one another: write it again with KVCache.save")
+
+
+def _shapes_fit(tensors: dict[str, Tensor], slots: list[int]) -> bool:
+    """Whether keys and values of all layers and the memory are of as many rows, one shape and one float type."""
+    rows, memory = len(tensors["length"]), tensors["memory"]
+    layers = [(tensors[f"{name}.{i}"], r) for i, r in enumerate(slots) for name in ("keys", "values")]
+    if not all(x.ndim == 4 and len(x) == rows and x.shape[2] <= r for x, r in layers):
+        return False
+    if memory.ndim != 2 or len(memory) != rows or not memory.is_floating_point():
+        return False
+    one_shape = len({(x.shape[1], x.shape[3]) for x, _ in layers}) == 1
+    return one_shape and all(x.dtype == memory.dtype for x, _ in layers)
+
+
+def _lengths_fit(tensors: dict[str, Tensor], longest: int) -> bool:
+    """Whether each row has a length of at most `longest`, and a document that starts within it."""
+    length = tensors["length"]
+    counted = [tensors[name] for name in ("length", "last_token", "document_start") if name in tensors]
+    if not all(x.shape == length.shape and x.dtype == torch.int64 for x in counted):
+        return False
+    start = tensors.get("document_start", torch.zeros_like(length))
+    return bool(((start >= 0) & (start <= length) & (length <= longest)).all())
 
 
 def _refill(used: Tensor, slots: int) -> Tensor:

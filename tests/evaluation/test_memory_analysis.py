@@ -77,6 +77,20 @@ def test_gates_are_one_where_the_weights_are_zero():
     assert not model.blocks[0].attention.gate._forward_hooks
 
 
+def test_gates_are_means_over_decoded_positions():
+    model, rows, inputs = fixed(CONFIG), some_rows(), []
+    gate = model.blocks[1].attention.gate
+    hook = gate.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    cache = KVCache.empty(model, *rows.tokens.shape)
+    for t in range(rows.tokens.shape[1]):
+        _, cache = decode_step(model, rows.tokens[:, t], cache)
+    hook.remove()
+    each = 2 / (1 + torch.exp(-(torch.cat(inputs, dim=1) @ gate.weight.T)))
+    local, memory, *_ = each.flatten(0, 1).mean(0).split(CONFIG.k)
+    assert gates(model, rows)[1]["local"] == pytest.approx(local.tolist(), rel=1e-9)
+    assert gates(model, rows)[1]["memory"] == pytest.approx(memory.tolist(), rel=1e-9)
+
+
 def test_influence_is_the_gradient_of_the_loss():
     model, rows = fixed(CONFIG), some_rows()
     found = influence(model, rows, reach=6)

@@ -107,8 +107,17 @@ def test_a_full_context_drops_the_oldest_turns(monkeypatch):
     first = dropped.index(next(d for d in dropped if d))
     assert prompts[first][0] == TEXT.bos and texts[0].encode() not in bytes(prompts[first][1:])
     assert texts[1].encode() in bytes(prompts[first][1:]) and prompts[first][-40:] == list(texts[first].encode())
+
+
+def test_a_turn_that_is_refused_forgets_nothing():
+    talk, short = Conversation(MODEL, TEXT, "exact"), replace(GREEDY, max_new_tokens=4)
+    finish(talk.say("ab", short))
+    before = (list(talk.turns), talk.used, list(talk.pending), talk.dropped, talk.cache)
     with pytest.raises(ValueError, match="shorten the prompt"):
         finish(talk.say("x" * 300, short))
+    assert (list(talk.turns), talk.used, list(talk.pending), talk.dropped, talk.cache) == before
+    finish(talk.say("cd", short))
+    assert len(talk.turns) == 2 and talk.used == 1 + 2 + 4 + 2 + 4
 
 
 def test_an_answer_that_is_stopped_leaves_a_whole_state():

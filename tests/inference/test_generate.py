@@ -316,6 +316,7 @@ def test_answers_end_at_stop_tokens_stop_texts_length_and_capacity(model):
         (lambda m: PrefillOptions.parse("jacobi", max_sweeps=0), "max_sweeps 0"),
         (lambda m: prefill(m, torch.ones(1, 9, dtype=torch.int64), cache=KVCache.empty(m, 2, 20)), "1 prompts for a"),
         (lambda m: next(generate(m, [[1], []])), "prompt 1 is empty"),
+        (lambda m: next(generate(m, [])), "there are no prompts: give at least one"),
         (lambda m: next(generate(m, [[1]], SamplingParams(stop=("x",)))), "stop texts need decode_bytes"),
         (lambda m: next(generate(m, [[1]], [])), "0 samplings"),
         (lambda m: next(generate(m, [[1] * 70])), "70 tokens but the capacity is 64"),

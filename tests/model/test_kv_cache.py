@@ -60,7 +60,7 @@ def test_fork_join_save_and_restore(cfg, tmp_path):
     ("about", "spoilt"),
     [
         ({"slots": "[" * 10_000}, {}), ({"slots": "[1e9]"}, {}), ({"slots": "[99999999999]"}, {}),
-        ({"slots": "{}"}, {}), ({}, {"length": torch.tensor([9, 99])}),
+        ({"slots": "{}"}, {}), ({"slots": "[]"}, {}), ({}, {"length": torch.tensor([9, 99])}),
         ({"longest": "-1"}, {}), ({"longest": "2"}, {}), ({"longest": "NaN"}, {}), ({}, {"length": torch.tensor(1.0)}),
         ({}, {"memory": torch.zeros(3)}), ({}, {"memory": torch.zeros(2, 24, dtype=torch.int64)}),
         ({}, {"document_start": torch.tensor([0, 99])}), ({}, {"memory": torch.zeros(2, 24, dtype=torch.float16)}),
