@@ -54,7 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("lrt", f"unknown command {name!r}; {hint}")
     if not _has_folder():
         return _fail(f"lrt {name}", "the current folder was removed; change to one that is there")
-    return _run(f"lrt {name}", lambda: importlib.import_module(f"lrt.cli.{name}").main(args[1:]), show_traceback)
+    return _run(f"lrt {name}", lambda: _command(name, args[1:]), show_traceback)
+
+
+def _command(name: str, args: list[str]) -> int:
+    from lrt.utils.told_once import each_told_once
+
+    with each_told_once("lrt.data.sources"):
+        return importlib.import_module(f"lrt.cli.{name}").main(args)
 
 
 def _has_folder() -> bool:

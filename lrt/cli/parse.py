@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lrt.config.run import TASK, DataConfig, RunConfig
+from lrt.config.unread import unread
 from lrt.utils.files import expand_home, require_name
 from lrt.utils.terminal import fitted, show
 
@@ -80,6 +82,22 @@ def tell(command: str, sentences: Sequence[str]) -> None:
     """What somebody should know of the arguments, on standard error; of several processes the first says it."""
     for sentence in sentences if os.environ.get("RANK", "0") == "0" else ():
         show(f"lrt {command}: {sentence}", sys.stderr)
+
+
+def tell_unread(command: str, config: RunConfig, args: Sequence[str]) -> None:
+    """Tell which of the flags given change nothing, as the run is otherwise set and its text is."""
+    names = names_of(args)
+    tell(command, unread(config, names, "--data.text-column" not in names or _may_have_columns(config.data)))
+
+
+def _may_have_columns(data: DataConfig) -> bool:
+    """Whether the text has columns; what is not there is told by whoever reads it."""
+    from lrt.data.prepare import has_columns
+
+    try:
+        return data.source.startswith(TASK) or has_columns(data)
+    except (ValueError, OSError):
+        return True
 
 
 def _pasted(args: Sequence[str]) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lrt.cli.parse import names_of, parse, tell
+from lrt.cli.parse import parse, tell_unread
 from lrt.config.run import DataConfig, RunConfig
-from lrt.config.unread import unread
 from lrt.utils.terminal import show
 
 
@@ -34,7 +33,7 @@ def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     args = [_in_full(arg) for arg in args]
     flags = parse(TokenizeFlags, args, "tokenize")
-    tell("tokenize", unread(RunConfig(data=flags.data), names_of(args)))
+    tell_unread("tokenize", RunConfig(data=flags.data), args)
 
     from lrt.data import TaskRows
     from lrt.training.logging import Live

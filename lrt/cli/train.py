@@ -11,12 +11,11 @@ from typing import Annotated
 
 import tyro
 
-from lrt.cli.parse import early_value, names_of, parse, tell
+from lrt.cli.parse import early_value, names_of, parse, tell_unread
 from lrt.cli.plan import planned
 from lrt.config.model import require
 from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig
-from lrt.config.unread import unread
 from lrt.schedule import Curriculum
 from lrt.utils.files import expand_home
 from lrt.utils.terminal import command_name, show
@@ -57,7 +56,7 @@ def main(args: list[str]) -> int:
     else:
         config = flags.config if origin else planned(flags.config, args)
         config, folder = _placed(config, flags.out, args)
-        tell("train", unread(config, names_of(args)))
+        tell_unread("train", config, args)
     return _train(config, folder, None if flags.or_resume else flags.resume is not None)
 
 

@@ -10,10 +10,14 @@ Rule = tuple[str, bool, str]
 """Fields of one part, whether they are looked at, and what says otherwise."""
 
 
-def unread(config: RunConfig, flags: Iterable[str]) -> list[str]:
-    """A sentence for each of the flags given (`--data.vocab-size`) that changes nothing in this configuration."""
+def unread(config: RunConfig, flags: Iterable[str], columns: bool = True) -> list[str]:
+    """A sentence for each of the flags given (`--data.vocab-size`) that changes nothing in this configuration.
+
+    columns: whether its text has columns, which its files tell.
+    """
     fields = {flag.removeprefix("--").replace("-", "_"): flag for flag in flags}
-    reasons = {name: why for names, is_read, why in _rules(config) if not is_read for name in names.split()}
+    rules = [("data.text_column", columns, "the source is plain text, without columns"), *_rules(config)]
+    reasons = {name: why for names, is_read, why in rules if not is_read for name in names.split()}
     return [f"{flag} changes nothing: {reasons[field]}" for field, flag in fields.items() if field in reasons]
 
 
@@ -31,6 +35,8 @@ def _of_data(config: RunConfig) -> Iterator[Rule]:
     yield "data.subset data.split", downloaded, "it is for datasets (hf:owner/name)"
     is_bpe = data.tokenizer.removesuffix(PAUSES) == "bpe" and not task
     yield "data.vocab_size", is_bpe, f"it is for data.tokenizer bpe, and that is {data.tokenizer}"
+    brought = data.tokenizer.removesuffix(PAUSES) not in ("bpe", "bytes")
+    yield "data.normalised", brought, f"data.tokenizer is {data.tokenizer}, which loses no text"
     yield "data.validation", data.validation_source is None, "data.validation_source is held out instead"
 
 

@@ -17,11 +17,12 @@ from lrt.data.manifest import Manifest
 from lrt.data.mixture import Mixture, Weighted, read_mixture
 from lrt.data.normalised import lost_text
 from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
-from lrt.data.sources import documents, require_apart, source_bytes, source_fingerprint
+from lrt.data.sources import documents, holds_rows, require_apart, source_bytes, source_fingerprint
 from lrt.data.synthetic import TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 from lrt.utils.files import expand_home
 from lrt.utils.new_folder import folder_aside, put_in_place, require_makable
+from lrt.utils.told_once import each_told_once
 
 logger = logging.getLogger(__name__)
 CHECKED = 3  # of what a preparation checks: data prepared with less is prepared again
@@ -61,7 +62,9 @@ class _Text:
         """The share that is held out, or the documents of another source."""
         d = self.data
         other = d.validation_source
-        return d.validation if other is None else documents(other, text_column=d.text_column, split=d.split)
+        if other is None:
+            return d.validation
+        return documents(other, text_column=d.text_column, subset=d.subset, split=d.split)
 
     def facts(self) -> list[object]:
         """What the splits depend on."""
@@ -94,16 +97,26 @@ class _Text:
 
 def data_fingerprint(data: DataConfig) -> str:
     """What tells that the text of a run is as it was: that of its source, or of several and the one it holds out."""
-    names = [part.name for part in read_mixture(data.source)]
-    names += [] if data.validation_source is None else [data.validation_source]
-    prints = [_fingerprint(data, name) for name in names]
+    prints = [_fingerprint(data, name) for name in _names(data)]
     return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
+
+
+def has_columns(data: DataConfig) -> bool:
+    """Whether rows with columns are read, in whose place a plain text has none. ValueError: a source is not there."""
+    return any(holds_rows(name) for name in _names(data))
+
+
+def _names(data: DataConfig) -> list[str]:
+    """The sources that are read, without their weights: to train on, and then to hold out."""
+    names = [part.name for part in read_mixture(data.source)]
+    return names if data.validation_source is None else [*names, data.validation_source]
 
 
 def _fingerprint(data: DataConfig, name: str) -> str:
     return source_fingerprint(name, text_column=data.text_column, subset=data.subset, split=data.split)
 
 
+@each_told_once("lrt.data.sources")
 def prepare(data: DataConfig, *, progress: ReportProgress | None = None, verify: str = "size") -> Prepared:
     """Make, or find again, the token shards of a source: in `data.folder/<readable name>-<key>/`.
 

@@ -94,6 +94,14 @@ def is_one_text(source: str) -> bool:
     return named and not is_packed(files[0]) and rows_of(files[0], None) is None
 
 
+def holds_rows(source: str) -> bool:
+    """Whether a source has rows with columns, in some of its files at least."""
+    return any(
+        one.startswith("hf:") or any(rows_of(file, None) is not None for file in _files(one)[0])
+        for one in listed(source)
+    )
+
+
 def _names(source: str) -> list[str]:
     """What tells a source's files apart, or the dataset."""
     return [source] if source.startswith("hf:") else [str(file.resolve()) for file in _files(source)[0]]

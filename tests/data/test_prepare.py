@@ -151,3 +151,27 @@ def test_a_bpe_that_the_text_does_not_fill_is_told(tmp_path, caplog):
     prepared = prepare(data)
     told = f"gives a BPE of {prepared.tokenizer.vocab_size} tokens, where data.vocab_size asks for 4096"
     assert prepared.tokenizer.vocab_size < 400 and told in caplog.text
+
+
+def test_a_bpe_reads_a_source_twice_and_warns_once(tmp_path, caplog):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for i in range(9):
+        (folder / f"{i}.txt").write_text(f"{i} {TEXT}" if i else "")
+    (folder / "x.bin").write_bytes(b"\0")
+    (folder / "half.jsonl").write_text('{"text": "\\ud800 half"}\n')
+    (folder / "away").symlink_to(elsewhere, target_is_directory=True)
+    run(folder, tmp_path, tokenizer="bpe")
+    said = [record.getMessage() for record in caplog.records if record.name == "lrt.data.sources"]
+    assert len(said) == len(set(said)) == 4, said
+    run(folder, tmp_path, tokenizer="bpe", vocab_size=301)  # another preparation tells it again
+    again = [record.getMessage() for record in caplog.records if record.name == "lrt.data.sources"]
+    assert again == said * 2
+
+
+def test_a_validation_source_has_the_subset_too(tmp_path, monkeypatch, source):
+    asked = []
+    monkeypatch.setattr("lrt.data.sources._dataset_rows", lambda *a: asked.append(a) or iter([{"text": "held out"}]))
+    run(source, tmp_path, validation_source="hf:a/b", subset="en", split="test")
+    assert asked == [("hf:a/b", "en", "test")]
