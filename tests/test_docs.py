@@ -7,6 +7,7 @@ import functools
 import inspect
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +198,21 @@ def test_prose_is_told_from_code_and_tables():
     assert found == ["One `a b c` two. Three [four five](x.md) et al. say.", "item one goes on", "item two"]
     assert [words(s) for s in sentences(found[0])] == [3, 6]
     assert words("a rise of +0.076, 0.4 and C = 10 bits") == 6
+
+
+def test_flags_and_figures_stay_whole_on_the_site():
+    made = runpy.run_path(str(ROOT / "tools" / "mkdocs_hooks.py"))["on_page_content"]
+    page = (
+        "<p>At C = 10: 2.0 ± 0.1, 50 %. <code>lrt train --data.source a-b</code> x - y</p><pre><code>--a</code></pre>"
+    )
+    whole = '<span class="whole">{}</span>'
+    assert made(page) == (
+        "<p>At C\u00a0=\u00a010: 2.0\u00a0±\u00a00.1, 50\u00a0%. <code>lrt train "
+        f"{whole.format('--data.source')} {whole.format('a-b')}</code> x - y</p><pre><code>--a</code></pre>"
+    )
+    long = f"<code>{'long-' * 20}</code>"
+    assert made(long) == long
+    assert ".whole" in (DOCS / "extra.css").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: pages link to files beside docs/, which the site does not hold."""
+"""What mkdocs is told beyond mkdocs.yml: links that leave docs/, and what stays on one line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from posixpath import normpath
 from typing import Any
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+BLOCK = re.compile(r"(<pre.*?</pre>|<(?:script|style|svg).*?</(?:script|style|svg)>)", re.S)
+CODE = re.compile(r"(<code>[^<]*</code>)")
+TEXT = re.compile(r"(?:^|(?<=>))[^<>]+")
+HYPHENED = re.compile(r"(?<![^\s>])[^\s<>]*-[^\s<>]*")
+LONGEST = 32
+"""Characters of code that a phone's line holds whole; longer words may break."""
+TOGETHER = re.compile(r"(?<=\d) (?=[%±])|(?<=±) (?=\d)|(?<=\b[A-Z]) (?==)|(?<=\b[A-Z] =) (?=\d)")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
@@ -22,3 +29,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         return f"{text} (`{name}` in the repository)" if text.strip("`") != name else f"`{name}`"
 
     return LINK.sub(shown, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Browsers break lines after hyphens, after a flag's `--` too: words of code and figures with signs stay whole."""
+    parts = BLOCK.split(html)
+    parts[::2] = [_unbroken(part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _unbroken(html: str) -> str:
+    parts = CODE.split(html)
+    parts[::2] = [TEXT.sub(lambda text: TOGETHER.sub("\u00a0", text[0]), part) for part in parts[::2]]
+    parts[1::2] = [HYPHENED.sub(_whole, part) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def _whole(word: re.Match[str]) -> str:
+    return f'<span class="whole">{word[0]}</span>' if len(word[0]) <= LONGEST else word[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import early_positional, early_value, names_of, parse
 from lrt.config.model import ModelConfig, require, require_at_least
-from lrt.config.recipes import RecipeName, recipe
+from lrt.config.recipes import RECIPES, RecipeName, recipe
 from lrt.utils.files import expand_home
 from lrt.utils.score_names import unit
 from lrt.utils.terminal import show
@@ -71,7 +72,10 @@ def main(args: list[str]) -> int:
 def _checkpoint_of(run: str) -> Checkpoint:
     from lrt.training.checkpoint import open_checkpoint
 
-    return open_checkpoint(expand_home(run), verify=False)
+    folder = expand_home(run)
+    named = difflib.get_close_matches(run, RECIPES, 1) if not folder.exists() else []
+    require(not named, f"{run} does not exist; of a recipe say lrt info --recipe {''.join(named)}")
+    return open_checkpoint(folder, verify=False)
 
 
 def _trained(run_checkpoint: Checkpoint) -> list[str]:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         return _run("lrt", lambda: _print(f"lrt {importlib.import_module('lrt').__version__}"), show_traceback)
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = difflib.get_close_matches(name, (*COMMANDS, "--help", "--version"), 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         return _fail("lrt", f"unknown command {name!r}; {hint}")
     if not _has_folder():

@@ -40,6 +40,14 @@ ERRORS = {
     r"no type matching .* could be instantiated from \[(.*)\]": r"\1 is \2; give a number",
 }
 """How Python and tyro say that a text is no number or path, and how it is said here."""
+SAID_OTHERWISE = {
+    r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)": r"\2 is \1; choose one of \3",
+    r"Missing value for argument '(.*)'\. Expected 1 values": r"\1 is without a value; give one after it",
+}
+"""More of tyro's sentences, and ours."""
+UNKNOWN = "Unrecognized options: "
+STRAY: dict[str, str] = dict.fromkeys(("train", "tokenize"), "a text is given as --data.source {}")
+"""What a word without a flag may have been meant as, by the command."""
 MISSING = re.compile(r"((?:--[\w.-]+ )?[A-Z]+|\{[\w,]+\}) (.+?) ?\(required\)")
 """What tyro says of an argument that has to be given."""
 BOX_CORNERS = ("╭", " --")
@@ -71,7 +79,7 @@ def parse(flags: type[T], args: Sequence[str], command: str, **options: Any) -> 
     except SystemExit as end:
         if not end.code:
             raise
-        message = _pasted(args) or _first_line(message_box.getvalue())
+        message = _pasted(args) or _unknown(_first_line(message_box.getvalue()), command)
         raise ValueError(f"{message}; see lrt {command} --help") from None
     checked = _checked(parsed, "")
     tell(command, [f"{flag} is given more than once; the last one counts" for flag in _given_twice(args)])
@@ -108,6 +116,18 @@ def _pasted(args: Sequence[str]) -> str:
         if QUOTED.search(arg):
             return f"{arg} has typographic quotation marks; write plain ones, or none"
     return ""
+
+
+def _unknown(message: str, command: str) -> str:
+    """tyro's list of what it does not know, as the flags alone, or as the words that belong to none."""
+    if not message.startswith(UNKNOWN):
+        return message
+    names, semicolon, near = message.removeprefix(UNKNOWN).partition("; did you mean ")
+    unknown = names.split(", ")
+    if flags := [name for name in unknown if name.startswith("-")]:
+        return f"unknown flag{'s' * (len(flags) > 1)} {', '.join(flags)}{semicolon}{near}"
+    meant = STRAY.get(command, "the command takes no more words").format(unknown[0])
+    return f"{', '.join(unknown)}: {meant}"
 
 
 def _given_twice(args: Sequence[str]) -> list[str]:
@@ -193,6 +213,8 @@ def _first_line(box: str) -> str:
         return "; ".join(f"{name} is missing: {what.rstrip('.')}" for name, what in missing)
     for form, plain_words in ERRORS.items():
         message = re.sub(rf"Error parsing (\S+|\[.*\]): {form}", plain_words, message)
+    for form, plain_words in SAID_OTHERWISE.items():
+        message = re.sub(form, plain_words, message)
     near = [part[1].split()[0] for part in parts if len(part) > 1 and part[0].startswith("Perhaps you meant")]
     return message + (f"; did you mean {near[0]}?" if near else "")
 

@@ -13,6 +13,7 @@ A run folder holds
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import os
 import re
@@ -203,7 +204,8 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         near = _near(folder)
-        raise ValueError(f"{folder} is not a folder; {near}give the folder of a run or of one of its checkpoints")
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}; {near}give the folder of a run or of one of its checkpoints")
     if not (folder / META).exists():
         saved = checkpoints(folder)
         if not saved:
@@ -221,9 +223,13 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
 
 
 def _near(folder: Path) -> str:
-    """Where a folder of that name lies instead, as the middle of a message: in runs/, where training puts it."""
+    """Where a folder of about that name lies instead, as the middle of a message: in runs/, or spelled otherwise."""
     beside = "runs" / folder
-    return f"did you mean {beside}? Else " if not folder.is_absolute() and beside.is_dir() else ""
+    if folder.is_absolute() or not beside.is_dir():
+        spelled = [p.name for p in folder.parent.glob("*") if p.is_dir()]
+        close = difflib.get_close_matches(folder.name, spelled, 1)
+        beside = folder.parent / close[0] if close else folder
+    return f"did you mean {beside}? Else " if beside != folder else ""
 
 
 def _instead(folder: Path) -> str:
@@ -231,7 +237,7 @@ def _instead(folder: Path) -> str:
     if NAME.fullmatch(folder.name):
         return f"lacks {META}; restore it, or use another checkpoint"
     below = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.is_dir() and checkpoints(p)]
-    runs = sorted(str(p.relative_to(folder)) for p in below)
+    runs = sorted(map(str, below))
     if not runs:
         return "holds no checkpoint; train first, or give the folder of a run"
     return f"holds the run{'s' * (len(runs) > 1)} {', '.join(runs[:8])}{', ...' * (len(runs) > 8)}; choose one"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from lrt.config.model import require
 from lrt.utils.files import parse_json, printable, to_json
@@ -86,8 +87,10 @@ class Live:
 
     def __init__(self, samples: bool = True):
         self.console, self.samples = Console(stderr=True, highlight=False), samples
-        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[note]}"))
-        self.bar = Progress(*columns, console=self.console, transient=True)
+        # The note takes what the line has left, and is cut at its end; name and bar stay whole.
+        note = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+        columns = (TextColumn("{task.description}"), BarColumn(20 if self.console.width > 100 else 8), note)
+        self.bar = Progress(*columns, console=self.console, transient=True, expand=True)
         self.tasks: dict[str, tuple[str, TaskID]] = {}
         """By run: what is going on, and its bar."""
         self.last: dict[str, float] = {}
@@ -159,10 +162,11 @@ def _prepared(e: Event) -> Bar:
 
 
 def _trained(e: Event) -> Bar:
+    """What a reader looks for first stands first: a narrow terminal cuts the end."""
     passes = " ".join(f"{x:.3f}" for x in e["per_pass"][:6]) + (" ..." if len(e["per_pass"]) > 6 else "")
     note = (
-        f"step {e['step']:,}/{e['steps']:,}  loss {e['loss']:.3f} (passes {passes})  "
-        f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  {_duration(e['seconds_left'])} left"
+        f"step {e['step']:,}/{e['steps']:,}  {_duration(e['seconds_left'])} left  loss {e['loss']:.3f}  "
+        f"{e['tokens_per_second']:,.0f} tok/s  MFU {e['mfu']:.0%}  passes {passes}"
     )
     return Bar("train", e["step"], e["steps"], note)
 
@@ -174,8 +178,8 @@ def _duration(seconds: float) -> str:
 
 def _queue(e: Event) -> Bar:
     parts = [f"{e['done']} of {e['total']} done"]
-    parts += [f"next {', '.join(e['waiting'][:4])}{', ...' * (len(e['waiting']) > 4)}"] if e["waiting"] else []
     parts += [f"about {_duration(e['seconds_left'])} of training left"] if e["seconds_left"] is not None else []
+    parts += [f"next {', '.join(e['waiting'][:4])}{', ...' * (len(e['waiting']) > 4)}"] if e["waiting"] else []
     return Bar("all runs", e["done"], e["total"], "; ".join(parts))
 
 

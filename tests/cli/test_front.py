@@ -145,10 +145,40 @@ def test_a_folder_that_is_no_run_leads_to_those_it_holds(random_run: Path, tmp_p
     monkeypatch.chdir(tmp_path)
     shutil.copytree(random_run, "runs/demo/lrt")
     for command in ("info", "eval", "sample", "chat", "serve", "analyze"):
-        assert "runs/demo holds the run lrt; choose one" in failure(capsys, [command, "runs/demo"])
-    assert "runs holds the run demo/lrt; choose one" in failure(capsys, ["chat", "runs"])
+        assert "runs/demo holds the run runs/demo/lrt; choose one" in failure(capsys, [command, "runs/demo"])
+    assert "runs holds the run runs/demo/lrt; choose one" in failure(capsys, ["chat", "runs"])
     assert "did you mean runs/demo/lrt?" in failure(capsys, ["chat", "demo/lrt"])
+    assert "did you mean runs/demo/lrt?" in failure(capsys, ["chat", "runs/demo/ltr"])
+    assert failure(capsys, ["chat", "nothing"]).startswith("lrt chat: nothing does not exist; give")
     assert "did you mean" not in failure(capsys, ["chat", "nothing"])
+
+
+SLIPS = [
+    ("train book.txt", "book.txt: a text is given as --data.source book.txt"),
+    ("train --data.sorce book.txt", "unknown flag --data.sorce; did you mean --data.source?"),
+    ("tokenize book.txt out", "book.txt, out: a text is given as --data.source book.txt"),
+    ("demo now", "now: the command takes no more words"),
+    ("demo --fast --quiet", "unknown flags --fast, --quiet"),
+    ("completion fihs", "shell is 'fihs'; choose one of 'bash', 'zsh', 'fish'"),
+    ("train --data.source", "--data.source is without a value"),
+    ("info cpu_dem", "cpu_dem does not exist; of a recipe say lrt info --recipe cpu_demo"),
+    ("--hlep", "did you mean --help?"),
+    (r"chat C:\models\books", r"C:\models\books does not exist"),
+]
+
+
+@pytest.mark.parametrize(("command", "answer"), SLIPS, ids=[command for command, _ in SLIPS])
+def test_slips_of_the_first_minute_are_answered_by_what_was_meant(command, answer, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("a book", encoding="utf-8")
+    assert answer in failure(capsys, command.split())
+
+
+def test_a_run_in_a_folder_whose_name_has_spaces(random_run: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(random_run, "my runs/a b")
+    assert printed(capsys, ["info", "my runs/a b"]).startswith("trained 1 steps")
+    assert "my runs holds the run my runs/a b; choose one" in failure(capsys, ["info", "my runs"])
 
 
 # The shells' completion.

@@ -186,6 +186,25 @@ def test_one_bar_at_a_time_per_run():
     live.bar.stop()
 
 
+def test_on_a_narrow_screen_the_time_left_of_every_run_is_seen(monkeypatch):
+    """At 80 columns names and times stand in full; what is cut is the end."""
+    monkeypatch.setenv("COLUMNS", "80")
+    live = Live()
+    live.console = live.bar.live.console = Console(file=io.StringIO(), force_terminal=True)
+    paper = {"step": 1330, "steps": 1518, "seconds_left": 435, "per_pass": [3.1, 3.1, 3.1], "loss": 3.1, "mfu": 0.01}
+    for name in ("plain", "paper"):
+        live.show(TRAINED | paper | {"tokens_per_second": 1027}, name)
+    live.show({"kind": "queue", "done": 0, "total": 4, "waiting": ["lrt", "plain"], "seconds_left": 1220}, "")
+    live.bar.stop()
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(live.bar.get_renderable())
+    *runs, queue = screen.getvalue().splitlines()
+    assert [len(line) for line in (*runs, queue)] == [80, 80, 80]
+    for name, line in zip(("plain", "paper"), runs, strict=True):
+        assert line.startswith(f"{name}: train ") and "step 1,330/1,518  07:15 left  loss 3.100" in line
+    assert queue.startswith("all runs ") and "0 of 4 done; about 20:20 of training left" in queue
+
+
 def test_the_data_bar_ends_at_its_end(tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"\xef\xbb\xbf" + "é a small text\n".encode() * 3000)  # the mark is no text: totals are estimates
