@@ -20,7 +20,7 @@ SCHEDULES = ("parallel", "sequential", "interleaved-2", "interleaved-4", "refine
 TOKENS = ("It", "was", "the", "best")
 BLOCKS, SOURCE = 4, 3
 GREY, DARK, MEMORY, SOURCE_FILL = "#d7dae0", "#4b5563", "#d9822b", "#f3d3b0"
-WIDE, HIGH, STEP, FLOOR = 1.15, 0.62, 2.3, 0.95
+WIDE, HIGH, STEP, FLOOR = 1.32, 0.62, 2.3, 0.95
 """Sizes in the drawing's own units: a block, and the distances between columns and blocks."""
 
 
@@ -67,22 +67,23 @@ def memory(axes: Axes, number: int) -> None:
 
 def idea() -> Figure:
     """Four tokens side by side; the source block's state goes one token to the right."""
-    figure = Figure(figsize=(7.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.subplots()
     for number, token in enumerate(TOKENS):
         column(axes, number, token)
         if number + 1 < len(TOKENS):
             memory(axes, number)
     top = bottom_of(BLOCKS + 1) + HIGH
-    axes.set(xlim=(-0.3, left_of(len(TOKENS) - 1) + WIDE + 0.3), ylim=(-0.95, top + 0.25), aspect="equal")
+    axes.set(xlim=(-0.3, left_of(len(TOKENS) - 1) + WIDE + 0.3), ylim=(-1.75, top + 0.25), aspect="equal")
     axes.axis("off")
     axes.text(
         0,
-        -0.45,
-        "orange: the memory, one vector; it leaves block 3 and enters all blocks of the next token",
-        fontsize=9.5,
+        -0.3,
+        "orange: the memory, one vector; it leaves block 3\nand enters all blocks of the next token",
+        fontsize=10,
+        va="top",
     )
-    axes.text(0, -0.85, "not drawn: attention, as in every transformer", fontsize=9.5, color=DARK)
+    axes.text(0, -1.25, "not drawn: attention, as in every transformer", fontsize=10, va="top", color=DARK)
     return figure
 
 

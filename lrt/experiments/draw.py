@@ -97,14 +97,15 @@ def picture(schedule: Schedule, length: int) -> Figure:
     passes = schedule.passes(length)
     shown, signs = passes[:MOST], list(COLOURS)
     cells = [[signs.index(mark(p, t)) for t in range(length)] for p in shown]
-    side = min(0.26, 14 / length)  # of a cell, in inches
-    figure = Figure(figsize=(2.9 + side * max(length, 16), 1.9 + 0.26 * len(shown)), layout="constrained")
+    side = min(0.22, 14 / length)  # of a cell, in inches
+    figure = Figure(figsize=(2.0 + side * max(length, 16), 1.9 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
     colours = ListedColormap([COLOURS[sign] for sign in signs])
     axes.pcolormesh(cells, cmap=colours, vmin=-0.5, vmax=len(signs) - 0.5, edgecolors="white", linewidth=6 * side)
     axes.plot([0.05, exact_prefix(passes, length) - 0.05], [len(shown) + 0.3] * 2, color=PREFIX, linewidth=3)
     axes.set(xlim=(0, length), ylim=(len(shown) + 0.6, 0))
-    axes.set_title(f"{schedule} over {length} positions\n{figures(schedule, length)}", fontsize=10, loc="left")
+    title = f"{schedule} over {length} positions\n{figures(schedule, length)}"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=9.5)
     _label(axes, [_named(i, p, early) for i, (p, early) in enumerate(zip(shown, memory_only(passes), strict=False))])
     _legend(figure, {mark(p, p.positions[0]) for p in passes}, len(passes) - len(shown))
     return figure
@@ -118,8 +119,8 @@ def _label(axes: Axes, rows: list[str]) -> None:
     """Positions above, passes beside; no frame."""
     length = int(axes.get_xlim()[1])
     every = 1 if length <= 32 else 8 if length <= 128 else 32
-    axes.set_xticks([t + 0.5 for t in range(0, length, every)], [str(t) for t in range(0, length, every)], fontsize=8)
-    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=9)
+    axes.set_xticks([t + 0.5 for t in range(0, length, every)], [str(t) for t in range(0, length, every)], fontsize=8.5)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=9.5)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -132,4 +133,4 @@ def _legend(figure: Figure, used: set[str], left_out: int) -> None:
     handles: list[Patch | Line2D] = [Patch(color=COLOURS[sign], label=LEGEND[sign]) for sign in LEGEND if sign in used]
     handles.append(Line2D([], [], color=PREFIX, linewidth=3, label="exact prefix"))
     title = f"and {left_out} more passes" if left_out else None
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8, frameon=False, title=title)
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9, frameon=False, title=title)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from test_serve_page import browser, choose, context, opened, page, pytestmark, say, server
 
@@ -97,3 +99,41 @@ def test_values_of_settings_are_ink_and_the_map_has_a_legend(page):
     left, right = page.evaluate("""() => { const pen = document.querySelector('#shade').getContext('2d');
       return [0, 111].map(x => [...pen.getImageData(x, 5, 1, 1).data].join()); }""")
     assert left != right
+
+
+def test_a_screen_reader_finds_names_roles_and_lists(page):
+    """In every view, with an answer in it: controls have names, names have roles, items of lists stand in lists."""
+    choose(page, temperature="0", max_tokens="6")
+    page.get_by_role("button", name="Continue", exact=True).click()
+    page.get_by_role("button", name="Inspect this text").wait_for()
+    page.get_by_role("tab", name="Chat").click()
+    say(page, "def f(x): 🙂", 2)
+    assert page.get_by_role("log", name="Conversation").get_by_role("listitem").count() == 2
+    wrong = """() => {
+      const labelled = (e) => e.ariaLabel || e.textContent.trim() || e.labels?.length;
+      const bad = [...document.querySelectorAll('button, input, textarea, summary, a')].filter(e => !labelled(e));
+      const native = 'button, input, textarea, section, form, nav, canvas';
+      bad.push(...[...document.querySelectorAll('[aria-label]')].filter(e => !e.role && !e.matches(native)));
+      bad.push(...[...document.querySelectorAll('li')].filter(e => e.parentElement.role));
+      return bad.map(e => e.outerHTML.slice(0, 80)); }"""
+    assert page.evaluate(wrong) == []
+
+
+ROW = 20
+"""Pixels by which the lower edges of what stands in one row differ."""
+
+
+def test_every_view_is_walked_by_the_keyboard_from_top_to_bottom(page):
+    """On a phone's one column Tab visits what is seen from above to below, and arrows change the view."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.get_by_role("tab", name="Write").focus()
+    for view in ("write", "chat", "inspect"):
+        assert page.evaluate("document.activeElement.id") == f"tab-{view}"
+        tops = []
+        while not tops or page.evaluate("document.activeElement.tagName") not in ("A", "BODY"):
+            page.keyboard.press("Tab")
+            tops.append(page.evaluate("document.activeElement.getBoundingClientRect().bottom + scrollY"))
+        assert len(tops) > 3, view
+        assert all(below > above - ROW for above, below in pairwise(tops)), (view, tops)
+        page.locator(f"#tab-{view}").focus()
+        page.keyboard.press("ArrowRight")
