@@ -50,6 +50,16 @@ def no_grad_pass(positions: range) -> Pass:
 Passes = tuple[Pass, ...]
 
 
+def columns(positions: range) -> slice:
+    """`positions`, start:stop:step, as an index of a tensor's axis."""
+    return slice(positions.start, positions.stop, positions.step)
+
+
+def memory_in_loss(passes: Sequence[Pass]) -> bool:
+    """Whether some pass with loss reads what an earlier pass wrote: then memory parameters have a gradient."""
+    return any(p.weight > 0 and p.positions[-1] > 0 for p in passes[1:])
+
+
 def check(passes: Iterable[Pass]) -> None:
     """Raise ValueError for a pass whose earlier keys were never written, neither before it nor by itself."""
     front = 0  # every position below it has been written: a valid pass leaves no hole behind it

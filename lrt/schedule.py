@@ -19,6 +19,7 @@ from lrt.passes import (
     exact_prefix,
     intersect,
     memory_only,
+    no_grad_pass,
     rewriting,
     subtract,
     token_forwards,
@@ -168,7 +169,7 @@ class Schedule:
         full = range(length)
         slices = _slices(self.kind, self.size.low if self.size else 0, length)
         sweeps = self.settle.low + (self.size.low if self.size and self.kind in _SWEPT else 0)
-        settling = [Pass(full, weight=0.0, grad=False) for _ in range(sweeps)]
+        settling = [no_grad_pass(full)] * sweeps
         weights = list(self.weights) or ([0.0, 1.0] if self.kind == "hop" else [1.0])
         if len(weights) > len(slices):
             raise ValueError(
@@ -177,7 +178,7 @@ class Schedule:
         weights += [weights[-1]] * (len(slices) - len(weights))
         passes = (
             *settling,
-            *(Pass(positions, w, True, self.detach) for positions, w in zip(slices, weights, strict=True)),
+            *(Pass(positions, weight=w, detach=self.detach) for positions, w in zip(slices, weights, strict=True)),
         )
         check(passes)
         return passes

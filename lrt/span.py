@@ -30,40 +30,40 @@ class Span:
     """Adaptive sizes: the most that they may be in the mean over the steps so far; none means no limit but `high`."""
 
     @staticmethod
-    def parse(text: str, least: int, what: str, most: int = MOST_SIZES) -> Span:
-        """Read `4` or `1..3`, at least `least` and at most `most`; `what` names it in errors."""
+    def parse(text: str, least: int, label: str, most: int = MOST_SIZES) -> Span:
+        """Read `4` or `1..3`, at least `least` and at most `most`; `label` names it in errors."""
         match = re.fullmatch(r"([0-9]{1,100})(?:\.\.([0-9]{1,100}))?", text)
         if not match:
-            raise ValueError(f"{what} {text!r} is not a number or a range such as 1..3")
+            raise ValueError(f"{label} {text!r} is not a number or a range such as 1..3")
         span = Span(int(match[1]), int(match[2] or match[1]))
         if not least <= span.low <= span.high:
-            raise ValueError(f"{what} {text!r} must rise from at least {least}")
+            raise ValueError(f"{label} {text!r} must rise from at least {least}")
         if span.high > most or span.high - span.low >= MOST_SIZES:
-            raise ValueError(f"{what} is too large: it may be at most {most:,}, a range at most {MOST_SIZES:,} sizes")
+            raise ValueError(f"{label} is too large: it may be at most {most:,}, a range at most {MOST_SIZES:,} sizes")
         return span
 
-    def with_option(self, key: str, text: str, what: str) -> Span:
-        """The same range with one of SPAN_OPTIONS, as text."""
+    def with_option(self, key: str, text: str, label: str) -> Span:
+        """The same range with one of SPAN_OPTIONS, read from `text`; `label` names the schedule in errors."""
         if self.fixed:
-            raise ValueError(f"{what}: {key}={text} belongs to a range such as 1..3, not to the fixed size {self.low}")
+            raise ValueError(f"{label}: {key}={text} belongs to a range such as 1..3, not to the fixed size {self.low}")
         if key == "p":
-            return self._weighted(text, what)
+            return self._weighted(text, label)
         number = numbers(text)
         if key == "tolerance" and not self.p and len(number) == 1 and number[0] > 0:
             return replace(self, tolerance=number[0])
         if key == "budget" and self.tolerance and len(number) == 1 and self.low <= number[0] <= self.high:
             return replace(self, budget=number[0])
         raise ValueError(
-            f"{what}: {key}={text} is not understood; give a tolerance above 0, then perhaps a budget in the range: "
+            f"{label}: {key}={text} is not understood; give a tolerance above 0, then perhaps a budget in the range: "
             f"{self.low}..{self.high}:tolerance=0.1:budget={(self.low + self.high) / 2:g}"
         )
 
-    def _weighted(self, text: str, what: str) -> Span:
+    def _weighted(self, text: str, label: str) -> Span:
         p, count = numbers(text), self.high - self.low + 1
         if len(p) != count or abs(sum(p) - 1) > 1e-9 or not (p[0] and p[-1]) or self.tolerance:
             raise ValueError(
-                f"{what}: p={text} must give each of the {count} sizes {self.low}..{self.high} a probability; they add "
-                f"up to 1, the ends are above 0, nothing adapts: settled-1..3:p=0.8/0.1/0.1"
+                f"{label}: p={text} must give each of the {count} sizes {self.low}..{self.high} a probability; they "
+                f"add up to 1, the ends are above 0, nothing adapts: settled-1..3:p=0.8/0.1/0.1"
             )
         return replace(self, p=p)
 

@@ -41,7 +41,10 @@ FOREIGN = {
     "lrt.integrations.hf.fold.weighed": "as torch's scaled_dot_product_attention",
 }
 """Functions whose arguments others have laid down."""
-SAY_NOTHING = {"found", "given", "said", "here", "at", "law", "told", "asked", "it", "thing", "stuff", "tmp", "foo"}
+SAY_NOTHING = {
+    "found", "given", "said", "here", "at", "law", "told", "asked", "it", "thing", "stuff", "tmp", "foo",
+    "what", "whole",
+}  # fmt: skip
 """Names that do not say what a variable holds."""
 
 

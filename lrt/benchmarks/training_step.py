@@ -58,7 +58,7 @@ def shape(settings: StepBenchmark) -> tuple[ModelConfig, int]:
 
 
 class SteppedModel:
-    """A model under test: one training step of one schedule on random tokens, as `train.Session.step` does it."""
+    """A model under test: training steps of one schedule on random tokens, as `lrt.training.session` takes them."""
 
     def __init__(self, settings: StepBenchmark, name: str):
         config, length = shape(settings)
@@ -227,8 +227,8 @@ def _peak(settings: StepBenchmark, name: str) -> tuple[int, int]:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as a table for people."""
-    what = "depth {depth}, width {width}, vocabulary {vocab_size}, batch {batch} x {length}, {device} {dtype}"
-    out = [what.format(**result) + f", {result['threads']} threads{', compiled' if result['compile'] else ''}"]
+    setting = "depth {depth}, width {width}, vocabulary {vocab_size}, batch {batch} x {length}, {device} {dtype}"
+    out = [setting.format(**result) + f", {result['threads']} threads{', compiled' if result['compile'] else ''}"]
     out.append(
         f"{'schedule':<16}{'fwd+bwd ms':>11}{'ratio':>7}{'/ideal':>8}{'step ms':>10}{'ratio':>7}"
         f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}"

@@ -210,7 +210,7 @@ def _first_line(box: str) -> str:
             parts[-1].append(line)
     message = re.sub(r"^Error parsing [\w.]+: (?=\w+(\.\w+)+ )", "", " ".join(parts[0]).strip().rstrip("."))
     if missing := MISSING.findall(message):
-        return "; ".join(f"{name} is missing: {what.rstrip('.')}" for name, what in missing)
+        return "; ".join(f"{name} is missing: {about.rstrip('.')}" for name, about in missing)
     for form, plain_words in ERRORS.items():
         message = re.sub(rf"Error parsing (\S+|\[.*\]): {form}", plain_words, message)
     for form, plain_words in SAID_OTHERWISE.items():

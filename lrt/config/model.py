@@ -1,4 +1,4 @@
-"""What a model is, and how it computes: frozen dataclasses with validation. A whole run is in `config.py`."""
+"""What a model is, and how it computes: frozen dataclasses with validation. A whole run is in `run.py`."""
 
 from __future__ import annotations
 
@@ -263,13 +263,7 @@ class ModelConfig:
         """Refuse what no machine can hold, before anything of that size is computed with."""
         back = self.backbone
         inside = {"backbone.head_width": back.head_width, "backbone.mlp_width": back.mlp_width}
-        sizes = {
-            "depth": self.depth,
-            "loops": self.loops,
-            "heads": self.heads,
-            "width": self.width,
-            "window": self.window,
-        }
+        sizes = {"depth": self.depth, "loops": self.loops, "heads": self.heads, "width": self.width}
         sizes |= {"window": self.window, "context": self.context, "vocab_size": self.vocab_size} | inside
         for name, size in sizes.items():
             most = MOST_BLOCKS if name in ("depth", "loops") else MOST
@@ -331,7 +325,7 @@ class ModelConfig:
     def blocks_run(self, *, top: bool = True, again: bool = False) -> range:
         """Blocks that a pass runs, from 0, loops counted: to the top or to the source block.
 
-        `again`: the pass stands where others have been, and takes from them what no memory reaches.
+        `again`: earlier passes have been at all its positions, so that blocks below the memory need not run again.
         """
         return range(self.blocks_below if again else 0, self.layers if top else self.source)
 

@@ -13,6 +13,7 @@ from lrt.config.decoding import CALLED, NEXT
 from lrt.data.chat_template import ChatTemplate, chat_template_of
 from lrt.data.dialogue import Dialogue, Document, in_turns, plain_pieces
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.sequences import common_beginning
 
 NEAR_END = 4
 """Tokens of an answer among which the one that ends it is looked for: some templates write a line break after it."""
@@ -69,8 +70,8 @@ class DocumentEncoder:
             answer = i in dialogue.learned
             if piece == NEXT and not due:
                 break
-            ended = {NEXT: end, CALLED: called}
-            same = max((_common(tokens, e) for mark, e in ended.items() if due and piece.startswith(mark)), default=0)
+            marks = [ids for mark, ids in ((NEXT, end), (CALLED, called)) if due and piece.startswith(mark)]
+            same = max((common_beginning(tokens, mark) for mark in marks), default=0)
             ids += tokens
             learned += [answer or k < same for k in range(len(tokens))]
             due = answer
@@ -101,9 +102,3 @@ def _answer(template: ChatTemplate, dialogue: Dialogue, i: int, text: str) -> tu
     until, _ = template.render(dialogue.messages[: i + 1], dialogue.tools, add_generation_prompt=False)
     fits = text.startswith(before) and text.startswith(until) and len(before) < len(until)
     return (len(before), len(until)) if fits else None
-
-
-def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    pairs = enumerate(zip(tokens, others, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(others)))

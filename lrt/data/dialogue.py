@@ -152,9 +152,9 @@ def listed_in(value: Any) -> list[Any] | None:
 def _messages(cell: Any, name: str, place: str) -> list[Any]:
     listed = listed_in(cell)
     if listed is None:
-        what = "text that is no JSON list" if isinstance(cell, str) else f"a {type(cell).__name__}"
+        content = "text that is no JSON list" if isinstance(cell, str) else f"a {type(cell).__name__}"
         raise ValueError(
-            f'{place}: column {name!r} holds {what}: write messages as [{{"role": "user", "content": "..."}}, ...], '
+            f'{place}: column {name!r} holds {content}: write messages as [{{"role": "user", "content": "..."}}, ...], '
             "or name the text's column as text_column"
         )
     return listed

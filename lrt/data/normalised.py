@@ -5,6 +5,7 @@ from typing import final
 
 from lrt.data.dialogue import Document, content_text
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.sequences import common_beginning
 
 AROUND = 20
 """Characters shown around the first difference."""
@@ -25,11 +26,11 @@ class Spelling:
     example: tuple[str, str] = ("", "")
     """Around the first difference, the text and what comes back."""
 
-    def add(self, doc: str, ids: list[int], whole: bool = False) -> int:
+    def add(self, doc: str, ids: list[int], *, is_document: bool = False) -> int:
         """Compare a text with its ids; returns the bytes that these stand for.
 
-        whole: it is a document. Where the tokenizer puts a space in front of documents, one that begins with a space
-        loses that.
+        is_document: the text is a document, not a part of one. Where the tokenizer puts a space in front of documents,
+            one that begins with a space loses that.
         """
         size = len(doc.encode())
         self.documents, self.bytes = self.documents + 1, self.bytes + size
@@ -38,7 +39,7 @@ class Spelling:
             return size
         back, front = self.tokenizer.decode_bytes(ids), b" " if self.tokenizer.space_in_front and doc else b""
         self.spelled += len(back)
-        if back != front + doc.encode() and (whole or back != doc.encode()):
+        if back != front + doc.encode() and (is_document or back != doc.encode()):
             if not self.changed:
                 self.example = _difference(doc, back.removeprefix(front).decode("utf-8", errors="replace"))
             self.changed += 1
@@ -47,7 +48,7 @@ class Spelling:
     def add_document(self, doc: Document, ids: list[int]) -> None:
         """Compare a document with its ids; of a dialogue what its messages say, each by itself."""
         if isinstance(doc, str):
-            self.add(doc, ids, whole=True)
+            self.add(doc, ids, is_document=True)
             return
         for message in doc.messages:
             self.add(content_text(message), self.tokenizer.encode(content_text(message)))
@@ -80,6 +81,6 @@ def lost_text(lost: str) -> str:
 
 def _difference(had: str, back: str) -> tuple[str, str]:
     """Both around the first place where they differ."""
-    same = next((i for i, (a, b) in enumerate(zip(had, back, strict=False)) if a != b), min(len(had), len(back)))
+    same = common_beginning(had, back)
     around = slice(max(0, same - AROUND // 2), same + AROUND)
     return had[around], back[around]

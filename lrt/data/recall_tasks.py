@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from lrt.data.state_tasks import Ids, Pair
 from lrt.model.shapes import IGNORE
 
-Ids = np.ndarray
-Pair = tuple[Ids, Ids]
-"""Tokens and targets, int64 [B, T] each."""
 POWER = 0.01
 """Exponent a of the gaps between a key and its query in `mqar`: gap g has a probability proportional to g^(a - 1)."""
 

@@ -88,10 +88,6 @@ def swaps(random: np.random.Generator, rows: int, length: int) -> Pair:
 # --- tasks that ask once, at the end of a string -------------------------------------------------------------------
 
 
-def _parities(random: np.random.Generator, rows: int, length: int) -> Pair:
-    return parity(random, rows, length)
-
-
 def _pairs(random: np.random.Generator, rows: int, length: int) -> Pair:
     """Whether `01` and `10` together occur an even number of times: 0 if so, that is if both ends are equal."""
     bits = random.integers(0, 2, (rows, length))
@@ -133,7 +129,7 @@ def asked_once(
     return draw
 
 
-def whole_strings(
+def full_strings(
     running: Callable[[np.random.Generator, int, int], Pair], odd: bool = False
 ) -> Callable[[np.random.Generator, int, int], Pair]:
     """The same, all strings T - 1 symbols long: how a length is tested."""
@@ -156,7 +152,7 @@ def _closed(strings: Pair, sizes: Ids, odd: bool) -> Pair:
 
 
 STRINGS: dict[str, tuple[Callable[[np.random.Generator, int, int], Pair], bool]] = {
-    "parity_check": (_parities, False),
+    "parity_check": (parity, False),
     "even_pairs": (_pairs, False),
     "cycle_navigation": (_positions, False),
     "modular_arithmetic": (_values, True),

@@ -18,7 +18,7 @@ from lrt.config.run import TASK
 from lrt.data.loader import Batch, Batches, Loader, RowSource
 from lrt.data.mixture import MixedLoader, Mixture
 from lrt.data.recall_tasks import copying, induction, mapping, mqar, pointers, recall
-from lrt.data.state_tasks import STRINGS, Ids, Pair, asked_once, parity, sums, swaps, whole_strings, word_problem
+from lrt.data.state_tasks import STRINGS, Ids, Pair, asked_once, full_strings, parity, sums, swaps, word_problem
 from lrt.data.tokenizer import ByteTokenizer
 
 BOS_ID = 256
@@ -33,7 +33,7 @@ class TaskKind:
     draw: Callable[..., Pair]
     numbers: tuple[int, ...] = ()
     """Defaults of the numbers that a name may end in, as in `mqar-8-8192`."""
-    whole: Callable[..., Pair] | None = None
+    full: Callable[..., Pair] | None = None
     """Rows whose strings fill them, where `draw` makes strings of all lengths up to that."""
     has_vocabulary: bool = False
     """Whether the last number is how many symbols there are; otherwise they are bytes."""
@@ -42,7 +42,7 @@ class TaskKind:
 TASKS: dict[str, TaskKind] = {
     **{f.__name__: TaskKind(f) for f in (parity, sums, swaps, recall, copying, mapping)},
     **{group: TaskKind(word_problem(group)) for group in ("s5", "a5", "a4z5", "z60")},
-    **{name: TaskKind(asked_once(*kind), whole=whole_strings(*kind)) for name, kind in STRINGS.items()},
+    **{name: TaskKind(asked_once(*kind), full=full_strings(*kind)) for name, kind in STRINGS.items()},
     "mqar": TaskKind(mqar, (8, 8192), has_vocabulary=True),
     "pointers": TaskKind(pointers, (2,)),
     "induction": TaskKind(induction, (2,)),
@@ -85,13 +85,13 @@ class TaskRows:
         kind, numbers = task_kind(self.name)
         return max(BOS_ID, numbers[-1]) + 1 if kind.has_vocabulary else BOS_ID + 1
 
-    def batch(self, rows: int, length: int, *key: int, whole: bool = False) -> Batch:
+    def batch(self, rows: int, length: int, *key: int, full: bool = False) -> Batch:
         """`rows` rows, a function of `key` alone: tokens, targets (IGNORE where there is no answer), no starts.
 
-        whole: tasks whose strings have any length up to the row's take only those that fill it.
+        full: tasks whose strings have any length up to the row's take only those that fill it.
         """
         kind, numbers = task_kind(self.name)
-        draw = kind.whole if whole and kind.whole else kind.draw
+        draw = kind.full if full and kind.full else kind.draw
         pair = draw(np.random.default_rng([self.split, *key]), rows, length, *numbers)
         ids, answers = (torch.from_numpy(_beside_bos(x)) for x in pair)
         return Batch(ids, answers, torch.zeros_like(ids, dtype=torch.bool))
@@ -126,8 +126,8 @@ class TaskLoader:
     def batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
         share = self.rows // self.world
-        whole = self.source.batch(self.rows, self.length, self.seed, step)
-        return Batch(*(x[self.rank * share : (self.rank + 1) * share] for x in whole))
+        batch = self.source.batch(self.rows, self.length, self.seed, step)
+        return Batch(*(x[self.rank * share : (self.rank + 1) * share] for x in batch))
 
 
 def task_rows(source: str, tokenizer: str) -> tuple[TaskRows, TaskRows]:

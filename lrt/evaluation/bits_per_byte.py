@@ -21,7 +21,7 @@ from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, TokensBN
-from lrt.passes import no_grad_pass
+from lrt.passes import columns, no_grad_pass
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.distributed import World
 from lrt.utils.score_names import ANSWERS
@@ -183,8 +183,7 @@ def evaluate(
     sizes = rows.bytes
     passes = []
     for i, positions in enumerate(parts[0].slices):
-        columns = slice(positions.start, positions.stop, positions.step)
-        passes.append(bits_per_byte(gathered([p.passes[i] for p in parts]), sizes[:, columns]))
+        passes.append(bits_per_byte(gathered([p.passes[i] for p in parts]), sizes[:, columns(positions)]))
     residuals = world.gather(torch.tensor([p.residuals for p in parts])).amax(0).tolist()
     return BPB(
         zero_memory=bits_per_byte(zero, sizes),
@@ -254,10 +253,10 @@ def _scores(model: LRT, schedule: Schedule, rows: Rows) -> _Scores:
     merged = torch.zeros(tokens.shape, dtype=torch.float64)
     for p, written, _ in run_passes(model, tokens, schedule.passes(length), starts):
         if written.hidden is not None:
-            columns = slice(p.positions.start, p.positions.stop, p.positions.step)
-            passes.append(token_nats(model, written.hidden, targets[:, columns]).cpu().double())
+            own = columns(p.positions)
+            passes.append(token_nats(model, written.hidden, targets[:, own]).cpu().double())
             slices.append(p.positions)
-            merged[:, columns] = passes[-1]
+            merged[:, own] = passes[-1]
     zero = score(model, tokens, targets, mode="zero_memory").nats.cpu().double()
     decoded = score(model, tokens, targets, mode="exact").nats.cpu().double()
     return _Scores(zero, passes, slices, merged, decoded, sweep_residuals(model, tokens, starts))

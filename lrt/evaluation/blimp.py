@@ -41,9 +41,10 @@ def read_blimp(place: Path) -> dict[str, PairSet]:
     for number, (where, row) in enumerate(_rows(place), 1):
         require(number <= MOST_PAIRS, f"{place} holds more than {MOST_PAIRS:,} pairs; give BLiMP's own files")
         uid, kind = row["UID"], (row["linguistics_term"], row["field"].replace("/", "_"))
-        one = sets.setdefault(uid, PairSet(*kind, []))
-        require(one[:2] == kind, f"{where}: {uid} is of {kind[0]}, {kind[1]} here and of {one[0]}, {one[1]} before")
-        one.pairs.append((row["sentence_good"], row["sentence_bad"]))
+        pair_set = sets.setdefault(uid, PairSet(*kind, []))
+        first = pair_set[:2]
+        require(first == kind, f"{where}: {uid} is of {kind[0]}, {kind[1]} here and of {first[0]}, {first[1]} before")
+        pair_set.pairs.append((row["sentence_good"], row["sentence_bad"]))
     require(bool(sets), f"{place} holds no pair; give BLiMP's own files")
     return sets
 
@@ -61,34 +62,34 @@ def _rows(place: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _files(place: Path) -> list[Path]:
-    whole = place / "blimp.parquet" if place.is_dir() else place
-    if whole.is_file():
-        require(whole.suffix in (".parquet", ".jsonl"), f"{whole} is no .parquet or .jsonl file of minimal pairs")
-        return [whole]
+    file = place / "blimp.parquet" if place.is_dir() else place
+    if file.is_file():
+        require(file.suffix in (".parquet", ".jsonl"), f"{file} is no .parquet or .jsonl file of minimal pairs")
+        return [file]
     folder = place / "blimp" if (place / "blimp").is_dir() else place
     files = sorted(folder.glob("*.jsonl"))
     require(bool(files), f"{place} holds neither blimp.parquet nor BLiMP's .jsonl files; give the folder that does")
     return files
 
 
-def score_pairs(one: PairSet, scorer: Scorer) -> Scores:
+def score_pairs(pair_set: PairSet, scorer: Scorer) -> Scores:
     """Share of pairs whose good sentence is the more probable one as a whole, after BOS.
 
     A tie counts as right, as in lm-eval; `ties` says how many (BLiMP has seven pairs of the same sentence twice).
     """
-    pairs = one.pairs[: scorer.limit]
+    pairs = pair_set.pairs[: scorer.limit]
     ids = [scorer.encode(sentence) for pair in pairs for sentence in pair]
-    answers = scorer.likelihoods([Candidate([scorer.tokenizer.bos, *some], len(some)) for some in ids])
+    answers = scorer.likelihoods([Candidate([scorer.tokenizer.bos, *sentence], len(sentence)) for sentence in ids])
     gains = [good.logprob - bad.logprob for good, bad in zip(answers[::2], answers[1::2], strict=True)]
-    facts = {"ties": gains.count(0.0), "phenomenon": one.phenomenon, "field": one.field}
+    facts = {"ties": gains.count(0.0), "phenomenon": pair_set.phenomenon, "field": pair_set.field}
     return share(sum(gain >= 0 for gain in gains), len(pairs)) | facts
 
 
 def blimp_suite(place: Path) -> Suite:
     """BLiMP. ValueError: see `read_blimp`."""
     sets = read_blimp(place)
-    parts = {uid: functools.partial(score_pairs, one) for uid, one in sets.items()}
-    texts = (text for uid, one in sets.items() for pair in one.pairs for text in (uid, *one[:2], *pair))
+    parts = {uid: functools.partial(score_pairs, pair_set) for uid, pair_set in sets.items()}
+    texts = (text for uid, s in sets.items() for pair in s.pairs for text in (uid, s.phenomenon, s.field, *pair))
     return Suite("blimp", parts, _summary, fingerprint(texts))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import PrefillOptions
+from lrt.inference.generate import positions_at_once
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import solve
@@ -23,8 +24,6 @@ SWEEPS = 8
 """Jacobi sweeps that are followed."""
 SHOWN = (1, 2, 4, 8)
 """Sweeps that tables show."""
-LOGITS_AT_ONCE = 2**25
-"""Logits compared at a time, which bounds the memory of a comparison."""
 
 
 class ExactStates(NamedTuple):
@@ -100,7 +99,7 @@ def _squares(x: Tensor) -> Tensor:
 
 def _compare(model: LRT, hidden: StreamBND, exact: StreamBND) -> tuple[Tensor, Tensor]:
     """Agreement of the most probable tokens, and KL(exact || pass), means over each row's positions, [B]."""
-    at_once = max(1, LOGITS_AT_ONCE // (len(hidden) * model.config.vocab_size))
+    at_once = positions_at_once(model, len(hidden))
     same, divergence = torch.zeros(2, len(hidden), dtype=widest(hidden.device), device=hidden.device)
     for h, e in zip(hidden.split(at_once, dim=1), exact.split(at_once, dim=1), strict=True):
         q, p = (model.logits(x).to(widest(x.device)).log_softmax(-1) for x in (h, e))

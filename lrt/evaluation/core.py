@@ -20,6 +20,7 @@ from lrt.config.model import require
 from lrt.evaluation.likelihood import Candidate, Likelihood
 from lrt.evaluation.suite import Scorer, Scores, Suite, fingerprint, mean_of, share
 from lrt.utils.files import read_csv, read_jsonl, read_yaml, require_fields, require_kind
+from lrt.utils.sequences import common_beginning
 
 KINDS: dict[str, dict[str, type]] = {
     "multiple_choice": {"query": str, "choices": list, "gold": int},
@@ -173,10 +174,10 @@ def candidates(task: CoreTask, item: Item, shots: Sequence[Item], scorer: Scorer
     """The candidates as ids; what is scored is what follows the context's own tokens."""
     made = []
     for question, answer in texts(task, item, shots):
-        whole, alone = scorer.encode(question + answer), scorer.tokenizer.encode(question.rstrip())
-        same = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
-        require(same < len(whole), f"{answer!r}, an answer of {task.label}, has no token of its own")
-        made.append(Candidate([scorer.tokenizer.bos, *whole], len(whole) - same))
+        ids, context = scorer.encode(question + answer), scorer.tokenizer.encode(question.rstrip())
+        same = common_beginning(ids, context)
+        require(same < len(ids), f"{answer!r}, an answer of {task.label}, has no token of its own")
+        made.append(Candidate([scorer.tokenizer.bos, *ids], len(ids) - same))
     return made
 
 

@@ -8,9 +8,14 @@ from torch import Tensor
 def in_context_score(nats: Tensor, scored: Tensor) -> float:
     """Mean loss over the second sixteenth of the positions less that over the last quarter, in nats per token.
 
-    `nats` [B, T] are losses of targets, and `scored` [B, T] says which of them count; nan where none does, early or
-    late. Higher means that the model makes more of its context. The first positions are
-    left out, since they hardly have one.
+    Higher means that the model makes more of its context. The first sixteenth is left out: it hardly has a context.
+
+    Args:
+        nats: losses of the targets, [B, T].
+        scored: which of them count, boolean [B, T]. The score is nan where none does, early or late.
+
+    Raises:
+        ValueError: rows of fewer than 16 positions.
     """
     length = nats.shape[1]
     if length < 16:

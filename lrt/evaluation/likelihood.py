@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE
 from lrt.config.model import require
+from lrt.inference.sampling import token_logprobs
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import states
-from lrt.utils.hardware import widest
 
 POSITIONS = 8192
 """Positions of a batch, padding counted."""
@@ -91,7 +91,7 @@ def _scored(model: LRT, rows: Sequence[Candidate], mode: str) -> list[Likelihood
 def _tokens(model: LRT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, float64 [N], and whether it is the most probable token; hidden [N, D]."""
     logits = model.logits(hidden)
-    logprobs = logits.to(widest(logits.device)).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    logprobs = token_logprobs(logits, targets)
     require_finite(logprobs)
     return logprobs, logits.argmax(-1) == targets
 

@@ -17,7 +17,7 @@ from lrt.data.normalised import Spelling
 from lrt.evaluation.likelihood import Candidate, likelihoods, of_like_length
 from lrt.inference.generate import generate
 from lrt.inference.loaded import Loaded
-from lrt.model.recurrence import prefill_options
+from lrt.model.recurrence import mode_name
 from lrt.utils.files import one_line
 
 Pair = tuple[Any, list[int], list[int]]
@@ -151,5 +151,4 @@ def run_tasks(
     model: Any = Harness(loaded, mode, normalised=normalised or loaded.config.data.normalised)
     done: Any = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, limit=limit)
     lost = str(model.spelling) if model.spelling.changed else ""
-    name = mode if mode == "zero_memory" else str(prefill_options(loaded.model, mode))
-    return {"mode": name, "lost": lost, "results": done["results"]}
+    return {"mode": mode_name(loaded.model, mode), "lost": lost, "results": done["results"]}

@@ -195,14 +195,14 @@ def tables(findings: dict[str, Any]) -> list[tuple[str, Table]]:
     ]
     parts = {"all memory": "recurrence and token shift"} if "recurrence" in findings["ablations"] else {}
     changes = [[parts.get(name, name), signed(x)] for name, x in findings["ablations"].items() if name != "loss"]
-    whole = f"nats per token more than {findings['ablations']['loss']:.4f}"
+    more = f"nats per token more than {findings['ablations']['loss']:.4f}"
     reach = [[str(k), f"{x:.2e}"] for k, x in enumerate(findings["influence"], 1)]
     sizes = [[k, f"{x:.4f}"] for k, x in findings["stream_rms_by_position"].items()]
     sweeps = [[str(k), f"{x:.2e}"] for k, x in enumerate(findings["sweep_residuals"], 1)]
     return [
         ("scalars", Table(["layer", "alpha", "beta", "gamma", "shift gamma"], scalars)),
         ("mean gates by head", Table(["layer", "local", "memory", "value"], opened)),
-        ("switched off", Table(["off", whole], changes)),
+        ("switched off", Table(["off", more], changes)),
         ("reach of the memory", Table(["k", "norm of the loss's gradient at m_{t-k}"], reach)),
         ("the stream before it is normalised to the memory", Table(["from position", "root mean square"], sizes)),
         (f"sweeps contract by {findings['contraction']:.3f}", Table(["sweep", "largest relative change"], sweeps)),

@@ -30,7 +30,7 @@ def accuracy(model: LRT, task: TaskRows, length: int, rows: int = ROWS, mode: st
 
     Rows are independent, answers within one are not: the error over all answers is that of a ratio of rows' sums.
     """
-    tokens, targets, _ = (x.to(model.device) for x in task.batch(rows, length, length, whole=True))
+    tokens, targets, _ = (x.to(model.device) for x in task.batch(rows, length, length, full=True))
     hidden = torch.cat([h for _, h, _ in states(model, tokens, mode=mode)], dim=1)
     best = model.logits(hidden).max(-1)
     require_finite(best.values)

@@ -1,1 +1,1 @@
-"""Grids of runs and what is made of them: `sweep.py` trains, `record.py` measures, `report.py`, `figures.py` tell."""
+"""Grids of runs and what is made of them: `sweep.py` trains, `record.py` measures, `report.py` tells."""

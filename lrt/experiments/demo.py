@@ -17,7 +17,8 @@ from lrt.config.experiments import DemoConfig
 from lrt.config.model import require
 from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
-from lrt.experiments.pages import curves, glossary, page, read_run
+from lrt.experiments.curves import curves, read_run
+from lrt.experiments.pages import glossary, page
 from lrt.experiments.record import record
 from lrt.experiments.runner import at_once, run_all
 from lrt.inference.chat import complete

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrt.utils.dotted import leaves
 from lrt.utils.files import read_jsonl, require_fields
 
 ALIKE = (
@@ -35,7 +36,7 @@ class RunGroup:
 
     def deviation(self, measure: Measure) -> float:
         """Standard deviation over the seeds (n - 1); 0 for a single one."""
-        return seeds_and_mean([measure(r) for r in self.records])[1]
+        return mean_and_deviation([measure(r) for r in self.records])[1]
 
     def paired(self, other: RunGroup, measure: Measure) -> list[float]:
         """Differences from `other`, one for each seed that both have."""
@@ -43,7 +44,7 @@ class RunGroup:
         return [measure(r) - theirs[r["seed"]] for r in self.records if r["seed"] in theirs]
 
 
-def seeds_and_mean(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1) of any number of values; (nan, 0) of none."""
     mean = statistics.fmean(values) if values else float("nan")
     return mean, statistics.stdev(values) if len(values) > 1 else 0.0
@@ -97,24 +98,17 @@ def _require_alike(record: Record, group: Sequence[Record], where: str) -> None:
         theirs = _settings(other)
         differ = sorted(name for name, value in settings.items() if theirs.get(name, value) != value)
         if differ or record["seed"] == other["seed"]:
-            what = f"differs in {', '.join(differ[:3])}" if differ else "is of the same seed as another"
+            conflict = f"differs in {', '.join(differ[:3])}" if differ else "is of the same seed as another"
             raise ValueError(
-                f"{where}: this run of arm {record['arm']!r} {what}; rename its arm, or report on one file alone"
+                f"{where}: this run of arm {record['arm']!r} {conflict}; rename its arm, or report on one file alone"
             )
 
 
 def _settings(record: Record) -> dict[str, Any]:
     """What a run computes, by dotted names: model, optimizer, and of data and training what changes the weights."""
-    named = _leaves(record.get("config"))
+    config = record.get("config")
+    named = leaves(config) if isinstance(config, dict) else ()
     return {name: value for name, value in named if name.startswith(("model.", "optim.")) or name in ALIKE}
-
-
-def _leaves(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{name}.")
-        else:
-            yield above + name, value
 
 
 def _same_run(one: Record, other: Record) -> bool:

@@ -1,18 +1,30 @@
-"""Pictures of groups of recorded runs: the median of the seeds, in a band from the least to the most of them."""
+"""Pictures of groups of recorded runs: the median of the seeds, in a band from the least to the most of them.
+
+Every arm has its colour in all pictures.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lrt.experiments.groups import RunGroup, seeds_and_mean
+from lrt.experiments.groups import RunGroup, mean_and_deviation
 
 Colours = Mapping[str, str]
 """By arm."""
+GREY = "#6b7280"
+OTHERS = (
+    "#d9822b", "#2f6fde", "#1f9d61", "#a855f7", "#dc2626", "#0891b2", "#854d0e", "#db2777", "#65a30d", "#312e81",
+)  # fmt: skip
+KNOWN = {"plain": GREY, "shift": OTHERS[0], "lrt": OTHERS[1], "LRT": OTHERS[1], "paper": OTHERS[2],
+         "the paper's": OTHERS[2]}  # fmt: skip
+"""Arms that most reports have: the same colour in all of them."""
+MOST_ARMS = len(OTHERS)
+"""Arms that can be told apart by colour."""
 COST: dict[str, Callable[[dict[str, Any]], float]] = {
     "effective compute, token forwards\nper scaling parameter": lambda r: (
         r["effective_compute"] / r["scaling_parameters"]
@@ -20,6 +32,21 @@ COST: dict[str, Callable[[dict[str, Any]], float]] = {
     "CPU seconds of training": lambda r: r["cpu_seconds"],
     "R, tokens per scaling parameter": lambda r: r["tokens"] / r["scaling_parameters"],
 }
+
+
+def arm_colours(pictures: Iterable[Iterable[str]]) -> dict[str, str]:
+    """A colour for each arm, the same in all of these pictures; plain is grey.
+
+    Arms that share a picture differ, unless they are more than MOST_ARMS.
+    """
+    together = [list(dict.fromkeys(names)) for names in pictures]
+    colours = {name: KNOWN[name] for names in together for name in names if name in KNOWN}
+    for names in sorted(together, key=lambda names: len(names) > MOST_ARMS):
+        for name in names:
+            beside = {other for seen in together if name in seen and len(seen) <= MOST_ARMS for other in seen}
+            taken = {colours.get(other) for other in beside}
+            colours.setdefault(name, next((c for c in OTHERS if c not in taken), OTHERS[len(colours) % len(OTHERS)]))
+    return colours
 
 
 def decoded(record: dict[str, Any]) -> float:
@@ -55,7 +82,7 @@ def bars(groups: Sequence[RunGroup], baseline: RunGroup, colours: Colours) -> Fi
     axes = figure.subplots()
     for place, g in enumerate(reversed(groups)):
         each = g.paired(baseline, decoded)
-        mean, deviation = seeds_and_mean(each)
+        mean, deviation = mean_and_deviation(each)
         axes.barh(place, mean, xerr=deviation or None, color=colours[g.arm], alpha=0.75)
         axes.plot(each, [place] * len(each), "k.", ms=4)
     axes.set_yticks(range(len(groups)), [g.arm for g in reversed(groups)])

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from lrt.config.model import require
 from lrt.experiments import plots
-from lrt.experiments.groups import Measure, RunGroup, seeds_and_mean
-from lrt.experiments.pages import MOST_ARMS, arm_colours, glossary, png
-from lrt.experiments.plots import decoded
+from lrt.experiments.groups import Measure, RunGroup, mean_and_deviation
+from lrt.experiments.pages import glossary, png
+from lrt.experiments.plots import MOST_ARMS, arm_colours, decoded
 from lrt.experiments.suite_tables import length_table, suite_tables
 from lrt.experiments.verdict import baseline_of, next_commands, report_verdict
 from lrt.utils.files import printable, read_text, write_text
@@ -25,7 +25,7 @@ HEADER = (
 )  # fmt: skip
 SWEEPS = (1, 2, 4, 8)
 SWEEP_HEADER = ("method", "seeds", "contraction", *(
-    f"{what}, after {' / '.join(map(str, SWEEPS))} sweeps" for what in ("residual", "K/V error", "argmax agrees", "KL")
+    f"{name}, after {' / '.join(map(str, SWEEPS))} sweeps" for name in ("residual", "K/V error", "argmax agrees", "KL")
 ))  # fmt: skip
 Block = tuple[str, Table | Figure | str]
 MARKS = "<!-- lrt report: begin -->", "<!-- lrt report: end -->"
@@ -119,7 +119,7 @@ def _inside(heading: str, groups: list[RunGroup], colours: plots.Colours) -> lis
 
 def _row(g: RunGroup, base: RunGroup) -> list[str]:
     first = g.records[0]
-    difference = seeds_and_mean(g.paired(base, decoded)) if g is not base else None
+    difference = mean_and_deviation(g.paired(base, decoded)) if g is not base else None
     return [
         g.arm, str(len(g.records)), f"{first['parameters']:,}", str(first["forwards_per_token"]),
         f"{g.mean(lambda r: r['effective_compute'] / r['scaling_parameters']):.1f}",

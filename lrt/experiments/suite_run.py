@@ -17,8 +17,7 @@ from lrt.evaluation.open_suite import FROM_FILES
 from lrt.evaluation.suite import Scorer, Scores, Suite
 from lrt.experiments.record import origin
 from lrt.inference.loaded import Loaded
-from lrt.model.lrt import LRT
-from lrt.model.recurrence import prefill_options
+from lrt.model.recurrence import mode_name
 from lrt.utils.files import is_there, read_jsonl, require_fields, sealed, write_jsonl
 
 Tell = Callable[[str], None]
@@ -39,11 +38,6 @@ class Place(NamedTuple):
 def arm_of(config: RunConfig) -> str:
     """A run's name without its seed."""
     return re.sub(r"-seed\d+$", "", config.name)
-
-
-def mode_name(model: LRT, mode: str) -> str:
-    """The mode with its tolerance. ValueError: an unknown one."""
-    return mode if mode == "zero_memory" else str(prefill_options(model, mode))
 
 
 def run_suite(loaded: Loaded, suite: Suite, scorer: Scorer, place: Place, tell: Tell) -> dict[str, Any]:

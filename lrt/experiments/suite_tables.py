@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lrt.experiments.groups import Record, RunGroup, seeds_and_mean
+from lrt.experiments.groups import Record, RunGroup, mean_and_deviation
 from lrt.utils.tables import Table
 
 ABOUT = (
@@ -123,6 +123,6 @@ def _less(g: RunGroup, base: RunGroup | None, row: str) -> str:
     pairs = g.paired(base, lambda r: _figures(r)[row].value)
     if not pairs:
         return ""
-    mean, deviation = seeds_and_mean(pairs)
+    mean, deviation = mean_and_deviation(pairs)
     own, other = (_figures(x.records[0])[row].error for x in (g, base))
     return f"{mean:+.1%} ± {deviation if len(pairs) > 1 else (own**2 + other**2) ** 0.5:.1%}"

@@ -20,7 +20,6 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from lrt.experiments.record import record
 from lrt.experiments.runner import run_all
 from lrt.training.logging import Jsonl, Live, Sink
 from lrt.training.trainer import prepare_data, train
+from lrt.utils.dotted import leaves, nested
 from lrt.utils.file_lock import LOCK
 from lrt.utils.files import is_there, read_json, read_toml, require_fields, sealed, write_jsonl, write_sealed
 from lrt.utils.new_folder import require_makable
@@ -62,9 +62,9 @@ def read_sweep(path: Path) -> list[Run]:
     base = merged(to_dict(recipe(data.get("recipe", "cpu_demo"))), data.get("base", {}))
     runs = []
     for point, seed, (arm, changes) in itertools.product(_points(data.get("grid", {}), path), seeds, arms.items()):
-        settings = merged(merged(base, _nested(list(point.items()))), changes)
+        settings = merged(merged(base, nested(point.items())), changes)
         name = _slug("-".join([arm, *(str(v).replace("=", "") for v in point.values()), f"seed{seed}"]))
-        settings = merged(settings, _nested([("name", name), ("train.seed", seed)]))
+        settings = merged(settings, nested([("name", name), ("train.seed", seed)]))
         runs.append(Run(name, arm, point, from_dict(RunConfig, settings, f"{path}, arm {arm!r}: config")))
     names = [run.name for run in runs]
     twice = {name for name in names if names.count(name) > 1}
@@ -83,29 +83,10 @@ def sweep_tables(path: Path) -> dict[str, Any]:
 
 
 def _points(grid: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    leaves = dict(_leaves(grid))
-    for name, values in leaves.items():
+    axes = dict(leaves(grid))
+    for name, values in axes.items():
         require(isinstance(values, list) and bool(values), f"{path}: grid.{name} is {values!r}; give a list of values")
-    return [dict(zip(leaves, values, strict=True)) for values in itertools.product(*leaves.values())]
-
-
-def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield above + key, value
-
-
-def _nested(leaves: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in leaves:
-        *above, last = name.split(".")
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
 def _slug(name: str) -> str:
@@ -168,8 +149,8 @@ def finished(run: Run, folder: Path) -> bool:
     stored = read_json(folder / RECORD, "record")
     require_fields(stored, {"settings": dict}, str(folder / RECORD))
     settings = stored["settings"]
-    before = dict(_leaves(to_dict(from_dict(RunConfig, settings, str(folder / RECORD)))))  # fields since then: defaults
-    different = [name for name, value in _leaves(to_dict(run.config)) if before[name] != value]
+    before = dict(leaves(to_dict(from_dict(RunConfig, settings, str(folder / RECORD)))))  # fields since then: defaults
+    different = [name for name, value in leaves(to_dict(run.config)) if before[name] != value]
     require(not different, f"{folder} was run with another {', '.join(different)}; choose another --out or remove it")
     return True
 

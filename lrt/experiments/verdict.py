@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrt.experiments.groups import RunGroup, seeds_and_mean
+from lrt.experiments.groups import RunGroup, mean_and_deviation
 from lrt.experiments.plots import decoded
 from lrt.utils.score_names import signed
 
@@ -48,7 +48,7 @@ def _difference(arm: RunGroup, base: RunGroup) -> str:
     each = arm.paired(base, decoded)
     if not each:
         return f"of other seeds than {_called(base)}, so not compared"
-    mean, deviation = seeds_and_mean(each)
+    mean, deviation = mean_and_deviation(each)
     text = signed(mean, 3) + (f" ± {deviation:.3f}" if len(each) > 1 else "") + f" from {_called(base)}"
     if len(each) == 1:
         return f"{text}: one seed, and seeds differ by {NO_DIFFERENCE}"

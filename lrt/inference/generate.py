@@ -17,13 +17,13 @@ from lrt.inference.streaming import DecodeBytes, TextStream
 from lrt.model.kv_cache import KVCache
 from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
-from lrt.model.recurrence import Effort, OneToken, check_tokens, prefill_options, states, total
+from lrt.model.recurrence import Effort, OneToken, check_tokens, mode_name, states, total
 from lrt.model.shapes import StreamBND, TokensBN
 
 SHARED_FROM = 16
 """Tokens from which a shared beginning has a prefill of its own."""
 LOGITS_AT_ONCE = 2**25
-"""Logits that scoring computes at a time, which bounds its memory."""
+"""Logits that scores and comparisons compute at a time, which bounds their memory."""
 
 
 class Scored(NamedTuple):
@@ -48,8 +48,7 @@ def score(model: LRT, tokens: TokensBN, targets: TokensBN, *, mode: str | Prefil
         n = hidden.shape[1]
         nats.append(_nats(model, hidden, targets[:, first : first + n]))
         parts.append((n, effort))
-    name = "zero_memory" if mode == "zero_memory" else str(prefill_options(model, mode))
-    return Scored(torch.cat(nats, dim=1), name, total(parts))
+    return Scored(torch.cat(nats, dim=1), mode_name(model, mode), total(parts))
 
 
 class Generated(NamedTuple):
@@ -178,7 +177,12 @@ def _check_requests(
         raise ValueError("stop texts need decode_bytes: pass the tokenizer's, or stop at stop_tokens")
 
 
+def positions_at_once(model: LRT, rows: int) -> int:
+    """Positions of `rows` rows whose logits are computed together, at least 1: about LOGITS_AT_ONCE numbers."""
+    return max(1, LOGITS_AT_ONCE // (rows * model.config.vocab_size))
+
+
 def _nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
-    at_once = max(1, LOGITS_AT_ONCE // (len(hidden) * model.config.vocab_size))
+    at_once = positions_at_once(model, len(hidden))
     parts = zip(hidden.split(at_once, dim=1), targets.split(at_once, dim=1), strict=True)
     return torch.cat([token_nats(model, h, t) for h, t in parts], dim=1)

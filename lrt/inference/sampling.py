@@ -105,8 +105,13 @@ def choose(logits: Tensor, params: SamplingTensors, uniform: Tensor, history: To
         total = mass[:, -1:]
         target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=z.shape[-1] - 1)
-    logprobs = logits.to(widest(logits.device)).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    logprobs = token_logprobs(logits, tokens)
     return Drawn(tokens, logprobs, z.amax(-1).isfinite() & ~logprobs.isnan())
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability, in nats, of each of the `tokens` [N] under the model itself: logits [N, V]; float64 [N]."""
+    return logits.to(widest(logits.device)).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def adjusted(logits: Tensor, params: SamplingTensors, history: TokenHistory = NO_HISTORY) -> Tensor:

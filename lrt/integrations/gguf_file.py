@@ -142,8 +142,8 @@ def _words(tokenizer: Tokenizer, facts: Mapping[str, Any], kind: str) -> dict[st
         cut = "gpt-2"  # where nothing is merged, cuts change nothing
     fits = model["type"] == "BPE" and cut is not None and not model.get("byte_fallback")
     fits = fits and bool(model.get("ignore_merges")) == (cut == WHOLE_WORDS)
-    what = f"this {model['type']} tokenizer" if expression is None else f"the expression {expression[:60]!r}"
-    require(fits, UNKNOWN_CUT.format(what, kind))
+    cutter = f"this {model['type']} tokenizer" if expression is None else f"the expression {expression[:60]!r}"
+    require(fits, UNKNOWN_CUT.format(cutter, kind))
     return content | {"cut": cut}
 
 
@@ -159,8 +159,8 @@ def _expression(content: Mapping[str, Any]) -> str | None:
     if len(steps) == 1:
         return GPT2 if last["use_regex"] else ""
     split = steps[0]
-    whole = split.get("type") == "Split" and split["behavior"] == "Isolated" and not split["invert"]
-    return split["pattern"].get("Regex") if whole and not last["use_regex"] else None
+    isolates = split.get("type") == "Split" and split["behavior"] == "Isolated" and not split["invert"]
+    return split["pattern"].get("Regex") if isolates and not last["use_regex"] else None
 
 
 def _write_words(writer: Any, content: Mapping[str, Any], tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:

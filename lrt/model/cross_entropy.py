@@ -115,10 +115,10 @@ def head_loss(
 
     ValueError: another target that is no token. On a GPU the loss is NaN instead, since an error would wait for it.
     """
-    for aims in targets:
-        require_targets(aims, len(weight))
+    for own in targets:
+        require_targets(own, len(weight))
     if scales.device.type != "cpu":
-        wrong = torch.stack([unknown_targets(aims, len(weight)) for aims in targets])
+        wrong = torch.stack([unknown_targets(own, len(weight)) for own in targets])
         scales = scales.masked_fill(wrong, torch.nan)
     rows = (*(h.flatten(0, 1) for h in hidden), *(t.flatten() for t in targets))
     return _HeadLoss.apply(weight, cap, scales, torch.is_grad_enabled(), *rows)  # pyright: ignore[reportReturnType]

@@ -14,7 +14,7 @@ from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN, check_rows
 from lrt.model.state import Buffer
-from lrt.passes import Pass, Passes, rewriting
+from lrt.passes import Passes, columns, memory_in_loss, rewriting
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.dtensor import is_sharded
 from lrt.utils.hardware import widest
@@ -43,8 +43,8 @@ def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     require_targets(targets, size)
     logits, ignored = model.logits(hidden), targets == IGNORE
     valid = ignored | ((targets >= 0) & (targets < size))
-    aims = torch.where(valid, targets, IGNORE).flatten()
-    nats = F.cross_entropy(logits.flatten(0, 1), aims, ignore_index=IGNORE, reduction="none").view_as(targets)
+    safe = torch.where(valid, targets, IGNORE).flatten()
+    nats = F.cross_entropy(logits.flatten(0, 1), safe, ignore_index=IGNORE, reduction="none").view_as(targets)
     return nats.masked_fill(~valid, torch.nan)
 
 
@@ -58,17 +58,17 @@ def summed_nats(
     weight = model.head_matrix()
     if weight is not None:
         return head_loss(weight, model.config.softcap, hidden, targets, scales)
-    sums = torch.stack([token_nats(model, h, aims).sum() for h, aims in zip(hidden, targets, strict=True)])
+    sums = torch.stack([token_nats(model, h, own).sum() for h, own in zip(hidden, targets, strict=True)])
     return (sums * scales.to(sums.dtype)).sum(), sums.detach()
 
 
 class StepPlan(NamedTuple):
-    """What a whole step computes."""
+    """What a whole optimizer step computes; one call of the loss may see a part of its rows."""
 
     passes: Passes
     counts: Tensor
-    """What its means run over, float [P + 1]: the targets of each pass with loss, then the states that the consistency
-    term compares. Of several processes, their sum."""
+    """What its means divide by, float [P + 1]: the number of targets of each pass with loss, then the number of states
+    that the consistency term compares; summed over processes."""
 
 
 class ScheduledLoss(nn.Module):
@@ -126,7 +126,7 @@ class ScheduledLoss(nn.Module):
         distance = parts.distance / counts[-1]
         if self.consistency:
             loss = loss + self.consistency * distance
-        if not parts.memory_read:  # zero-valued gradients, not missing ones, for parameters that only memory uses
+        if not memory_in_loss(passes):  # zero-valued gradients, not missing ones, for parameters that only memory uses
             local = (p for p in self.model.memory_parameters() if not is_sharded(p))  # not given back by FSDP
             loss = loss + sum(0.0 * p.sum() for p in local)
         return LossOutput(loss, sums / counts[:-1], distance.detach(), passes)
@@ -134,19 +134,19 @@ class ScheduledLoss(nn.Module):
     def _run(self, tokens: TokensBN, targets: TokensBN, starts: Tensor | None, passes: Passes) -> _Parts:
         compared = rewriting(passes) if self.model.config.memory.recurrent else [False] * len(passes)
         read = states_read(targets, starts) if any(compared) else None
-        hidden, aims, memory_read = [], [], False
+        hidden, own_targets = [], []
         before, distance = None, torch.zeros((), device=targets.device)
         for i, (p, written, buffer) in enumerate(run_passes(self.model, tokens, passes, starts)):
-            memory_read |= p.weight > 0 and p is not passes[0] and p.positions[-1] > 0
+            own = columns(p.positions)
             if p.weight > 0:
                 assert written.hidden is not None
                 hidden.append(written.hidden)
-                aims.append(_of_pass(targets, p))
+                own_targets.append(targets[:, own])
             if before is not None and read is not None:
-                distance = distance + _distance(written.memory, before, _of_pass(read, p))
+                distance = distance + _distance(written.memory, before, read[:, own])
             before = _states(buffer, passes[i + 1].positions) if any(compared[i + 1 : i + 2]) else None
             del written, buffer  # or two passes' keys and values would exist where one's do
-        return _Parts(hidden, aims, memory_read, distance)
+        return _Parts(hidden, own_targets, distance)
 
 
 class _Parts(NamedTuple):
@@ -154,7 +154,6 @@ class _Parts(NamedTuple):
 
     hidden: list[StreamBND]
     targets: list[TokensBN]
-    memory_read: bool
     distance: Tensor
     """Summed over the states compared."""
 
@@ -163,11 +162,6 @@ def _states(buffer: Buffer, positions: range) -> StreamBND | None:
     """m_t for every t of `positions`, cut from the gradient."""
     read = buffer.memory(range(positions.start + 1, positions.stop + 1, positions.step))
     return None if read is None else read.detach()
-
-
-def _of_pass(x: Tensor, p: Pass) -> Tensor:
-    """The columns of a pass."""
-    return x[:, p.positions.start : p.positions.stop : p.positions.step]
 
 
 def states_read(targets: TokensBN, starts: Tensor | None) -> Tensor:
@@ -188,6 +182,7 @@ def _distance(written: StreamBND, before: StreamBND, read: Tensor) -> Tensor:
 def step_plan(targets: TokensBN, starts: Tensor | None, passes: Passes) -> StepPlan:
     """The plan of a step over all of `targets`, int64 [B, T]; `starts` as in `ScheduledLoss.forward`."""
     counted, read = (targets != IGNORE).sum(0, keepdim=True), states_read(targets, starts).sum(0, keepdim=True)
-    counts = [_of_pass(counted, p).sum() for p in passes if p.weight > 0]
-    states = [_of_pass(read, p).sum() for p, one in zip(passes, rewriting(passes), strict=True) if one]
+    counts = [counted[:, columns(p.positions)].sum() for p in passes if p.weight > 0]
+    compared = [p.positions for p, rewrites in zip(passes, rewriting(passes), strict=True) if rewrites]
+    states = [read[:, columns(positions)].sum() for positions in compared]
     return StepPlan(passes, torch.stack([*counts, sum(states, torch.zeros_like(counts[0]))]).float())

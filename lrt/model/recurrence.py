@@ -27,7 +27,7 @@ from lrt.utils.compiling import outside_graphs
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Relative change of the memory below which rounding hides it, by the type that the stream is computed in."""
 OneToken = Callable[[Transformer, Tensor, KVCache, Tensor | None], tuple[Tensor, PerRow]]
-"""`one_token`, or another function of what it computes."""
+"""`one_token`, or a function of its arguments that returns something else in the hidden state's place."""
 
 
 class Effort(NamedTuple):
@@ -75,9 +75,10 @@ class SweepRates(NamedTuple):
         return SweepRates(change, rate, self.rate)
 
     def error(self) -> Tensor:
-        """How far from the solution the memory still is, in the measure of `change`.
+        """Estimate of how far the memory still is from the solution, [b]; the same measure as `change`.
 
-        Changes that go on to shrink at the slower of the last two rates add up to that; at most the last change.
+        It is the sum of the changes still to come, if each is the one before times the slower of the last two rates
+        (a geometric series). Where that rate is 0.5 or more, it is the last change.
         """
         rate = torch.maximum(self.rate, self.rate_before)
         return torch.where(rate < 0.5, self.change * rate / (1 - rate), self.change)
@@ -107,14 +108,23 @@ def prefill_options(model: Transformer, mode: str | PrefillOptions) -> PrefillOp
     return options._replace(tolerance=max(options.tolerance, *(ROUNDING.get(dtype, 0.0) for dtype in types)))
 
 
+def mode_name(model: Transformer, mode: str | PrefillOptions) -> str:
+    """How results name the mode: `exact`, `zero_memory`, or such as `sweeps(interleaved-8, 0.0001)`.
+
+    ValueError: an unknown mode.
+    """
+    return "zero_memory" if mode == "zero_memory" else str(prefill_options(model, mode))
+
+
 @torch.no_grad()
 def states(
     model: Transformer, tokens: TokensBN, mode: str | PrefillOptions = DEFAULT_MODE
 ) -> Iterator[tuple[int, StreamBND, Effort]]:
-    """The head's input at every position of `tokens` [B, T] as the model decodes them: first column, [B, n, D], effort.
+    """The head's input at every position of `tokens` [B, T], as decoding computes it, chunk by chunk.
 
-    Chunk by chunk, so that a caller may do something else in between. `mode` is one of `prefill`'s, or `zero_memory`:
-    one parallel pass that reads no memory.
+    Yields the chunk's first column, the head's input at its n columns [B, n, D], and the effort. `mode` is one of
+    `prefill`'s, or `zero_memory`: one parallel pass that reads no memory.
+    ValueError: tokens that the model does not have; an unknown mode.
     """
     check_tokens(model, tokens)
     if mode == "zero_memory":
@@ -204,7 +214,10 @@ def settle(
 
 
 def _sweep(model: Transformer, tokens: TokensBN, passes: list[Pass], buffer: Buffer) -> Buffer:
-    """The buffer after these passes; announcing the full pass that may come last lets them stop at the source block."""
+    """The buffer after these passes.
+
+    A full pass is announced behind them and not run: with it to follow they may stop at the source block.
+    """
     announced = [*passes, no_grad_pass(range(tokens.shape[1]))]
     *_, (_, _, buffer) = itertools.islice(
         run_passes(model, tokens, announced, model.starts(tokens), buffer), len(passes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lrt.model.shapes import TokensBN
 from lrt.model.state import Buffer, PassOutput
 from lrt.model.transformer import Transformer
-from lrt.passes import Pass, memory_only
+from lrt.passes import Pass, columns, memory_only
 
 
 def run_passes(
@@ -32,8 +32,8 @@ def run_passes(
     """
     buffer = buffer or Buffer()
     for p, early in zip(passes, memory_only(passes), strict=True):
-        columns = slice(p.positions.start, p.positions[-1] + 1, p.positions.step)
-        own, reset = tokens[:, columns], starts[:, columns] if starts is not None else None
+        place = columns(p.positions)
+        own, reset = tokens[:, place], starts[:, place] if starts is not None else None
         again = not p.grad and buffer.knows(p.positions)
         read, buffer = buffer.open(p.positions, own, model.config.blocks_run(top=not early, again=again), p.detach)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrt.model.ops import split
 from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
-from lrt.passes import intersect, subtract
+from lrt.passes import columns, intersect, subtract
 
 
 class LayerKV(Protocol):
@@ -182,7 +182,7 @@ class Buffer:
         return read._replace(below=self._below(positions, blocks.start)), others
 
     def knows(self, positions: range) -> bool:
-        """Whether what no memory reaches has been computed at all `positions`."""
+        """Whether the blocks that no memory reaches (`ModelConfig.blocks_below`) have run at all `positions`."""
         computed = (s.positions for s in self.segments if s.written.below is not None)
         return sum(len(intersect(part, positions)) for part in computed) == len(positions)
 
@@ -263,14 +263,10 @@ class Buffer:
         for part, starts in marked:
             seen = intersect(part, range(positions[-1] + 1))
             if len(seen):
-                starts_by_position[:, seen.start : seen.stop : seen.step] = starts[:, : len(seen)]
+                starts_by_position[:, columns(seen)] = starts[:, : len(seen)]
         places = torch.arange(positions[-1] + 1, device=starts_by_position.device)
         places = places if self.prefix is None else places + self.prefix.length[:, None]
-        newest = (
-            torch.where(starts_by_position, places, 0)
-            .cummax(dim=1)
-            .values[:, positions.start : positions.stop : positions.step]
-        )
+        newest = torch.where(starts_by_position, places, 0).cummax(dim=1).values[:, columns(positions)]
         return newest if before is None else torch.maximum(newest, before)
 
     def _input(self, positions: range, tokens: TokensBN, blocks: int, memory: StreamBND | None) -> PassInput:

@@ -81,7 +81,14 @@ class Transformer(nn.Module):
     def forward_pass(
         self, tokens: TokensBN, read: PassInput, starts: Tensor | None = None, *, top: bool = True
     ) -> PassOutput:
-        """`run_pass` between opening and writing the state: tensors in, tensors out."""
+        """Run one pass over what a state has opened: `run_pass` without the state, tensors in and tensors out.
+
+        Args:
+            tokens: int64 [B, N].
+            read: where the pass stands and what it reads.
+            starts: boolean [B, N], True at the first token of a document; none by default.
+            top: whether the blocks above the source block run.
+        """
         eps, embedded = self.config.backbone.norm_eps, self.embedding(tokens)
         x0 = (rms_norm(embedded, eps) if self.config.backbone.embedding_norm else embedded).to(self.stream_dtype)
         memories = Memories(self._recurrent(read.memory, starts), self._shift(read.previous, starts))

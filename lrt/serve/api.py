@@ -132,7 +132,7 @@ def _openai(served: Served) -> APIRouter:
     @routes.get("/models/{name:path}", response_model=None)
     async def model(name: str) -> dict[str, Any]:
         """The model, if it is called so."""
-        served.named(name)
+        served.require_model(name)
         return _card(served)
 
     return routes
@@ -145,7 +145,7 @@ def _tokens(served: Served) -> APIRouter:
 
     def tokenized(data: object) -> bytes:
         body = served.parsed(TokenizeRequest, data)
-        served.named(body.model)
+        served.require_model(body.model)
         if body.prompt is None:
             ids, _ = conversation(served, body.messages, [], {})
         else:
@@ -155,8 +155,8 @@ def _tokens(served: Served) -> APIRouter:
 
     def detokenized(data: object) -> bytes:
         body = served.parsed(DetokenizeRequest, data)
-        served.named(body.model)
-        served.known(body.tokens, "tokens")
+        served.require_model(body.model)
+        served.require_known(body.tokens, "tokens")
         return json_bytes({"prompt": words.tokenizer.decode(body.tokens)})
 
     @routes.post("/tokenize", response_model=None, openapi_extra=described(TokenizeRequest))
@@ -211,7 +211,7 @@ def _own(served: Served) -> APIRouter:
         (event,) = await call.all(request)
         more = {"normalised": normalised, "model": served.about()}
         values = len(ids) * (2 * top + served.model.config.depth)
-        return _json(await served.writer.write(lambda: event.what | more, values))
+        return _json(await served.writer.write(lambda: event.payload | more, values))
 
     return routes
 

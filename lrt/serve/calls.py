@@ -103,10 +103,10 @@ class Call:
         while not self.events.empty() and len(ready) < MOST_TOGETHER:
             ready.append(self.events.get_nowait())
         for place, event in enumerate(ready):
-            if isinstance(event.what, Ended | ValueError):
-                self._fault = self._error(event.what)
+            if isinstance(event.payload, Ended | ValueError):
+                self._fault = self._error(event.payload)
                 return ready[:place] or await self.next()
-            self.left -= not isinstance(event.what, Emission) or event.what.finish is not None
+            self.left -= not isinstance(event.payload, Emission) or event.payload.finish is not None
         return ready
 
     def _error(self, why: Ended | ValueError) -> ApiError:

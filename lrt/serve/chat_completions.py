@@ -50,7 +50,7 @@ def conversation(
 
     def fits(least: int) -> None:
         if least > served.longest_prompt:
-            served.too_long(f"at least {least}", "messages")
+            served.refuse_length(f"at least {least}", "messages")
 
     fits(served.words.least(map(content_text, plain)))  # before any of it is rendered
     try:
@@ -58,7 +58,7 @@ def conversation(
         rendered = served.words.conversation(plain, described, variables, fits)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from None
-    served.fits(rendered[0], "messages")
+    served.require_fit(rendered[0], "messages")
     return rendered
 
 
@@ -84,7 +84,7 @@ class Chat:
 
     def _whole(self, events: list[Event]) -> dict[str, Any]:
         for event in events:
-            self.choices[event.number].take(event.what)
+            self.choices[event.number].take(event.payload)
         choices = [
             {"index": c.answer.index, "message": c.message(), "logprobs": c.listed(self.body.logprobs),
              "finish_reason": c.finish}
@@ -102,7 +102,7 @@ class Chat:
             chunks = []
             for event in events:
                 choice = self.choices[event.number]
-                delta = choice.take(event.what)
+                delta = choice.take(event.payload)
                 if delta or choice.finish or self.body.logprobs:
                     listed = choice.listed(self.body.logprobs, last=True)
                     part = {"index": event.number, "delta": delta, "logprobs": listed, "finish_reason": choice.finish}

@@ -36,7 +36,7 @@ class ReadyCompletion(NamedTuple):
         served.check(body, len(texts or prompts), body.max_tokens)
         form, _ = served.constraint(body, body.response_format)
         for ids in prompts:
-            served.fits(ids)
+            served.require_fit(ids)
         return ReadyCompletion(body, texts, prompts or [served.opened(text) for text in texts], form)
 
 
@@ -103,10 +103,10 @@ class Completion:
         return tokens * (1 + (self.body.logprobs or 0))
 
     def _whole(self, events: list[Event]) -> dict[str, Any]:
-        scores = {event.number: event.what for event in events if event.number < 0}
+        scores = {event.number: event.payload for event in events if event.number < 0}
         for event in events:
             if event.number >= 0:
-                self.choices[event.number].take(event.what)
+                self.choices[event.number].take(event.payload)
         choices = []
         for choice in self.choices:
             front = self.echo(choice, scores.get(-1 - choice.index // self.body.n)) if self.body.echo else None
@@ -125,7 +125,7 @@ class Completion:
             while self.scored and len(scores) < len(self.prompts):
                 for event in await self.call.next():
                     if event.number < 0:
-                        scores[event.number] = event.what
+                        scores[event.number] = event.payload
                     else:
                         waiting.append(event)
             for c in self.choices:
@@ -135,7 +135,7 @@ class Completion:
         while events := waiting[:MOST_TOGETHER] or await self.call.next():
             waiting, chunks = waiting[MOST_TOGETHER:], []
             for event in events:
-                choice, e = self.choices[event.number], event.what
+                choice, e = self.choices[event.number], event.payload
                 choice.take(e)
                 if e.text or e.finish or self.body.logprobs is not None:
                     chunks.append(head | {"choices": [self.part(choice, e.text, choice.tokens[-1:])]})

@@ -61,7 +61,7 @@ class Event(NamedTuple):
 
     number: int
     """The job's number within its request."""
-    what: Any
+    payload: Any
     """An `Emission`, a task's result, `Ended`, or a ValueError."""
 
 
@@ -365,8 +365,8 @@ class Engine:
         for row in list(self._seated):
             self._free(row)
 
-    def _post(self, job: Job, what: Any) -> None:
-        self._outbox.append((job, Event(job.number, what)))
+    def _post(self, job: Job, payload: Any) -> None:
+        self._outbox.append((job, Event(job.number, payload)))
 
     def _flush(self) -> None:
         if self._outbox and self._loop is not None:

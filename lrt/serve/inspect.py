@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lrt.config.decoding import PrefillOptions
 from lrt.evaluation.bits_per_byte import bits_per_byte, target_bytes
 from lrt.inference.batch import Ranked, ranked
+from lrt.inference.sampling import token_logprobs
 from lrt.model.blocks import Attention, Block, BlockContext, Memories, ResidualInjection
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import states
 from lrt.schedule import Curriculum
 from lrt.serve.engine import Lane
 from lrt.serve.text import Vocabulary
-from lrt.utils.hardware import widest
 
 KINDS = ("residual", "key", "value")
 
@@ -110,10 +110,9 @@ def score(model: LRT, ids: list[int], top: int, mode: str | PrefillOptions, stre
         if solved is None:
             return scored
         first, hidden, _ = solved
-        aims = ids[first + 1 : first + 1 + hidden.shape[1]]
+        targets = ids[first + 1 : first + 1 + hidden.shape[1]]
         logits = model.logits(hidden[0])
-        wide, targets = logits.to(widest(logits.device)), torch.tensor(aims, device=logits.device)
-        values = wide.log_softmax(-1).gather(-1, targets[:, None])
-        best = ranked(logits, [top] * len(aims)) if top else [()] * len(aims)
-        scored += zip(values[:, 0].tolist(), best, strict=True)
+        values = token_logprobs(logits, torch.tensor(targets, device=logits.device))
+        best = ranked(logits, [top] * len(targets)) if top else [()] * len(targets)
+        scored += zip(values.tolist(), best, strict=True)
         yield

@@ -21,8 +21,8 @@ class ApiKeys:
         """ValueError: a key is empty or holds white space, which no header carries."""
         for key in keys:
             if not key or any(c.isspace() or not c.isprintable() for c in key):
-                what = "is empty" if not key.strip() else "holds white space or control characters"
-                raise ValueError(f"an API key {what}: give one of printable characters, or none at all")
+                fault = "is empty" if not key.strip() else "holds white space or control characters"
+                raise ValueError(f"an API key {fault}: give one of printable characters, or none at all")
         self._spellings: list[tuple[int, bytes]] = []
         for i, key in enumerate(keys):
             self._spellings += [(i, f"Bearer {key}".encode(coding)) for coding in _codings(key)]
@@ -62,8 +62,8 @@ class HostNames:
 
 def _without_port(header: str) -> str:
     name, colon, port = header.rpartition(":")
-    whole = name.endswith("]") or not name.startswith("[")  # a colon within brackets begins no port
-    name = name if colon and PORT.fullmatch(port) and whole else header
+    outside = name.endswith("]") or not name.startswith("[")  # a colon within brackets begins no port
+    name = name if colon and PORT.fullmatch(port) and outside else header
     return name[1:-1] if name.startswith("[") and name.endswith("]") else _without_root(name)
 
 

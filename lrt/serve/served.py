@@ -91,7 +91,7 @@ class Served:
         except ValidationError as error:
             raise _invalid(error) from None
 
-    def named(self, model: str | None) -> None:
+    def require_model(self, model: str | None) -> None:
         """ApiError: another model than this one is asked for."""
         if model is not None and model != self.name:
             message = f"the model {model!r} is not served here; use {self.name!r}"
@@ -99,16 +99,16 @@ class Served:
 
     def check(self, body: Generation, prompts: int, most: int | None) -> None:
         """Raise what is wrong with a request before any of it is made tokens."""
-        self.named(body.model)
+        self.require_model(body.model)
         if most is not None and most > self.longest:
             raise ApiError(400, f"max_tokens is {most}; at most {self.longest} are generated here", param="max_tokens")
         if prompts * body.n > self.settings.max_choices:
             raise ApiError(400, f"{prompts} prompts with n = {body.n} make more than {self.settings.max_choices} "
                            "answers; send fewer at a time")  # fmt: skip
         for name, ids in (("logit_bias", [i for i, _ in body.logit_bias]), ("stop_token_ids", body.stop_token_ids)):
-            self.known(ids, name)
+            self.require_known(ids, name)
 
-    def known(self, ids: Sequence[int], param: str) -> None:
+    def require_known(self, ids: Sequence[int], param: str) -> None:
         """ApiError: a token that the model does not have."""
         wrong = next((i for i in ids if i >= self.vocabulary), None)
         if wrong is not None:
@@ -118,18 +118,18 @@ class Served:
         """A text as the beginning of a document. ApiError: it is too long, which its bytes may tell already."""
         least = 1 + self.words.least([text])
         if least > self.longest_prompt:
-            self.too_long(f"at least {least}", param)
+            self.refuse_length(f"at least {least}", param)
         ids = self.words.opened(text)
-        self.fits(ids, param)
+        self.require_fit(ids, param)
         return ids
 
-    def fits(self, ids: Sequence[int], param: str = "prompt") -> None:
+    def require_fit(self, ids: Sequence[int], param: str = "prompt") -> None:
         """ApiError: a prompt that is too long, or holds unknown tokens."""
         if len(ids) > self.longest_prompt:
-            self.too_long(str(len(ids)), param)
-        self.known(ids, param)
+            self.refuse_length(str(len(ids)), param)
+        self.require_known(ids, param)
 
-    def too_long(self, count: str, param: str) -> None:
+    def refuse_length(self, count: str, param: str) -> None:
         """ApiError: a prompt of so many tokens."""
         message = f"the prompt has {count} tokens; at most {self.longest_prompt} fit here"
         raise ApiError(400, message, param=param, code="context_length_exceeded")

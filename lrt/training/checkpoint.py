@@ -42,6 +42,7 @@ from lrt.utils.files import (
     read_text,
     require_fields,
     require_kind,
+    sync,
     write_json,
     write_text,
 )
@@ -117,7 +118,8 @@ def save(
         for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
             write_tensors({k: v.detach().contiguous() for k, v in tensors.items()}, aside / name)
             (aside / name).chmod(aside.stat().st_mode & 0o666)  # as the umask has it; the library lets nobody read
-        checksums = {name: _sync_and_hash(aside / name) for name in (MODEL, OPTIMIZER)}
+            sync(aside / name)
+        checksums = {name: file_hash(aside / name) for name in (MODEL, OPTIMIZER)}
         meta = {"format": FORMAT, "step": step, "sha256": checksums, "config": to_dict(config), "extra": extra}
         meta |= {"stored": BRIEF} if all(x.dtype == torch.bfloat16 for x in weights.values()) else {}
         write_json(aside / META, meta | {"tokenizer": tokenizer_sums(run)})
@@ -356,12 +358,6 @@ def load_weights(model: LRT, weights: dict[str, Tensor]) -> None:
         require(bool(value.isfinite().all()), f"weight {name} holds values that are not finite; use another checkpoint")
     for name, value in weights.items():
         fill(own[name], value)
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return file_hash(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -117,7 +117,7 @@ def not_finite(model: LRT, per_pass: Tensor, world: World) -> str:
     culprits["losses of passes"] = [str(i) for i in (~per_pass.isfinite()).nonzero().flatten().tolist()]
     culprits["gradients"] = [n for n, x in zip(names, gradients, strict=True) if x]
     sentences = [
-        f"{what} {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}" for what, which in culprits.items() if which
+        f"{kind} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for kind, names in culprits.items() if names
     ]
     return "not finite when computed again: " + ("; ".join(sentences) or "nothing, so the cause may be the machine")
 

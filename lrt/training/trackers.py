@@ -15,6 +15,7 @@ from typing import Any, final
 
 from lrt.config.run import TrackerName
 from lrt.training.logging import Event, Sink, tell
+from lrt.utils.dotted import leaves
 from lrt.utils.files import one_line, read_json, write_sealed
 
 PROJECT = "lrt"
@@ -93,7 +94,7 @@ class TensorBoard(Tracker):
 
     def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
         self.writer = self.library.SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1 if step else None)
-        self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in flat(config).items()), step)
+        self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in leaves(config)), step)
         return name
 
     def log(self, step: int, figures: Figures) -> None:
@@ -112,11 +113,11 @@ class WandB(Tracker):
 
     def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
         self.run.mkdir(parents=True, exist_ok=True)
-        which = previous or uuid.uuid4().hex[:16]
+        run_id = previous or uuid.uuid4().hex[:16]
         self.opened = self.library.init(
-            project=PROJECT, name=name, config=config, dir=str(self.run), id=which, resume="allow"
+            project=PROJECT, name=name, config=config, dir=str(self.run), id=run_id, resume="allow"
         )
-        return which
+        return run_id
 
     def log(self, step: int, figures: Figures) -> None:
         self.opened.log(dict(figures), step=step)
@@ -132,9 +133,11 @@ class Trackio(Tracker):
     package = "trackio"
 
     def begin(self, name: str, config: dict[str, Any], step: int, previous: str | None) -> str:
-        which = previous or f"{name}-{uuid.uuid4().hex[:8]}"
-        self.library.init(project=PROJECT, name=which, config=flat(config), resume="must" if previous else "never")
-        return which
+        run_id = previous or f"{name}-{uuid.uuid4().hex[:8]}"
+        self.library.init(
+            project=PROJECT, name=run_id, config=dict(leaves(config)), resume="must" if previous else "never"
+        )
+        return run_id
 
     def log(self, step: int, figures: Figures) -> None:
         self.library.log(dict(figures), step=step)
@@ -153,7 +156,7 @@ class MLflow(Tracker):
         self.library.set_experiment(PROJECT)
         opened = self.library.start_run(run_id=previous) if previous else self.library.start_run(run_name=name)
         if not previous:  # parameters of a run never change there
-            self.library.log_params({key: str(value)[:500] for key, value in flat(config).items()})
+            self.library.log_params({key: str(value)[:500] for key, value in leaves(config)})
         return opened.info.run_id
 
     def log(self, step: int, figures: Figures) -> None:
@@ -166,14 +169,6 @@ class MLflow(Tracker):
 TRACKERS: dict[TrackerName, type[Tracker]] = {
     "tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio, "mlflow": MLflow,
 }  # fmt: skip
-
-
-def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    leaves: dict[str, Any] = {}
-    for name, value in config.items():
-        leaves |= flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
-    return leaves
 
 
 @final

@@ -66,9 +66,9 @@ def _is_ours(folder: Path) -> bool:
     """Whether nobody else can write to a folder, nor put another in its place."""
     if not hasattr(os, "getuid"):  # Windows: a folder below the user's home is the user's
         return True
-    whole = folder.resolve()
-    return _safe(whole.stat(), {os.getuid()}) and all(
-        _safe(parent.stat(), {os.getuid(), 0}) or parent.stat().st_mode & stat.S_ISVTX for parent in whole.parents
+    resolved = folder.resolve()
+    return _safe(resolved.stat(), {os.getuid()}) and all(
+        _safe(parent.stat(), {os.getuid(), 0}) or parent.stat().st_mode & stat.S_ISVTX for parent in resolved.parents
     )
 
 
@@ -107,6 +107,6 @@ def mark_in_place(x: Tensor) -> None:
     torch._dynamo.mark_static_address(x)
 
 
-def int8_matmul(x: Tensor, whole: Tensor, scale: Tensor) -> Tensor:
-    """(x wholeᵀ) · scale on a CPU, bfloat16 [N, O]: x bfloat16 [N, I], whole int8 [O, I], scales bfloat16 [O]."""
-    return torch.ops.aten._weight_int8pack_mm(x, whole, scale)
+def int8_matmul(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+    """(x integersᵀ) · scale on a CPU, bfloat16 [N, O]: x bfloat16 [N, I], integers int8 [O, I], scale bfloat16 [O]."""
+    return torch.ops.aten._weight_int8pack_mm(x, integers, scale)

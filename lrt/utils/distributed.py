@@ -43,13 +43,13 @@ class World:
         return self.rank == 0
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over processes of a tensor on the device, in its place."""
+        """The sum of `x`, a tensor on the device, over all processes; it is written into `x` and returned."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; the host waits for the device."""
+        """Whether `flag` is True on any process; the host waits for the device."""
         return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
 
     def gather(self, x: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ class World:
         return torch.cat(parts).to(x.device)
 
     def agree(self, work: Callable[[], int]) -> int:
-        """What `work` gives on the first process, told to all.
+        """What `work` returns on the first process, on every process.
 
-        Where it fails there, the others leave without a word: one message is enough.
+        Where it raises there, the others end by SystemExit(2), without a message: the first process has one.
         """
         if self.size == 1:
             return work()

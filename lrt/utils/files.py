@@ -2,7 +2,8 @@
 
 Every reader takes regular files alone (a pipe or a device would never end), UTF-8 without a byte order mark, and a size
 and depth that fit. What comes out are plain values: objects with string keys that each occur once, lists, strings,
-numbers of at most 128 bits, true, false, null. Everything else raises ValueError naming file, place and remedy.
+numbers of at most 128 bits, true, false, null. Everything else raises ValueError naming file, place and remedy: `label`
+is what it calls the file, such as `sweep file`.
 An object that carries a seal (`seals.py`) must be what that says; the seal itself is not handed on.
 """
 
@@ -78,14 +79,14 @@ def expand_home(path: Path | str) -> Path:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path | str, what: str, most: int = MOST_JSON) -> bytes:
+def read_bytes(path: Path | str, label: str, most: int = MOST_JSON) -> bytes:
     """The content of a regular file of at most `most` bytes. ValueError: there is none, or it is something else."""
-    with open_regular(path, what) as file, _readable(path, what):
+    with open_regular(path, label) as file, _readable(path, label):
         content = file.read(most + 1)
         if content is None:  # some files of the kernel are called regular, and would be waited for
             raise ValueError("gives nothing to read")
     if len(content) > most:
-        raise ValueError(f"{what} {path} is larger than {most:,} bytes; {RESTORE}")
+        raise ValueError(f"{label} {path} is larger than {most:,} bytes; {RESTORE}")
     return content
 
 
@@ -94,9 +95,9 @@ def is_there(path: Path | str) -> bool:
     return os.path.lexists(path)
 
 
-def open_regular(path: Path | str, what: str) -> io.BufferedReader:
+def open_regular(path: Path | str, label: str) -> io.BufferedReader:
     """A regular file, opened without waiting for a writer. ValueError: there is none, or it is something else."""
-    with _readable(path, what):
+    with _readable(path, label):
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         mode = os.fstat(number).st_mode
         if stat.S_ISREG(mode):
@@ -106,20 +107,20 @@ def open_regular(path: Path | str, what: str) -> io.BufferedReader:
 
 
 @contextlib.contextmanager
-def _readable(path: Path | str, what: str) -> Iterator[None]:
+def _readable(path: Path | str, label: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{what} {path} does not exist; {RESTORE}") from None
+        raise ValueError(f"{label} {path} does not exist; {RESTORE}") from None
     except OSError as error:
-        raise ValueError(f"{what} {path} cannot be read ({error.strerror}); {RESTORE}") from None
+        raise ValueError(f"{label} {path} cannot be read ({error.strerror}); {RESTORE}") from None
     except ValueError as error:  # also a name with a NUL in it
-        raise ValueError(f"{what} {path} {error}; {RESTORE}") from None
+        raise ValueError(f"{label} {path} {error}; {RESTORE}") from None
 
 
-def read_text(path: Path | str, what: str, most: int = MOST_JSON) -> str:
+def read_text(path: Path | str, label: str, most: int = MOST_JSON) -> str:
     """The text of a file, see `read_bytes`. ValueError also: not UTF-8, or a byte order mark in front."""
-    return _decoded(read_bytes(path, what, most), f"{what} {path}")
+    return _decoded(read_bytes(path, label, most), f"{label} {path}")
 
 
 def _decoded(content: bytes, where: str) -> str:
@@ -131,10 +132,10 @@ def _decoded(content: bytes, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}); {RESTORE}") from None
 
 
-def read_json(path: Path | str, what: str, *, most: int = MOST_JSON, loose: bool = False) -> dict[str, Any]:
+def read_json(path: Path | str, label: str, *, most: int = MOST_JSON, loose: bool = False) -> dict[str, Any]:
     """The object of a JSON file. `loose`: whether NaN, infinities and half characters may stand in it."""
-    where = f"{what} {path}"
-    return unsealed(require_kind(parse_json(read_bytes(path, what, most), where, loose=loose), dict, where), where)
+    where = f"{label} {path}"
+    return unsealed(require_kind(parse_json(read_bytes(path, label, most), where, loose=loose), dict, where), where)
 
 
 def parse_json(text: str | bytes, where: str, *, loose: bool = False) -> Any:
@@ -145,18 +146,18 @@ def parse_json(text: str | bytes, where: str, *, loose: bool = False) -> Any:
 
 
 def read_jsonl(
-    path: Path | str, what: str, *, loose: bool = False, torn: bool = False
+    path: Path | str, label: str, *, loose: bool = False, torn: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and objects of a JSON-lines file; empty lines are passed over.
 
     torn: whether a last line without its end is left out too, since its writer was killed.
     """
-    with open_regular(path, what) as file:
+    with open_regular(path, label) as file:
         done = 0
         for number in itertools.count(1):
-            with _readable(path, what):
+            with _readable(path, label):
                 line = file.readline(MOST_LINE + 1)
-            where, done = f"{what} {path}:{number}", done + len(line)
+            where, done = f"{label} {path}:{number}", done + len(line)
             if len(line) > MOST_LINE or done > MOST_LINES:
                 raise ValueError(f"{where} makes the file too large; {RESTORE}")
             if not line or (torn and not line.endswith(b"\n")):
@@ -165,10 +166,10 @@ def read_jsonl(
                 yield number, unsealed(require_kind(parse_json(line, where, loose=loose), dict, where), where)
 
 
-def read_csv(path: Path | str, what: str, columns: Sequence[str]) -> list[dict[str, str]]:
+def read_csv(path: Path | str, label: str, columns: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, which must name the `columns`; every row has a cell for each name."""
-    text = read_text(path, what, MOST_SETTINGS)
-    with _named(f"{what} {path}", "CSV", csv.Error, ValueError):
+    text = read_text(path, label, MOST_SETTINGS)
+    with _named(f"{label} {path}", "CSV", csv.Error, ValueError):
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(lines, [])
         missing = [name for name in columns if name not in header]
@@ -181,24 +182,24 @@ def read_csv(path: Path | str, what: str, columns: Sequence[str]) -> list[dict[s
         return [dict(zip(header, cells, strict=True)) for cells in rows]
 
 
-def read_toml(path: Path | str, what: str) -> dict[str, Any]:
+def read_toml(path: Path | str, label: str) -> dict[str, Any]:
     """The table of a TOML file."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-    text = read_text(path, what, MOST_SETTINGS)
-    with _named(f"{what} {path}", "TOML", RecursionError, ValueError):
+    text = read_text(path, label, MOST_SETTINGS)
+    with _named(f"{label} {path}", "TOML", RecursionError, ValueError):
         parts = re.split(r"[=,\[\]{}#]", "".join(text.split(" ")).replace("\t", "").replace("\n", "#"))
         if any(part.count(".") > DEPTH for part in parts):  # the parser takes quadratic time for such a key
             raise ValueError(f"a key of more than {DEPTH} parts")
         return _plain(tomllib.loads(text), loose=False)
 
 
-def read_yaml(path: Path | str, what: str) -> dict[str, Any]:
+def read_yaml(path: Path | str, label: str) -> dict[str, Any]:
     """The mapping of a YAML file that holds plain values alone: no aliases, no tags, one document."""
-    return parse_yaml(read_text(path, what, MOST_SETTINGS), f"{what} {path}")
+    return parse_yaml(read_text(path, label, MOST_SETTINGS), f"{label} {path}")
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def share_text(bpb: Mapping[str, Any]) -> str:
     if "text" not in bpb:
         return f"{bpb['rows']} held-out rows"
     share = bpb["share"]
-    whole = "the whole" if bpb["text"].removeprefix(ANSWERS).startswith(BEGINNING) else "it"
-    return f"{bpb['rows']} rows of {bpb['text']}" + ("" if share is None else f" ({percent(share)} of {whole})")
+    of = "the whole" if bpb["text"].removeprefix(ANSWERS).startswith(BEGINNING) else "it"
+    return f"{bpb['rows']} rows of {bpb['text']}" + ("" if share is None else f" ({percent(share)} of {of})")
 
 
 def signed(difference: float, digits: int = 4) -> str:

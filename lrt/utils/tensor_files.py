@@ -41,14 +41,14 @@ class StoredTensors(NamedTuple):
     """Its texts by name."""
 
 
-def read_tensors(path: Path | str, what: str, device: str | torch.device = "cpu") -> StoredTensors:
+def read_tensors(path: Path | str, label: str, device: str | torch.device = "cpu") -> StoredTensors:
     """A safetensors file. ValueError: it does not exist, is a pipe or a device, is damaged, or changes meanwhile."""
-    with open_regular(path, what) as file:
+    with open_regular(path, label) as file:
         try:
             return _stored(file, device)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch finds no memory
             reason = one_line(error, 120)
-            raise ValueError(f"{what} {path} cannot be read as safetensors ({reason}); {RESTORE}") from None
+            raise ValueError(f"{label} {path} cannot be read as safetensors ({reason}); {RESTORE}") from None
 
 
 def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensors:

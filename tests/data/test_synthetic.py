@@ -98,7 +98,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_tasks_of_the_chomsky_hierarchy_ask_once_after_strings_of_every_length(name: str):
     lengths = set()
-    for batch in (TaskRows(name, 0).batch(400, 41, 5), TaskRows(name, 1).batch(30, 41, 5, whole=True)):
+    for batch in (TaskRows(name, 0).batch(400, 41, 5), TaskRows(name, 1).batch(30, 41, 5, full=True)):
         for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
             size = tokens.index(QUERY)
             assert tokens[size + 1 :] == [PAD] * (40 - size)

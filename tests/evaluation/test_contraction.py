@@ -10,9 +10,9 @@ from helpers import CORNERS, VARIANTS, config, fixed, label, packed, passes, slo
 from torch import Tensor
 
 from lrt.evaluation import bits_per_byte as evaluation
-from lrt.evaluation import contraction as module
 from lrt.evaluation.bits_per_byte import HeldOut, Rows, ScoredText, evaluate
-from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
+from lrt.evaluation.contraction import SWEEPS, SweepErrors, contraction, exact_states, sweep_errors
+from lrt.inference import generate as scoring
 from lrt.model.lrt import LRT
 from lrt.model.reference import reference
 from lrt.model.run_passes import run_passes
@@ -22,7 +22,7 @@ LENGTH = 7
 RECURRENT = [cfg for cfg in [*VARIANTS, *CORNERS] if cfg.memory.recurrent]
 
 
-def compared(cfg, rows: int = 2, length: int = LENGTH) -> tuple[LRT, Tensor, module.SweepErrors]:
+def compared(cfg, rows: int = 2, length: int = LENGTH) -> tuple[LRT, Tensor, SweepErrors]:
     model, ids = fixed(cfg), packed(cfg, rows, length)
     return model, ids, sweep_errors(model, ids, model.starts(ids), exact_states(model, ids))
 
@@ -93,7 +93,7 @@ def test_in_parts_it_is_the_same(monkeypatch):
                 torch.ones(3, LENGTH, dtype=torch.int64))  # fmt: skip
     whole = evaluate(fixed(config()), Schedule.parse("settled-2"), of(rows))
     assert len(whole.kl) == SWEEPS + 1 and whole.kv_errors[1] > whole.kv_errors[4] > 0
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
     monkeypatch.setattr(evaluation, "KEYS_AT_ONCE", 1)
     parts = evaluate(fixed(config()), Schedule.parse("settled-2"), of(rows))
     for name in ("kl", "kv_errors", "argmax_agreement"):

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from lrt.cli.main import main
 from lrt.experiments import draw, plots
+from lrt.experiments.curves import Recorded, curves
 from lrt.experiments.groups import RunGroup, read_groups
-from lrt.experiments.pages import GREY, KNOWN, MOST_ARMS, OTHERS, Recorded, arm_colours, curves
+from lrt.experiments.plots import GREY, KNOWN, MOST_ARMS, OTHERS, arm_colours
 from lrt.experiments.report import MARKS, _at_several, report_blocks
 from lrt.experiments.verdict import next_commands, report_verdict
 from lrt.schedule import Schedule

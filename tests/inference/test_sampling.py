@@ -36,6 +36,7 @@ def left(**options) -> list[float]:
         ({"top_p": 0.39}, [0, 1, 0, 0, 0]),
         ({"top_p": 0.41}, [0, 0.571429, 0, 0.428571, 0]),
         ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
+        ({"top_k": 1, "top_p": 5e-324}, [0, 1, 0, 0, 0]),  # 5e-324 times 0.4 is 0
         ({"top_k": 2, "top_p": 0.55}, [0, 1, 0, 0, 0]),  # of the two left, the first has 0.571
         ({"min_p": 0.3}, [0, 0.470588, 0, 0.352941, 0.176471]),
         ({"temperature": 0.5, "min_p": 0.3}, [0, 0.64, 0, 0.36, 0]),  # 0.15 is 0.375 of 0.4, but 0.14 once squared
@@ -43,6 +44,16 @@ def left(**options) -> list[float]:
 )
 def test_supports_and_masses(options, expected):
     assert left(**options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_top_p_keeps_no_token_beyond_those_that_reach_it():
+    p = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
+    assert probabilities(p.log(), SamplingTensors.of([SamplingParams(top_p=0.5)], 3, CPU))[0].tolist() == [0, 1, 0]
+
+
+def test_a_number_that_was_rounded_to_one_draws_a_token_of_the_support():
+    """As float32 rounds the largest numbers below 1."""
+    assert choose(P.log(), law(top_k=2), torch.ones(1, dtype=torch.float64)).tokens.tolist() == [3]
 
 
 def test_equal_probabilities_keep_the_lower_id():

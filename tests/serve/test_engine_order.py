@@ -45,7 +45,7 @@ def first_tokens(engine: Engine, cycles: int = 200) -> list[int]:
         if engine.idle:
             break
         engine._cycle()
-    return list(dict.fromkeys(job.number for job, event in engine._outbox if isinstance(event.what, Emission)))
+    return list(dict.fromkeys(job.number for job, event in engine._outbox if isinstance(event.payload, Emission)))
 
 
 def chunks_until_first(engine: Engine, monkeypatch) -> dict[int, int]:
@@ -62,7 +62,7 @@ def chunks_until_first(engine: Engine, monkeypatch) -> dict[int, int]:
     while not engine.idle:
         engine._cycle()
         for job, event in engine._outbox:
-            if isinstance(event.what, Emission):
+            if isinstance(event.payload, Emission):
                 done.setdefault(job.number, chunks)
     return done
 

@@ -87,8 +87,8 @@ def require_positions(positions: Tensor | None, like: TokensBN) -> None:
     shape = tuple(positions.shape)
     fits = shape in ((rows, columns), (1, columns), (columns,))
     require(fits, f"position_ids of shape {shape} for tokens of {(rows, columns)}; give one a token")
-    whole = not positions.is_floating_point() and positions.dtype is not torch.bool
-    require(whole, f"position_ids are {positions.dtype}; give whole numbers, as int64")
+    integral = not positions.is_floating_point() and positions.dtype is not torch.bool
+    require(integral, f"position_ids are {positions.dtype}; give whole numbers, as int64")
 
 
 def require_open_end(mask: Tensor) -> None:

@@ -92,7 +92,7 @@ def fold(
 
 
 def in_order(slices: Sequence[range], parts: Sequence[Tensor], n: int, axis: int) -> Tensor:
-    """Positions 0..n-1 along `axis`, each from the last of `parts` that covers it; part i covers `at[i]`."""
+    """Positions 0..n-1 along `axis`, each from the last of `parts` that covers it; part i covers `slices[i]`."""
     if slices[-1] == range(n):
         return parts[-1]
     owner = {t: i for i, positions in enumerate(slices) for t in positions}

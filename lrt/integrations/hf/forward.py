@@ -21,7 +21,7 @@ from lrt.model.lrt import LRT
 from lrt.model.recurrence import prefill_options, solve
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import PassInput
-from lrt.passes import Pass, Passes
+from lrt.passes import Pass, Passes, memory_in_loss
 from lrt.schedule import Curriculum
 
 FOLLOWING = "position_ids must go on from the cache's; begin another document without a cache"
@@ -90,8 +90,7 @@ def _require_unpacked(inputs: Inputs, groups: list[DocumentRows]) -> bool:
 
 def _reaching(core: LRT, passes: Passes, folded: Folded) -> Folded:
     """The same, with zero-valued gradients, not missing ones, for parameters that only memory uses."""
-    memory_counts = any(p.weight > 0 and p is not passes[0] and p.positions[-1] > 0 for p in passes)
-    if memory_counts or not torch.is_grad_enabled():
+    if memory_in_loss(passes) or not torch.is_grad_enabled():
         return folded
     zero = folded.hidden.new_zeros(()) + sum(0.0 * p.sum() for p in core.memory_parameters())
     zero = zero.to(folded.hidden.dtype)

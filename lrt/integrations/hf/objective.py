@@ -22,7 +22,7 @@ from lrt.integrations.hf.fold import ScoredPass
 from lrt.model.loss import summed_nats
 from lrt.model.lrt import LRT
 from lrt.model.shapes import IGNORE, TokensBN
-from lrt.passes import Passes
+from lrt.passes import Passes, columns
 from lrt.schedule import Schedule
 from lrt.utils.hardware import widest
 
@@ -73,24 +73,24 @@ def objective(
     Raises:
         ValueError: labels that are not one whole number a token, or no number of targets.
     """
-    batch, columns = scored[0][0].batch, scored[0][0].columns
+    batch, width = scored[0][0].batch, scored[0][0].columns
     shape = (
-        f"labels of shape {list(labels.shape)} for tokens of [{batch}, {columns}]; give one a token, {IGNORE} for none"
+        f"labels of shape {list(labels.shape)} for tokens of [{batch}, {width}]; give one a token, {IGNORE} for none"
     )
-    require(labels.shape == (batch, columns), shape)
-    whole = not labels.is_floating_point() and labels.dtype is not torch.bool
-    require(whole, f"labels are {labels.dtype}; give whole numbers, as int64")
+    require(labels.shape == (batch, width), shape)
+    integral = not labels.is_floating_point() and labels.dtype is not torch.bool
+    require(integral, f"labels are {labels.dtype}; give whole numbers, as int64")
     labels = labels.long()
-    hidden, aims, weights, counted = [], [], [], torch.zeros_like(labels[0, 0])
+    hidden, own_targets, weights, counted = [], [], [], torch.zeros_like(labels[0, 0])
     for rows, passes in scored:
         targets = rows.targets(labels, shifted)
         counted = counted + (targets != IGNORE).sum()
-        longest = max(one.positions[-1] + 1 for one in passes)
+        longest = max(p.positions[-1] + 1 for p in passes)
         targets = F.pad(targets, (0, longest - targets.shape[1]), value=IGNORE)
-        for one in passes:
-            hidden.append(one.hidden)
-            aims.append(targets[:, one.positions.start : one.positions.stop : one.positions.step])
-            weights.append(one.weight)
+        for p in passes:
+            hidden.append(p.hidden)
+            own_targets.append(targets[:, columns(p.positions)])
+            weights.append(p.weight)
     if items is None:
         items = counted
     elif not shifted and any(rows.origin is not None for rows, _ in scored):
@@ -98,7 +98,7 @@ def objective(
     count = _count(items, counted)
     scales = torch.tensor(weights, dtype=torch.float64, device="cpu")
     scales = scales.to(labels.device, widest(labels.device), non_blocking=True) / count
-    return summed_nats(core, hidden, aims, scales)[0]
+    return summed_nats(core, hidden, own_targets, scales)[0]
 
 
 def _without_first_tokens(items: Any, counted: Tensor, labels: TokensBN) -> Any:
