@@ -206,8 +206,8 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         near = _near(folder)
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {what}; {near}give the folder of a run or of one of its checkpoints")
+        fault = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {fault}; {near}give the folder of a run or of one of its checkpoints")
     if not (folder / META).exists():
         saved = checkpoints(folder)
         if not saved:
