@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,29 @@ def test_fork_join_save_and_restore(cfg, tmp_path):
     assert restored.capacity == 20
     for kept in (restored, forked.take(torch.tensor([1, 0]))):
         close(prefill(model, rows[:, 9:], cache=kept, mode="exact").logits, expected[:, -1])
+
+
+def test_a_row_that_joins_is_seen_to_its_end(model):
+    """Beyond the slots that an empty state looks at."""
+    state = KVCache.empty(model, 1, 200)
+    for x in (*state.keys, *state.values, state.memory):
+        x.normal_()
+    state = state._replace(length=state.length + 150, longest=150)
+    joined = KVCache.empty(model, 2, 200).put(torch.tensor([1]), state)
+    newest = tokens(CFG, 1, 1)[:, 0]
+    alone, _ = decode_step(model, newest, state)
+    beside, _ = decode_step(model, newest.expand(2), joined)
+    close(beside[1], alone[0])
+
+
+@pytest.mark.parametrize("cfg", [CFG, SHIFT, BOTH], ids=["memory", "shift", "both"])
+def test_a_cleared_row_is_an_empty_one(cfg):
+    model, rows = randomised(replace(cfg, bos=None)), tokens(cfg, 2, 12)
+    cache = prefill(model, rows[:, :9], capacity=20, mode="exact").cache.clear(1)
+    for cleared, empty in zip(cache.per_row(), KVCache.empty(model, 2, 20).per_row(), strict=True):
+        assert torch.equal(cleared[1], empty[1])
+    first, _ = decode_step(model, rows[:, 9], cache)
+    close(first[1], truth(model, rows[1:, 9:])[0, 0])
 
 
 @pytest.mark.parametrize(
@@ -111,4 +135,4 @@ def test_sliding_windows_keep_only_their_window(model):
     cache = KVCache.empty(model, 1, 50)
     assert [k.shape[2] for k in cache.keys] == [CFG.windows()[0], 51, 51]
     assert positions_held(torch.tensor([6]), 4).tolist() == [[4, 5, 2, 3]]
-    assert [visible_slots(n) for n in (1, 128, 129, 193, 400)] == [128, 128, 192, 256, 512]
+    assert [visible_slots(n) for n in (1, 128, 129, 192, 193, 400)] == [128, 128, 192, 192, 256, 512]
