@@ -99,9 +99,23 @@ def test_every_public_name_is_on_a_reference_page():
     assert {m for m in used if (ROOT / (m.replace(".", "/") + ".py")).is_file()} - shown == set()
 
 
+def test_the_log_leads_to_every_entry_of_its_months():
+    """By theme, each entry once; newer ones stand in the log itself."""
+    log = (DOCS / "log.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\((log/[\w-]+\.md#[\w-]+)\)", log)
+    entries = [
+        f"log/{month.name}#{anchor(title)}"
+        for month in MONTHLY
+        for title in re.findall(r"^## (.+)$", month.read_text("utf-8"), re.M)
+    ]
+    assert sorted(linked) == sorted(set(entries)) == sorted(entries) and entries
+    assert re.search(r"^## 20\d\d-\d\d-\d\d: ", log.partition("## The newest entries")[2], re.M)
+
+
 # Names of code on the pages.
 
-HISTORY = {"log.md", "CHANGELOG.md"}
+MONTHLY = sorted(DOCS.glob("log/*.md"))
+HISTORY = {"log.md", "CHANGELOG.md", *(page.name for page in MONTHLY)}
 """Pages that speak of code as it once was."""
 ELSEWHERE = {
     "CPOTrainer", "DynamoExporter", "KTOTrainer", "ORPOTrainer", "OnnxExporter", "RLOOTrainer", "Seq2SeqTrainer",
