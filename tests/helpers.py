@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,8 @@ from lrt.model.reference import Position, _logits, _memories, _token, reference
 from lrt.model.run_passes import run_passes
 from lrt.schedule import Pass, Schedule, check
 
+_PORTS = itertools.count(7 * os.getpid())
+"""Where this process looks next for a port."""
 MEMORY = ("projection", "source", "gate_width", "residual", "shift", "start", "blocks", "injection")
 
 
@@ -318,3 +322,15 @@ def truth(model: LRT, rows: Tensor) -> Tensor:
 def close(a: Tensor, b: Tensor) -> None:
     """`near`, as an assertion that says where they differ."""
     torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 to listen at a little later: none that the system meanwhile gives to a connection."""
+    while True:
+        port = 20_000 + next(_PORTS) % 12_000  # below those that are given to whoever asks for any
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

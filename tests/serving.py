@@ -63,7 +63,7 @@ class Server:
 
     def __enter__(self) -> Server:
         self.thread.start()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 240
         while not self.server.started:
             assert time.monotonic() < end and self.thread.is_alive(), "the server did not start"
             time.sleep(0.01)
@@ -73,7 +73,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
-        self.thread.join(30)
+        self.thread.join(240)
         assert not self.thread.is_alive()
 
     def metric(self, name: str) -> float:
@@ -90,11 +90,11 @@ class Server:
 
         def wait(*_: object) -> None:
             if next(begun) >= after:
-                until.wait(60)
+                until.wait(240)
 
         self.loaded.model.blocks[0].register_forward_pre_hook(wait)
 
-    def wait_idle(self, seconds: float = 20) -> None:
+    def wait_idle(self, seconds: float = 240) -> None:
         """Wait until nothing runs or waits."""
         end = time.monotonic() + seconds
         while not self.served.engine.idle:

@@ -24,7 +24,9 @@ from lrt.data.tokenizer_config import DEFAULT, TokenizerConfig
 
 WORKER = Path(__file__).with_name("template_worker.py")
 SECONDS = 2.0
-"""How long a template may render."""
+"""Seconds of CPU time that a template may render."""
+PATIENCE = 4
+"""Times as long, by the clock, it may take on a machine that is busy."""
 START_SECONDS = 60.0
 """How long the process that renders may take to start."""
 CHARACTERS = 4_000_000
@@ -58,8 +60,8 @@ class TemplateRenderer:
 
         `variables` hold `messages`; `specials` are special tokens by the template's names for them.
         """
-        request = {"template": template, "variables": variables, "trusted": specials, "most": self.characters}
-        line = json.dumps(request).encode() + b"\n"
+        task = {"template": template, "variables": variables, "trusted": specials, "most": self.characters}
+        line = json.dumps({"seconds": self.seconds, "task": task}).encode() + b"\n"
         with self._lock:
             reply = self._ask(line)
         if "error" in reply:
@@ -83,7 +85,7 @@ class TemplateRenderer:
         except OSError:
             reply = b""
         else:
-            reply = _line(process, self.seconds)
+            reply = _line(process, PATIENCE * self.seconds)
         if reply.endswith(b"\n"):
             return json.loads(reply)
         self._end()
@@ -108,14 +110,23 @@ class TemplateRenderer:
 
 
 def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """What the process writes next; it is killed where that takes longer."""
+    """What the process writes next; it is killed where that takes longer, and then its end is seen at once.
+
+    Else one whose line came in the last moment would be taken for alive, and the next request would fail with it.
+    """
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+
     assert process.stdout is not None
-    timer = threading.Timer(seconds, process.kill)
+    timer = threading.Timer(seconds, end)
     timer.start()
     try:
         return process.stdout.readline()
     finally:
         timer.cancel()
+        timer.join()
 
 
 @lru_cache(1)

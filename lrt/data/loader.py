@@ -1,7 +1,7 @@
 """The loader: batches as a pure function of (seed, step, rank), so that resuming needs nothing but the step."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, final
 
@@ -120,7 +120,7 @@ class Loader:
         return order
 
 
-def prefetch(loader: Batches, first_step: int, last_step: int, pin: bool = False) -> Iterator[Batch]:
+def prefetch(loader: Batches, first_step: int, last_step: int, pin: bool = False) -> Generator[Batch, None, None]:
     """Yield the batches of steps [first_step, last_step), built ahead in one background thread.
 
     pin: put them into page-locked memory, for asynchronous copies to a GPU. An error in the thread is raised here.

@@ -92,7 +92,7 @@ def _take(pipe: Any, running: dict[Any, Any], failed: dict[str, str], queue: Que
     name, process = running[pipe]
     try:
         event = pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter where it was killed in the middle of an event
         process.join()
         del running[pipe]
         queue.end(name)

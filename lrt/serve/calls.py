@@ -16,7 +16,7 @@ from lrt.config.decoding import SamplingParams
 from lrt.inference.batch import Emission, Ranked
 from lrt.serve.engine import Answer, Busy, Ended, Event, Job
 from lrt.serve.grammar import GrammarConstraint
-from lrt.serve.http import ApiError, disconnected
+from lrt.serve.http import ApiError, disconnected, our_fault
 from lrt.serve.intake import CLOSING
 from lrt.serve.served import Served
 from lrt.serve.text import Listing
@@ -37,7 +37,7 @@ class Choice:
     finish: str | None = None
 
     def take(self, e: Emission) -> None:
-        """Take in a token; one that ends the answer without being part of it is not listed."""
+        """Take in a token; one that ends the answer is listed and counted too."""
         self.text += e.text
         self.tokens.append((e.token, e.logprob, e.top))
         self.finish = e.finish
@@ -116,7 +116,7 @@ class Call:
         return {
             Ended.EXPIRED: ApiError(408, f"the request took longer than {seconds:g} s; ask for less at a time"),
             Ended.CLOSING: ApiError(503, CLOSING),
-            Ended.FAILED: ApiError(500, "the server failed on this request; its log says why"),
+            Ended.FAILED: our_fault(),
         }[why]
 
     async def all(self, request: Request) -> list[Event]:

@@ -160,6 +160,10 @@ class LimitedConnection(H11Protocol):
         if self._taken > self._limits.request_bytes:
             self._everyone.drop(self)
             return
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2: old clients end a body with an empty line
+            if not data:  # which the parser would take for the end
+                return
         super().data_received(data)
         self._watch()
 

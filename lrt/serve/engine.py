@@ -312,7 +312,9 @@ class Engine:
                 self._post(job, end.value)
         except Exception as error:
             self._lanes.remove(turn)
-            if not isinstance(error, ValueError):
+            if isinstance(error, FloatingPointError):
+                log.error("a task ended: %s", error)
+            elif not isinstance(error, ValueError):
                 log.exception("a task failed")
             self._post(job, error if isinstance(error, ValueError) else Ended.FAILED)
             for row in [row for row, answer in self._seated.items() if answer is job]:

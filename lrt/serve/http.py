@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from lrt.serve.json_writer import event_bytes
 from lrt.utils.files import one_line
 
+log = logging.getLogger("lrt.serve")
 KINDS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
     429: "rate_limit_error",
@@ -51,6 +53,11 @@ def too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is larger than {most:,} bytes; send less at a time")
 
 
+def our_fault() -> ApiError:
+    """What a request is answered that failed through no fault of its own."""
+    return ApiError(500, "the server failed on this request; its log says why")
+
+
 def handle_errors(app: FastAPI) -> None:
     """Every error in the same shape, with one sentence that says what to change."""
 
@@ -69,7 +76,7 @@ def handle_errors(app: FastAPI) -> None:
         return ApiError(error.status_code, message, headers=headers).response()
 
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the server failed on this request; its log says why").response()
+        return our_fault().response()
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(HTTPException, http)
@@ -115,8 +122,18 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 return await error.response()(scope, receive, send)
-            last = b"data: " + bytes(error.response().body) + b"\n\n"
+            last = _last(error)
+        except Exception:  # what has begun ends with a word, and not as if the network had failed
+            if not started:
+                raise
+            log.exception("a stream failed")
+            last = _last(our_fault())
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _last(error: ApiError) -> bytes:
+    """An error as a stream's last event."""
+    return b"data: " + bytes(error.response().body) + b"\n\n"
 
 
 async def disconnected(receive: Receive) -> None:

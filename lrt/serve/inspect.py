@@ -113,6 +113,8 @@ def score(model: LRT, ids: list[int], top: int, mode: str | PrefillOptions, stre
         targets = ids[first + 1 : first + 1 + hidden.shape[1]]
         logits = model.logits(hidden[0])
         values = token_logprobs(logits, torch.tensor(targets, device=logits.device))
+        if not values.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
         best = ranked(logits, [top] * len(targets)) if top else [()] * len(targets)
         scored += zip(values.tolist(), best, strict=True)
         yield

@@ -96,7 +96,7 @@ class Intake:
             raise ApiError(499, "the client has gone") from None  # nobody hears it; the metrics count it
         finally:
             self._reading.discard(reading)
-            reading.cancel()
+            reading.cancel()  # which also says that nobody wants to hear of its error
 
     async def _read(self, request: Request, parts: list[bytes]) -> None:
         size = 0
@@ -112,15 +112,17 @@ class Intake:
     async def _ready(self, parts: list[bytes], prepare: Callable[[Any], T], worker: str) -> T:
         if self._waiting >= WAITING:
             raise _busy()
+        self._waiting += 1  # now: many bodies may have arrived together
         work = asyncio.ensure_future(self._work(parts, prepare, worker))
         try:
-            return await asyncio.wait_for(asyncio.shield(work), self.seconds)
-        except asyncio.TimeoutError:
-            work.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody waits for it
-            raise ApiError(408, f"the request took longer than {self.seconds:g} s to read; send less") from None
+            await asyncio.wait({work}, timeout=self.seconds)
+            if work.done():
+                return work.result()
+            raise ApiError(408, f"the request took longer than {self.seconds:g} s to read; send less")
+        finally:
+            work.add_done_callback(_told)  # a thread goes on until it is done, though nobody waits for it
 
     async def _work(self, parts: list[bytes], prepare: Callable[[Any], T], worker: str) -> T:
-        self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
             data = await loop.run_in_executor(self._parser, _json, b"".join(parts), self.values)
@@ -141,6 +143,12 @@ class Intake:
         self._untrimmed, self._trimming = 0, None
         if not self._closing:
             self._parser.submit(give_back)
+
+
+def _told(task: asyncio.Task[Any]) -> None:
+    """Take note of what a task raised, which would else be logged as never retrieved."""
+    if not task.cancelled():
+        task.exception()
 
 
 def give_back() -> None:

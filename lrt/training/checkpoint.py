@@ -192,6 +192,14 @@ class Writer:
         if running is not None:
             running.result()
 
+    def settle(self) -> str:
+        """Wait where something else has gone wrong already; what went wrong here too, in one line."""
+        try:
+            self.wait()
+        except Exception as error:
+            return one_line(error)
+        return ""
+
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoint folders of a run, by their steps."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -163,33 +164,47 @@ class Session:
         self.settling = restored(started.extra.get("settling"), self.plan, str(started.folder / checkpoint.META))
 
     def loop(self) -> None:
-        """Run the steps that are left, with logs, evaluations and checkpoints on the way."""
+        """Run the steps that are left, with logs, evaluations and checkpoints on the way.
+
+        Whatever ends them, nothing is read or written in the background any more: another process may go on.
+        """
+        steps = prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda")
+        try:
+            with self.stop.listening(), contextlib.closing(steps) as ready:
+                self._run(ready)
+            self.writer.wait()
+        except BaseException:
+            if problem := self.writer.settle():
+                with contextlib.suppress(OSError):
+                    tell(self.sinks, kind="warning", text=f"a checkpoint was not written: {problem}")
+            raise
+
+    def _run(self, ready: Iterable[Batch]) -> None:
+        """A step for each batch, and what is due after it."""
         t = self.config.train
         figures = StepFigures()
         clock, cpu = time.perf_counter(), time.process_time()
-        with self.stop.listening():
-            for batch in prefetch(self.loader, self.progress.step, self.steps, pin=self.device.type == "cuda"):
-                out, norm = self.step(batch)
-                self.stepped = True
-                self.lock.require_place()
-                now, worked = time.perf_counter(), time.process_time()
-                spent = max(0.0, now - clock)
-                self.progress.count(self.config, out.passes, spent, max(0.0, worked - cpu))
-                figures.add(out, spent)
-                done, last = self.progress.step, self.progress.step == self.steps
-                logged = done % t.log_every == 0 or last
-                if logged:
-                    self._check(batch)
-                    self._log(figures, norm)
-                    figures = StepFigures()
-                if last or (t.eval_every and done % t.eval_every == 0):
-                    self.evaluate()
-                if last or (t.save_every and done % t.save_every == 0) or self._overdue(logged):
-                    self.save()
-                if (logged or self.world.size == 1) and self.world.any(bool(self.stop.signal)):
-                    self._leave()
-                clock, cpu = time.perf_counter(), time.process_time()
-        self.writer.wait()
+        for batch in ready:
+            out, norm = self.step(batch)
+            self.stepped = True
+            self.lock.require_place()
+            now, worked = time.perf_counter(), time.process_time()
+            spent = max(0.0, now - clock)
+            self.progress.count(self.config, out.passes, spent, max(0.0, worked - cpu))
+            figures.add(out, spent)
+            done, last = self.progress.step, self.progress.step == self.steps
+            logged = done % t.log_every == 0 or last
+            if logged:
+                self._check(batch)
+                self._log(figures, norm)
+                figures = StepFigures()
+            if last or (t.eval_every and done % t.eval_every == 0):
+                self.evaluate()
+            if last or (t.save_every and done % t.save_every == 0) or self._overdue(logged):
+                self.save()
+            if (logged or self.world.size == 1) and self.world.any(bool(self.stop.signal)):
+                self._leave()
+            clock, cpu = time.perf_counter(), time.process_time()
 
     def _overdue(self, logged: bool) -> bool:
         """Whether the last checkpoint is `train.save_minutes` old; several processes agree on it when they log."""

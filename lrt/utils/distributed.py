@@ -7,6 +7,7 @@ a process is alone and nothing here communicates.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,14 @@ class World:
         return made[0] if made else work()
 
 
+def _require_place() -> None:
+    """ValueError if RANK and WORLD_SIZE name no place among the processes: the others would be waited for."""
+    rank, size = (os.environ[name] for name in ("RANK", "WORLD_SIZE"))
+    fine = all(re.fullmatch("[0-9]{1,9}", text) for text in (rank, size)) and int(rank) < int(size)
+    if not fine:
+        raise ValueError(f"RANK is {rank[:20]!r} and WORLD_SIZE {size[:20]!r}; start all with torchrun, or unset them")
+
+
 @contextmanager
 def join(device: str) -> Iterator[World]:
     """The world of this process, on `auto`, `cpu` or `cuda`; within it the process group exists, if there is any.
@@ -103,6 +112,7 @@ def join(device: str) -> Iterator[World]:
     if not os.environ.keys() >= LAUNCHED:
         yield World(chosen)
         return
+    _require_place()
     if chosen.type == "cuda":
         place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if place >= there:

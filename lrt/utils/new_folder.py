@@ -52,12 +52,15 @@ def put_in_place(aside: Path, folder: Path) -> None:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Delete what writers that were killed have left; a writer that is alive holds its folder."""
+    """Delete what writers that were killed have left; a writer that is alive holds its folder.
+
+    A lock that names no holder may be one that its writer has made and is about to take.
+    """
     for folder in parent.iterdir():
         if PARTIAL.fullmatch(folder.name) and not folder.is_symlink():
             lock = FileLock(folder / LOCK)
             with contextlib.suppress(Held, OSError):
-                if (folder / LOCK).is_file():
+                if (folder / LOCK).is_file() and (folder / LOCK).stat().st_size:
                     lock.take()
                 if lock.held or time.time() - folder.stat().st_mtime > DAY:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -64,7 +64,7 @@ def post(url: str, path: str, content: bytes) -> int:
 
 
 def open_socket(address: tuple[str, int], data: bytes, linger: bool = False) -> socket.socket:
-    made = socket.create_connection(address, timeout=5)
+    made = socket.create_connection(address, timeout=60)
     if linger:  # closing it is a reset
         made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     made.sendall(data)
@@ -134,7 +134,7 @@ def health(host: str, port: int, seconds: float) -> list[float]:
     end, times = time.monotonic() + seconds, list[float]()
     while time.monotonic() < end:
         begin = time.monotonic()
-        with socket.create_connection((host, port), timeout=30) as s:
+        with socket.create_connection((host, port), timeout=60) as s:
             s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             answer = b""
             while part := s.recv(4096):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -11,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lrt.data.chat_template import ChatTemplate, TemplateRenderer, chat_template_of
+from lrt.data import chat_template as module
+from lrt.data.chat_template import ChatTemplate, TemplateRenderer, _line, chat_template_of
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer
 from lrt.data.tokenizer_config import read_tokenizer_config
 
@@ -244,12 +248,42 @@ def test_attacks_are_as_many_special_tokens_as_an_honest_conversation_of_that_le
     ],
 )
 def test_templates_that_fail_or_take_too_much_are_value_errors_and_the_next_one_renders(template, says):
-    renderer = TemplateRenderer(seconds=0.5 if "longer" in says else 30, characters=100_000)
+    renderer = TemplateRenderer(seconds=0.5 if "longer" in says else 60, characters=100_000)
     try:
         with pytest.raises(ValueError, match=says) as error:
             made(template, renderer).encode(TALK)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
+        renderer.seconds = 60
         assert made(TEMPLATES["llama"], renderer).encode(TALK) == theirs(TEMPLATES["llama"], TALK)
+    finally:
+        renderer.close()
+
+
+def test_a_renderer_whose_time_is_up_just_as_it_answers_is_dead_for_the_next_request():
+    """Else that one would go to a process that is about to end, and fail with it."""
+    killed, waited = threading.Event(), []
+
+    def late() -> bytes:
+        assert killed.wait(240)
+        return b"the answer\n"
+
+    process = SimpleNamespace(
+        stdout=SimpleNamespace(readline=late), kill=killed.set, wait=lambda: waited.append(killed.is_set())
+    )
+    assert _line(process, 0.0) == b"the answer\n"  # pyright: ignore[reportArgumentType]
+    assert waited == [True]
+
+
+def test_a_template_has_its_time_of_the_processor_and_not_of_the_clock(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 600)
+    renderer = TemplateRenderer(seconds=1)
+    try:
+        assert made(TEMPLATES["llama"], renderer).encode(TALK) == theirs(TEMPLATES["llama"], TALK)
+        process = renderer._process
+        assert process is not None
+        with pytest.raises(ValueError, match="longer than 1 seconds"):
+            made("{{ 9 ** 999999999 }}", renderer).encode(TALK)
+        assert process.returncode == -signal.SIGPROF
     finally:
         renderer.close()
 

@@ -158,7 +158,7 @@ def test_prefetching_works_ahead_in_the_background_but_not_too_far():
 
     stream = prefetch(Loader(Watched(1001), batch=1, length=10, bos=BOS, seed=0, shuffle=False), 0, 100)
     next(stream)
-    assert fifth.wait(5), "the thread should build four batches beyond the one handed out"
+    assert fifth.wait(120), "the thread should build four batches beyond the one handed out"
     stream.close()
     assert len(built) == 5
     assert not any(on_main for _, on_main in built)

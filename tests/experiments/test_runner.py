@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -76,3 +78,17 @@ def test_a_run_that_was_interrupted_ends_without_a_traceback(tmp_path: Path, mon
             runner._guarded(work, RunConfig(), tmp_path, writes)
         assert end.value.code == code
     assert told == [tmp_path, tmp_path]
+
+
+def test_a_run_that_is_killed_in_the_middle_of_an_event_leaves_the_others_alone():
+    """The pipe then holds the length of an event, and half of it."""
+    reads, writes = Pipe(duplex=False)
+    os.write(writes.fileno(), b"\0\0\1\0half")
+    writes.close()
+    queue, live, failed = Queue(["a", "b"], jobs=1), Live(), {}
+    queue.begin()
+    dead = SimpleNamespace(join=lambda: None, exitcode=-9)
+    running = {reads: ("a", dead)}
+    runner._take(reads, running, failed, queue, live)
+    assert running == {} and failed == {"a": "its process died; out of memory?"}
+    assert (queue.waiting, queue.going) == (["b"], set())

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,20 @@ train.schedule = "settled-1..2"
 train.schedule = "parallel"
 model.memory = {{ projection = "none", residual = false }}
 """
+KILLED = """
+import os, signal, sys
+from lrt.cli.main import main
+from lrt.training.logging import Live
+
+def show(self, event, name):
+    if name == "plain-seed0" and event["kind"] == "checkpoint":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    Live.show = show
+    main()
+"""
+"""Runs the command line, and kills itself once the second run says that it has a checkpoint to go on from."""
 CLOCKS = {"wall_seconds", "cpu_seconds", "decode_tokens_per_second", "decode_tokens_per_cpu_second"}
 CLOCKS |= {"peak_memory_bytes", "seal"}
 
@@ -86,18 +99,16 @@ def test_bad_files_are_named(tmp_path, capsys, text: str, said: str):
 
 def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_table(place):
     assert main(["sweep", "tiny.toml", "--out", "whole", "--jobs", "2"]) == 0
-    again = [sys.executable, "-m", "lrt", "sweep", "tiny.toml", "--out", "halves", "--jobs", "1"]
+    again = ["sweep", "tiny.toml", "--out", "halves", "--jobs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(again, stderr=subprocess.DEVNULL, env=environment) as process:
-        for _ in range(3000):  # until the second run has a checkpoint to go on from
-            if list((place / "halves").glob("plain-seed0/checkpoints/step_*")) or process.poll() is not None:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+    killed = subprocess.run([sys.executable, "-c", KILLED, *again], stderr=subprocess.DEVNULL, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((place / "halves").glob("plain-seed0/checkpoints/step_*"))
     assert not (place / "halves" / "results.jsonl").exists()
     first = place / "halves" / "layerwise-settled-seed0" / "record.json"
     before = first.read_bytes()
-    subprocess.run(again, stderr=subprocess.DEVNULL, env=environment, check=True)
+    last = subprocess.run([sys.executable, "-m", "lrt", *again], stderr=subprocess.PIPE, env=environment)
+    assert last.returncode == 0, last.stderr
     assert first.read_bytes() == before  # a finished run is not run again
     assert lines(place / "halves") == lines(place / "whole")
     assert len({line["bpb"]["decoded"] for line in lines(place / "whole")}) == 2

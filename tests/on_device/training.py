@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import events, tiny
+from helpers import events, free_port, tiny
 
 import lrt.training.session
 from lrt.benchmarks.latency import latencies
@@ -76,13 +76,9 @@ def test_process_group_of_one(mode: str, source: Path, tmp_path: Path, device: t
     """DDP and FSDP2 on one device, over nccl on cuda, lose what a plain process does."""
     if device.type == "mps":
         pytest.skip("no process group on mps")
-    import socket
-
     expected = trained(source, tmp_path / "alone", device)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    launched["MASTER_PORT"] = str(free_port())
     for name, value in launched.items():
         monkeypatch.setitem(os.environ, name, value)
     with join(device.type) as world:

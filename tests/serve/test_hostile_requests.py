@@ -201,7 +201,7 @@ def test_escapes_of_a_special_token_are_text(server, escape):
     names = [name for name in json.dumps(special).split('"') if name.startswith("<|")] or ["<|bos|>"]
     for name in names:
         spelled = '{"prompt":"' + "".join(map(escape, name)) + '"}'
-        ids = httpx.post(server.url + "/tokenize", content=spelled, headers=JSON).json()["tokens"]
+        ids = httpx.post(server.url + "/tokenize", content=spelled, headers=JSON, timeout=60).json()["tokens"]
         assert ids == [tokenizer.bos, *tokenizer.encode(name)] and len(ids) > 2
         assert tokenizer.bos not in ids[1:]
 
@@ -259,11 +259,11 @@ COMPRESSED = {
 @pytest.mark.parametrize("coding", COMPRESSED)
 def test_compressed_bodies_are_refused_by_name(server, coding):
     headers = JSON | {"content-encoding": coding}
-    found = httpx.post(server.url + "/v1/completions", content=COMPRESSED[coding], headers=headers)
+    found = httpx.post(server.url + "/v1/completions", content=COMPRESSED[coding], headers=headers, timeout=60)
     plain(found, 415)
     assert "Content-Encoding" in found.json()["error"]["message"]
     fine = JSON | {"content-encoding": "identity"}
-    assert httpx.post(server.url + "/v1/completions", content=asked(), headers=fine).status_code == 200
+    assert httpx.post(server.url + "/v1/completions", content=asked(), headers=fine, timeout=60).status_code == 200
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -279,7 +279,7 @@ def test_a_body_in_chunks_of_a_byte_is_one_body(server):
 @pytest.mark.parametrize("chunk", [b"1\r\n \r\n", b"1;a=b\r\n \r\n", b"01\r\n \r\n"])
 def test_a_body_of_crumbs_is_given_up_early(server, chunk):
     """Every part costs the loop some microseconds, so a megabyte of single bytes is not taken in to its end."""
-    with socket.create_connection(server.address, timeout=30) as s, contextlib.suppress(ConnectionError):
+    with socket.create_connection(server.address, timeout=60) as s, contextlib.suppress(ConnectionError):
         s.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 400)
         while s.recv(4096):
             pass
@@ -331,7 +331,7 @@ def test_pipelined_requests_are_answered_in_turn(server):
     """Good and bad, in one write; the second answer follows the first."""
     good = HEAD + b"Content-Length: %d\r\n\r\n" % len(asked()) + asked()
     bad = HEAD + b"Content-Length: 2\r\n\r\n[]"
-    with socket.create_connection(server.address, timeout=30) as s:
+    with socket.create_connection(server.address, timeout=60) as s:
         s.sendall(good + bad + good + bad.replace(b"Host", b"Connection: close\r\nHost"))
         answer = b""
         while part := s.recv(65536):
@@ -350,7 +350,7 @@ def test_one_that_reads_its_stream_slowly_keeps_nobody_waiting(server, alone):
             s.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         for _ in range(3):
             assert post(server, "/v1/completions", HONEST).json()["choices"][0] == alone
-        server.wait_idle(60)
+        server.wait_idle()
 
 
 def test_upgrades_lead_nowhere(server: Server):

@@ -34,7 +34,7 @@ def locked(run):
         yield running
 
 
-def raw(server: Server, data: bytes, seconds: float = 10) -> bytes:
+def raw(server: Server, data: bytes, seconds: float = 60) -> bytes:
     """All that the server answers to these bytes."""
     with socket.create_connection(server.address, timeout=seconds) as s:
         s.sendall(data)
@@ -76,24 +76,24 @@ def test_all_addresses_are_served_where_all_are_listened_at_but_no_names():
 
 @pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/openapi.json", "/nowhere"])
 def test_a_page_of_another_name_that_resolves_here_gets_nothing(server, path):
-    found = httpx.get(server.url + path, headers={"host": "evil.example"})
+    found = httpx.get(server.url + path, headers={"host": "evil.example"}, timeout=60)
     assert found.status_code == 403
     assert "--allowed-host" in found.json()["error"]["message"]
 
 
 def test_everything_but_health_and_the_page_asks_for_the_key(locked):
     for path in ("/health", "/", "/app.js", "/common.js", "/style.css"):
-        assert httpx.get(locked.url + path).status_code == 200
-        assert httpx.head(locked.url + path).status_code == 200
+        assert httpx.get(locked.url + path, timeout=60).status_code == 200
+        assert httpx.head(locked.url + path, timeout=60).status_code == 200
     for path in ("/openapi.json", "/docs", "/redoc", "/metrics", "/v1/models", "/api/about", "/tokenizer_info", "/x"):
-        found = httpx.get(locked.url + path)
+        found = httpx.get(locked.url + path, timeout=60)
         assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
     for key in ("sécret".encode(), "sécret".encode("latin-1"), "ключ".encode()):
         for scheme in (b"Bearer ", b"bearer   "):
             headers = {b"authorization": scheme + key}
-            assert httpx.get(locked.url + "/v1/models", headers=headers).status_code == 200
+            assert httpx.get(locked.url + "/v1/models", headers=headers, timeout=60).status_code == 200
     for wrong in (b"Bearer", b"Bearer s", b"Basic s\xc3\xa9cret", "Bearer ключ ключ".encode(), b"s\xc3\xa9cret"):
-        assert httpx.get(locked.url + "/v1/models", headers={b"authorization": wrong}).status_code == 401
+        assert httpx.get(locked.url + "/v1/models", headers={b"authorization": wrong}, timeout=60).status_code == 401
 
 
 def test_the_key_is_asked_for_before_the_body_is_read(locked):
@@ -127,9 +127,9 @@ def test_odd_paths_are_not_found_and_lead_nowhere(server, path):
 
 
 def test_answers_carry_request_ids_and_safe_headers(server):
-    given = httpx.get(server.url + "/health", headers={"x-request-id": "mine-1"})
+    given = httpx.get(server.url + "/health", headers={"x-request-id": "mine-1"}, timeout=60)
     assert given.headers["x-request-id"] == "mine-1"
-    made = httpx.get(server.url + "/health", headers={"x-request-id": "not mine!"})
+    made = httpx.get(server.url + "/health", headers={"x-request-id": "not mine!"}, timeout=60)
     assert len(made.headers["x-request-id"]) == 32
     assert "default-src 'none'" in made.headers["content-security-policy"]
     assert "access-control-allow-origin" not in made.headers
@@ -139,7 +139,7 @@ def test_cross_origin_pages_are_served_where_they_are_allowed(run):
     with Server(run, "key", allow_origin=("https://page.example",)) as server:
         asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
         for origin, allowed in (("https://page.example", True), ("https://evil.example", False)):
-            found = httpx.options(server.url + "/v1/completions", headers={"origin": origin, **asks})
+            found = httpx.options(server.url + "/v1/completions", headers={"origin": origin, **asks}, timeout=60)
             assert (found.headers.get("access-control-allow-origin") == origin) is allowed
             found = httpx.post(server.url + "/v1/completions", json=BODY, timeout=60,
                                headers={"origin": origin, "authorization": "Bearer key"})  # fmt: skip
@@ -149,10 +149,13 @@ def test_cross_origin_pages_are_served_where_they_are_allowed(run):
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
 def test_bodies_that_a_page_may_send_unasked_are_refused(server, kind):
     headers = {} if kind is None else {"content-type": kind}
-    found = httpx.post(server.url + "/v1/completions", content=json.dumps(BODY), headers=headers)
+    found = httpx.post(server.url + "/v1/completions", content=json.dumps(BODY), headers=headers, timeout=60)
     assert (found.status_code, "application/json" in found.json()["error"]["message"]) == (415, True)
     fine = {"content-type": "Application/JSON; charset=utf-8"}
-    assert httpx.post(server.url + "/v1/completions", content=json.dumps(BODY), headers=fine).status_code == 200
+    assert (
+        httpx.post(server.url + "/v1/completions", content=json.dumps(BODY), headers=fine, timeout=60).status_code
+        == 200
+    )
 
 
 # Bodies: the first thing wrong is told at once, whatever follows.
@@ -243,7 +246,7 @@ def test_answers_are_counted_before_anything_is_tokenised(server, monkeypatch):
     encoded = []
     monkeypatch.setattr(server.served.words, "opened", lambda text: encoded.append(text) or [1])
     body = BODY | {"prompt": ["a"] * 60, "n": 2}
-    assert httpx.post(server.url + "/v1/completions", json=body).status_code == 400
+    assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 400
     assert encoded == []
 
 
@@ -313,12 +316,13 @@ def test_silent_connections_make_room_for_those_who_speak(run):
         for _ in range(120):
             stack.enter_context(socket.create_connection(server.address))
         for _ in range(3):
-            assert httpx.get(server.url + "/health").status_code == 200
+            assert httpx.get(server.url + "/health", timeout=60).status_code == 200
             assert httpx.post(server.url + "/v1/completions", json=BODY, timeout=60).status_code == 200
         assert len(server.server.open) <= 30 and server.server.open.dropped >= 90
 
 
-def test_headers_and_bodies_that_do_not_end_are_given_up(run):
+def test_headers_and_bodies_that_do_not_end_are_given_up(run, monkeypatch):
+    monkeypatch.setattr("lrt.serve.connections.GRACE", 240.0)  # a busy machine may need it for the answer
     with Server(run, header_seconds=0.3, body_seconds=0.3) as server:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for data, status in (
@@ -332,11 +336,11 @@ def test_headers_and_bodies_that_do_not_end_are_given_up(run):
             (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"400"),
             (b"GET / HTTP/9.9\r\n\r\n", b"403"),
         ):
-            with socket.create_connection(server.address, timeout=20) as s:
+            with socket.create_connection(server.address, timeout=60) as s:
                 s.sendall(data)
                 answer = b""
                 with contextlib.suppress(ConnectionError):
-                    while part := s.recv(4096):
+                    while not answer.endswith(b"}}") and (part := s.recv(4096)):
                         answer += part
             assert (answer.split()[1] if answer else None) == status, (data[:40], answer)
         assert server.thread.is_alive()
@@ -348,7 +352,7 @@ def test_trickling_does_not_keep_a_connection(run):
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         keyed = head + b"Authorization: Bearer key\r\n"
         for begin in (head, keyed + b"Content-Length: 999\r\n\r\n{", head + b"Content-Length: 999\r\n\r\n{"):
-            with socket.create_connection(server.address, timeout=20) as s:
+            with socket.create_connection(server.address, timeout=60) as s:
                 assert _dropped(s, begin)
 
 
@@ -367,13 +371,25 @@ def _dropped(s: socket.socket, begin: bytes) -> bool:
 
 def test_kept_connections_and_pipelines_still_work(server):
     ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with socket.create_connection(server.address, timeout=10) as s:
+    with socket.create_connection(server.address, timeout=60) as s:
         s.sendall(ask * 3)
         answer = b""
         while answer.count(b'{"status":"ok"}') < 3:
             answer += s.recv(65536)
         s.sendall(ask)
         assert b" 200 " in s.recv(65536)
+
+
+def test_empty_lines_before_a_request_are_passed_over(server):
+    """Old clients send one after a body; RFC 9112, section 2.2."""
+    ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    assert b" 200 " in raw(server, b"\r\n\r\n" + ask + b"Connection: close\r\n\r\n")[:20]
+    with socket.create_connection(server.address, timeout=240) as s:
+        for _ in range(2):
+            s.sendall(ask + b"\r\n")
+            assert b" 200 " in s.recv(65536)[:20]
+            s.sendall(b"\r\n")
+    assert b" 400 " in raw(server, b"\r\n \r\n" + ask + b"Connection: close\r\n\r\n")[:20]
 
 
 def test_parsing_keeps_nothing_of_a_body():
@@ -391,5 +407,5 @@ def test_parsing_keeps_nothing_of_a_body():
 
 def test_an_oversized_body_is_answered_though_it_is_still_being_sent(server):
     for headers in ({"content-type": "application/json"}, {"content-type": "application/json", "expect": "x"}):
-        found = httpx.post(server.url + "/v1/completions", content=b" " * 1_500_000, headers=headers, timeout=20)
+        found = httpx.post(server.url + "/v1/completions", content=b" " * 1_500_000, headers=headers, timeout=60)
         assert found.status_code == 413

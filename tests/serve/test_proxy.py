@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers import free_port
 from serving import Server
 
 from lrt.serve.connections import HEADER_BYTES
@@ -74,17 +75,16 @@ def nginx_before(server: Server, home: Path, rate: str = "20r/s") -> Iterator[st
         pytest.skip("nginx is not installed")
     make = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=lrt.example"]
     subprocess.run([*make, "-keyout", home / "key.pem", "-out", home / "cert.pem"], check=True, capture_output=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     conf = _moved(home, port, "{}:{}".format(*server.address)).replace("rate=20r/s", f"rate={rate}")
     (home / "nginx.conf").write_text(conf)
     with (home / "log").open("w") as log:
         process = subprocess.Popen([nginx, "-p", home, "-c", home / "nginx.conf"], stderr=log)
     try:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while True:
             try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                socket.create_connection(("127.0.0.1", port), timeout=60).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, (home / "log").read_text()
@@ -92,7 +92,7 @@ def nginx_before(server: Server, home: Path, rate: str = "20r/s") -> Iterator[st
         yield f"https://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def proxied(run, tmp_path_factory) -> Iterator[tuple[Server, str]]:
 @contextlib.contextmanager
 def client_of(url: str) -> Iterator[httpx.Client]:
     headers = HOST | {"authorization": "Bearer key"}
-    with httpx.Client(base_url=url, verify=False, headers=headers, timeout=30) as client:
+    with httpx.Client(base_url=url, verify=False, headers=headers, timeout=60) as client:
         build = client.build_request  # the name is said before the request, as by a client that looked it up
         client.build_request = lambda *a, **o: build(*a, **o | {"extensions": {"sni_hostname": HOST["host"]}})
         yield client
@@ -150,7 +150,7 @@ def test_other_names_and_smuggled_requests_get_nothing_through_it(proxied):
 
     def raw(data: bytes) -> bytes:
         with (
-            socket.create_connection((host, int(port)), timeout=20) as s,
+            socket.create_connection((host, int(port)), timeout=60) as s,
             context.wrap_socket(s, server_hostname=HOST["host"]) as tls,
         ):
             tls.sendall(data)

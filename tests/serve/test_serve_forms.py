@@ -191,7 +191,7 @@ def test_tokens_as_vllm_answers(server):
     plain = post(server, "/tokenize", {"prompt": "def area", "add_special_tokens": False}).json()["tokens"]
     assert post(server, "/detokenize", {"tokens": plain}).json() == {"prompt": "def area"}
     assert post(server, "/tokenize", {"messages": TALK}).json()["count"] > 3
-    assert httpx.get(server.url + "/tokenizer_info").json()["bos_token"] == "<|bos|>"
+    assert httpx.get(server.url + "/tokenizer_info", timeout=60).json()["bos_token"] == "<|bos|>"
     assert post(server, "/detokenize", {"tokens": [9999]}).status_code == 400
     assert post(server, "/tokenize", {}).status_code == 400
 
@@ -203,10 +203,10 @@ def test_error_codes_and_names_of_models(server):
         post(server, "/v1/completions", {"prompt": "x" * 90_000}).json()["error"]["code"] == "context_length_exceeded"
     )
     assert post(server, "/v1/completions", {"prompt": "x", "model": "o/x"}).json()["error"]["code"] == "model_not_found"
-    assert httpx.get(server.url + "/v1/models/org/other").status_code == 404
+    assert httpx.get(server.url + "/v1/models/org/other", timeout=60).status_code == 404
     server.served.name = "org/tiny"
     try:
-        assert httpx.get(server.url + "/v1/models/org/tiny").json()["id"] == "org/tiny"
+        assert httpx.get(server.url + "/v1/models/org/tiny", timeout=60).json()["id"] == "org/tiny"
     finally:
         server.served.name = "tiny"
 
@@ -219,7 +219,7 @@ def test_kept_states_are_apart_by_salt_and_metrics_do_not_tell(server):
     assert server.metric("lrt_reused_tokens_total") == before
     post(server, "/v1/completions", {"prompt": prompt + " more", "cache_salt": "a"} | law)
     assert server.metric("lrt_reused_tokens_total") > before
-    shown = httpx.get(server.url + "/metrics").text
+    shown = httpx.get(server.url + "/metrics", timeout=60).text
     for name in ("reused", "swept", "steps", "kept"):
         assert f"lrt_{name}" not in shown
 

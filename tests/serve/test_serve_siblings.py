@@ -169,7 +169,7 @@ def test_messages_that_cannot_be_taken_are_named(server, message, says):
 
 def test_paths_and_methods_that_are_not_there(server):
     def asked(method: str, path: str) -> httpx.Response:
-        return httpx.request(method, server.url + path, timeout=20)
+        return httpx.request(method, server.url + path, timeout=60)
 
     for method, path in (("GET", "/v1/files"), ("POST", "/v1/responses"), ("POST", "/v1/audio/translations")):
         error = asked(method, path).json()["error"]

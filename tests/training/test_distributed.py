@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import ALL_REDUCE, BEGUN, BRIEF, COUNTED, DDP, FSDP, GATHER, LAYERS, REDUCE, runs
-from helpers import CODE, config, events
+from helpers import CODE, config, events, free_port
 
 from lrt.config.run import RunConfig
 from lrt.model.lrt import LRT
@@ -21,6 +20,7 @@ from lrt.schedule import Schedule, memory_only
 from lrt.training import checkpoint
 from lrt.training.logging import Jsonl
 from lrt.training.trainer import train
+from lrt.utils.distributed import join
 
 PATIENCE = 900
 """Seconds: the machine may be busy."""
@@ -28,10 +28,8 @@ PATIENCE = 900
 
 def launch(processes: int, *command: str, **environment: str) -> list[subprocess.Popen]:
     """Start `command` as torchrun would, without its agent."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world["OMP_NUM_THREADS"] = "1"
     paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 2))
     return [
         subprocess.Popen(
@@ -65,6 +63,17 @@ def folder(tmp_path_factory) -> Path:
     said = [p.communicate(timeout=PATIENCE)[1] for p in started]
     assert [p.returncode for p in started] == [0, 0], "\n".join(said)[-3000:]
     return folder
+
+
+@pytest.mark.parametrize(("rank", "size"), [("5", "1"), ("1", "1"), ("-1", "2"), ("x", "y"), ("", ""), ("0", "0")])
+def test_a_place_among_processes_that_there_is_not_is_refused(rank: str, size: str, monkeypatch):
+    for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ValueError, match=f"RANK is '{rank}' and WORLD_SIZE '{size}'; start all with torchrun"),
+        join("cpu"),
+    ):
+        pass
 
 
 def test_every_process_settles_alike(folder: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lrt.utils.file_lock import LOCK, FileLock
 from lrt.utils.new_folder import folder_aside, new_folder
 
 
@@ -53,3 +54,15 @@ def test_what_fails_leaves_nothing_and_what_is_not_put_in_place_goes(tmp_path: P
     with folder_aside(tmp_path / "out") as aside:
         assert aside.is_dir()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_has_made_its_lock_and_not_taken_it_yet_keeps_its_folder(tmp_path: Path):
+    begun = tmp_path / "out.0123abcd.partial"
+    begun.mkdir()
+    (begun / LOCK).touch()
+    with new_folder(tmp_path / "other"):
+        lock = FileLock(begun / LOCK)
+        lock.take()  # nobody else holds it
+        lock.release()
+    with new_folder(tmp_path / "third"):
+        assert not begun.exists()  # it had a holder, who has ended
