@@ -20,7 +20,7 @@ from lrt.config.model import (
 from lrt.config.typed_fields import check_fields, field_value, hints_of
 from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
-from lrt.utils.files import require_name
+from lrt.utils.files import SURROGATE, one_line, require_name
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -269,7 +269,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_fields(self, "config")
         require_name(self.name, "name")
-        _require_float32(self, "")
+        _require_storable(self, "")
         length, context = self.train.length, self.model.context
         require(
             length <= context,
@@ -277,13 +277,17 @@ class RunConfig:
         )
 
 
-def _require_float32(config: Any, where: str) -> None:
-    """ValueError: a number that float32, in which models are computed, holds as 0 or as infinity."""
+def _require_storable(config: Any, where: str) -> None:
+    """ValueError: a number that float32, in which models are computed, holds as 0 or as infinity; a text that no JSON
+    file holds, such as a path that is no UTF-8.
+    """
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
-            _require_float32(value, f"{where}{name}.")
+            _require_storable(value, f"{where}{name}.")
         for x in value if isinstance(value, tuple) else (value,):
             extreme = isinstance(x, float) and math.isfinite(x) and x != 0 and not TINY <= abs(x) <= 1 / TINY
+            halved = isinstance(x, str) and SURROGATE.search(x) is not None
+            require(not halved, f"{where}{name} is {one_line(ascii(x), 80)}: it is no UTF-8; choose a name that is")
             require(not extreme, f"{where}{name} is {x}; its size must lie between {TINY} and {1 / TINY}, or be 0")
 
 

@@ -13,11 +13,12 @@ from typing import Any, final
 
 from lrt.config.run import PAUSES, TASK, DataConfig
 from lrt.data.dialogue import Document, text_of
+from lrt.data.file_states import FileStates, require_unchanged
 from lrt.data.manifest import Manifest
 from lrt.data.mixture import Mixture, Weighted, read_mixture
 from lrt.data.normalised import lost_text
 from lrt.data.shards import TokenStream, open_split, split_documents, write_shards
-from lrt.data.sources import documents, holds_rows, require_apart, source_bytes, source_fingerprint
+from lrt.data.sources import documents, file_states, holds_rows, require_apart, source_bytes, source_fingerprint
 from lrt.data.synthetic import TaskRows, task_rows, task_tokenizer
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, Tokenizer, load_tokenizer, train_bpe
 from lrt.utils.files import expand_home
@@ -57,6 +58,16 @@ class _Text:
         """All of it, up to `max_bytes`."""
         d = self.data
         return documents(d.source, text_column=d.text_column, subset=d.subset, split=d.split, max_bytes=d.max_bytes)
+
+    def states(self) -> FileStates:
+        """What its files are now."""
+        other = self.data.validation_source
+        return file_states(self.data.source) | ({} if other is None else file_states(other))
+
+    def unchanged(self, states: FileStates) -> Iterator[Document]:
+        """All of it. ValueError at its end: a file is not as it was, so that the tokens would go by a wrong name."""
+        yield from self.documents()
+        require_unchanged(states)
 
     def held_out(self) -> float | Iterator[Document]:
         """The share that is held out, or the documents of another source."""
@@ -181,20 +192,22 @@ def _prepared(data: DataConfig, report: ReportProgress, verify: str) -> Prepared
     text, (base, pauses) = _Text(data), _base_and_pauses(data.tokenizer)
     brought = _brought_tokenizer(base)
     kind = (f"bpe{data.vocab_size}" if brought is None else brought.hash) + pauses
+    states = text.states()
     key = _key([*text.facts(), kind, *([] if brought is None else _roles(brought))])
     name = _slug(kind if brought is None else data.tokenizer)
     home = expand_home(data.folder) / f"{_slug(data.source)}-{name}-{key}"
     if not home.exists():
         require_makable(home)
         tokenizer = brought or _train([text], [SAMPLE_BYTES], data.vocab_size, report)
-        _tokenize(text, _with_pauses(tokenizer) if pauses else tokenizer, home, report)
+        docs = text.unchanged(states)
+        _tokenize(text, docs, _with_pauses(tokenizer) if pauses else tokenizer, home, report)
     prepared = _open(home, verify, data.normalised)
     if brought is not None:  # the shards may have been made with the same tokens and other roles of them
         prepared.tokenizer.config = brought.config
     return replace(prepared, text=data_fingerprint(data))
 
 
-def _tokenize(text: _Text, tokenizer: Tokenizer, home: Path, report: ReportProgress) -> None:
+def _tokenize(text: _Text, docs: Iterable[Document], tokenizer: Tokenizer, home: Path, report: ReportProgress) -> None:
     """Write the shards; the last report says that all was read, for totals are estimates."""
     total, bytes_read = text.total(), 0
 
@@ -204,7 +217,7 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, home: Path, report: ReportProgr
         report(done, total, "tokenizing")
 
     write_shards(
-        text.documents(), tokenizer, home, validation=text.held_out(), normalised=text.data.normalised,
+        docs, tokenizer, home, validation=text.held_out(), normalised=text.data.normalised,
         progress=tokenized,
     )  # fmt: skip
     report(bytes_read, bytes_read, "tokenizing")

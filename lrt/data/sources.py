@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.data.dialogue import Dialogue, Document, text_of, valid_text
+from lrt.data.file_states import FileStates, states_of
 from lrt.data.rows import INSTALL_HF, NOT_READ, PACKED, document_in, is_packed, kind_of, opened, rows_of
 from lrt.utils.files import expand_home, one_line, read_json
 
@@ -115,12 +116,18 @@ def source_fingerprint(
         prints = [source_fingerprint(s, text_column=text_column, subset=subset, split=split) for s in listed(source)]
         return hashlib.sha256("".join(prints).encode()).hexdigest()
     facts: list[Any] = [source if source.startswith("hf:") else "files", text_column, subset, split]
-    name = source.removeprefix("hf:")
-    if not source.startswith("hf:") or os.path.exists(expand_home(name)):
-        for file in _files(name)[0]:
-            stat = file.stat()
-            facts.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    facts += [[str(file.resolve()), *state] for file, state in file_states(source).items()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def file_states(source: str) -> FileStates:
+    """Size and modification time of every file that a source reads; none of a dataset's of the hub."""
+    if len(listed(source)) > 1:
+        return {file: state for one in listed(source) for file, state in file_states(one).items()}
+    name = source.removeprefix("hf:")
+    if source.startswith("hf:") and not os.path.exists(expand_home(name)):
+        return {}
+    return states_of(_files(name)[0])
 
 
 def source_bytes(source: str) -> int | None:

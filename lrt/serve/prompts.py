@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from pathlib import Path
 
 from lrt.utils.files import one_line, parse_yaml, read_text
 
+log = logging.getLogger("lrt.serve")
 CARD = "README.md"
 FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.S)
 """The part of a card that is YAML."""
@@ -27,12 +28,12 @@ ENGLISH = (
 def prompts_of(run: Path, source: str) -> tuple[str, ...]:
     """Prompts for the model of a run: `widget` of its card, as model hubs have it, else by the text's `source`.
 
-    A card that cannot be read is told on standard error and left: a server does not fail for its page's sake.
+    A card that cannot be read is told in the log and left: a server does not fail for its page's sake.
     """
     try:
         prompts = card_prompts(run / CARD) if (run / CARD).is_file() else ()
     except (ValueError, OSError) as error:
-        print(one_line(f"the page begins without the card's prompts: {error}"), file=sys.stderr)
+        log.warning(one_line(f"the page begins without the card's prompts: {error}"))
         prompts = ()
     return prompts or (PYTHON if source == "python" else ENGLISH)
 

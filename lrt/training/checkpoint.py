@@ -33,7 +33,7 @@ from lrt.data import Tokenizer, load_tokenizer
 from lrt.data.run_tokens import without_places
 from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
-from lrt.utils.checksums import SUMS, file_hash, sums_text
+from lrt.utils.checksums import SUMS, file_hash, has_hash, sums_text
 from lrt.utils.dtensor import fill
 from lrt.utils.files import (
     is_there,
@@ -223,7 +223,7 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         folder = saved[-1]
     meta, sums = _described(folder)
     for name in (MODEL, OPTIMIZER):
-        if not (folder / name).is_file() or (verify and file_hash(folder / name) != sums[name]):
+        if not (folder / name).is_file() or (verify and not has_hash(folder / name, sums[name])):
             raise ValueError(f"{folder / name} is missing, truncated or altered (checksum); use another checkpoint")
     config = from_dict(RunConfig, meta.get("config"), str(folder / META))
     stored = meta.get("stored", "float32")

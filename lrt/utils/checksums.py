@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lrt.utils.file_lock import LOCK
-from lrt.utils.files import is_there, one_line, open_regular, read_text, write_text
+from lrt.utils.files import MOST_JSON, is_there, one_line, open_regular, read_text, write_text
+from lrt.utils.tensor_files import as_long_as_it_says
 
-SUMS = "SHA256SUMS"
+SUMS, TENSORS = "SHA256SUMS", ".safetensors"
 LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\0\\][^\0\\]*)")
 FREE = (SUMS, "README.md", LOCK)
 """Left out: what others go on writing, and what is there only while the folder is written."""
@@ -23,6 +24,14 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def has_hash(path: Path, expected: str) -> bool:
+    """Whether a file is there with this hash; large weights of another length than they say are not read for it."""
+    if not path.is_file():
+        return False
+    large = path.suffix == TENSORS and path.stat().st_size > MOST_JSON
+    return (not large or as_long_as_it_says(path)) and file_hash(path) == expected
 
 
 def sums_text(sums: dict[str, str]) -> str:
@@ -51,5 +60,5 @@ def require_sums(folder: Path, needed: Callable[[str], bool] = lambda name: True
         raise ValueError(f"{sums} is no list of checksums; {remedy}")
     for expected, name in (line.groups() for line in lines if line is not None and needed(line[2])):
         inside = ".." not in Path(name).parts
-        if not inside or not (folder / name).is_file() or file_hash(folder / name) != expected:
+        if not inside or not has_hash(folder / name, expected):
             raise ValueError(f"{folder / one_line(name, 80)} is missing, truncated or altered (checksum); {remedy}")

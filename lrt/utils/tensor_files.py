@@ -51,13 +51,33 @@ def read_tensors(path: Path | str, label: str, device: str | torch.device = "cpu
             raise ValueError(f"{label} {path} cannot be read as safetensors ({reason}); {RESTORE}") from None
 
 
-def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensors:
-    """8 bytes, the length of a header; the header, in JSON; then the tensors' bytes without gaps."""
-    before = os.fstat(file.fileno())
+def as_long_as_it_says(path: Path) -> bool:
+    """Whether a file is safetensors of the length that its header says: a sparse one can be of any, and costs nothing.
+
+    ValueError: it is no regular file, or cannot be read.
+    """
+    with open_regular(path, "weights") as file:
+        try:
+            length, header = _header(file)
+            header.pop(ABOUT, None)
+            end = max((_place(*entry)[1] for entry in header.items()), default=0)
+        except ValueError:
+            return False
+        return 8 + length + end == os.fstat(file.fileno()).st_size
+
+
+def _header(file: io.BufferedReader) -> tuple[int, dict[str, Any]]:
+    """8 bytes, the length of a header; then the header, in JSON."""
     length = int.from_bytes(_bytes(file, 8), "little")
-    if length > min(MOST_JSON, before.st_size - 8):
+    if length > min(MOST_JSON, os.fstat(file.fileno()).st_size - 8):
         raise ValueError("its header is longer than the file, or than any")
-    header = require_kind(parse_json(_bytes(file, length), "its header"), dict, "its header")
+    return length, require_kind(parse_json(_bytes(file, length), "its header"), dict, "its header")
+
+
+def _stored(file: io.BufferedReader, device: str | torch.device) -> StoredTensors:
+    """The header, then the tensors' bytes without gaps."""
+    before = os.fstat(file.fileno())
+    length, header = _header(file)
     about = require_kind(header.pop(ABOUT, None) or {}, dict, ABOUT)
     for name, text in about.items():
         require_kind(text, str, f"{ABOUT}: {one_line(name, 40)}")

@@ -75,3 +75,11 @@ def test_a_file_that_has_nothing_to_read_yet_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(files, "open_regular", lambda *_: Waiting())
     with pytest.raises(ValueError, match="gives nothing to read"):
         files.read_bytes(tmp_path / "kmsg", "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"name": "a\udcff"}, {"data": {"source": "a\udcff"}}, {"data": {"folder": "\udcff"}}]
+)
+def test_a_path_that_is_no_utf8_is_no_part_of_a_training(settings: dict):
+    with pytest.raises(ValueError, match=r"(name|source|folder) is .*\\udcff': it is no UTF-8; choose a name that is"):
+        from_dict(RunConfig, settings, "config.json")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
 
 import pytest
 
 from lrt.config.run import DataConfig
 from lrt.data import ByteTokenizer, load_tokenizer, prepare, train_bpe
+from lrt.data.sources import documents
 
 TEXT = "".join(f"Line {i} of a small text that someone wants to train on.\n" for i in range(400))
 
@@ -175,3 +177,20 @@ def test_a_validation_source_has_the_subset_too(tmp_path, monkeypatch, source):
     monkeypatch.setattr("lrt.data.sources._dataset_rows", lambda *a: asked.append(a) or iter([{"text": "held out"}]))
     run(source, tmp_path, validation_source="hf:a/b", subset="en", split="test")
     assert asked == [("hf:a/b", "en", "test")]
+
+
+@pytest.mark.parametrize("change", [lambda file: file.write_text(TEXT + "one more line\n"), lambda file: file.unlink()])
+def test_a_text_that_changes_while_it_is_read_is_refused(change, source, tmp_path, monkeypatch):
+    """Its tokens are known by what its file was before, so that they would be taken for another text's."""
+
+    def changing(*args, **options):
+        yield from documents(*args, **options)
+        change(source)
+
+    monkeypatch.setattr(sys.modules["lrt.data.prepare"], "documents", changing)
+    with pytest.raises(ValueError, match=r"small text\.txt: it has changed while it was read: wait until"):
+        run(source, tmp_path)
+    assert os.listdir(tmp_path / "cache") == []
+    monkeypatch.undo()
+    source.write_text(TEXT)
+    assert len(run(source, tmp_path).train)

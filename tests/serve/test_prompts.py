@@ -31,10 +31,10 @@ def test_without_a_card_they_fit_the_text(card: Path):
 @pytest.mark.parametrize(
     "text", ["", "# no front matter\n", "---\nlicense: x\n---\n", "---\nwidget: []\n---\n", "---\nwidget:\n- 3\n---\n"]
 )
-def test_a_card_without_prompts_is_no_card(card: Path, text: str, capsys):
+def test_a_card_without_prompts_is_no_card(card: Path, text: str, caplog):
     card.write_text(text, encoding="utf-8")
     assert prompts_of(card.parent, "python") == PYTHON
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -42,16 +42,16 @@ def test_a_card_without_prompts_is_no_card(card: Path, text: str, capsys):
     ["---\nwidget: [\n---\n", "---\nwidget: 7\n---\n", "---\na: &x 1\nb: *x\n---\n", "---\n- a list\n---\n",
      "---\n" + "a: 1 #" + "x" * 300_000 + "\n---\n"],
 )  # fmt: skip
-def test_a_damaged_card_is_told_and_left(card: Path, text: str, capsys):
+def test_a_damaged_card_is_told_and_left(card: Path, text: str, caplog):
     card.write_text(text, encoding="utf-8")
     assert prompts_of(card.parent, "python") == PYTHON
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert "README.md" in line and len(line) <= 300
 
 
-def test_bytes_that_are_no_text_are_told_too(card: Path, capsys):
+def test_bytes_that_are_no_text_are_told_too(card: Path, caplog):
     card.write_bytes(b"---\n\xff\n---\n")
-    assert prompts_of(card.parent, "x") == ENGLISH and "README.md" in capsys.readouterr().err
+    assert prompts_of(card.parent, "x") == ENGLISH and "README.md" in caplog.text
 
 
 def test_prompts_are_bounded(card: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lrt.training.checkpoint import (
     open_checkpoint,
     write_json,
 )
+from lrt.utils import checksums
 from lrt.utils.checksums import file_hash
 
 
@@ -111,3 +113,15 @@ def test_nothing_valid(tmp_path: Path):
     found, problems = newest_valid(tmp_path)
     assert found is None
     assert [("step_00000002" in problems[0]), ("step_00000001" in problems[1])] == [True, True]
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+def test_weights_without_end_are_not_read_for_their_checksum(name: str, tmp_path: Path, monkeypatch):
+    """A sparse file costs nothing, and would be hashed for hours."""
+    folder = saved(tmp_path)
+    os.truncate(folder / name, 2**40)
+    hashed = []
+    monkeypatch.setattr(checksums, "file_hash", lambda path: hashed.append(path.name) or file_hash(path))
+    with pytest.raises(ValueError, match=rf"{name} is missing, truncated or altered \(checksum\)"):
+        open_checkpoint(folder)
+    assert name not in hashed
