@@ -14,7 +14,6 @@ from lrt.config.model import ModelConfig
 from lrt.data.recall_tasks import POWER
 from lrt.data.state_tasks import PAD, PERMUTATIONS, QUERY, SWAPS, is_even
 from lrt.data.synthetic import TASKS, TaskLoader, TaskRows, task_rows
-from lrt.evaluation.in_context import in_context_score
 from lrt.evaluation.task_accuracy import _ratio, accuracy, by_length
 from lrt.inference.prefill import decode_step
 from lrt.model.kv_cache import KVCache
@@ -236,13 +235,3 @@ def test_a_model_learns_to_copy_and_the_command_line_trains_tasks(tmp_path, monk
 def test_lengths_that_a_task_does_not_take_are_left_out():
     model = randomised(ModelConfig(depth=1, width=24, heads=2, context=64, vocab_size=257, bos=256), seed=2)
     assert set(by_length(model, TaskRows("pointers-2", 1), 64, (1, 2, 8))) == {"64", "128"}
-
-
-def test_in_context_score():
-    nats = torch.from_numpy(np.concatenate([np.full((3, 16), 4.0), np.full((3, 16), 1.5)], axis=1))
-    scored = torch.ones_like(nats, dtype=torch.bool)
-    assert in_context_score(nats, scored) == pytest.approx(2.5)
-    nats[1:], scored[1:] = 0.0, False  # rows whose targets are ignored
-    assert in_context_score(nats, scored) == pytest.approx(2.5)
-    with pytest.raises(ValueError, match="too short"):
-        in_context_score(nats[:, :8], scored[:, :8])

@@ -109,6 +109,14 @@ def test_a_full_context_drops_the_oldest_turns(monkeypatch):
     assert texts[1].encode() in bytes(prompts[first][1:]) and prompts[first][-40:] == list(texts[first].encode())
 
 
+def test_turns_are_dropped_for_the_answer_too():
+    talk, short = Conversation(MODEL, TEXT, "exact"), replace(GREEDY, max_new_tokens=4)
+    for letter in "abc":
+        finish(talk.say(letter * 40, short))
+    pieces = list(talk.say("d" * 50, replace(GREEDY, max_new_tokens=40)))  # it fits, and leaves room for 17 tokens
+    assert talk.dropped == 1 and len(pieces) == 40
+
+
 def test_a_turn_that_is_refused_forgets_nothing():
     talk, short = Conversation(MODEL, TEXT, "exact"), replace(GREEDY, max_new_tokens=4)
     finish(talk.say("ab", short))

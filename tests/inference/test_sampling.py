@@ -143,6 +143,8 @@ def test_penalties_and_bias_by_hand():
     assert z.tolist() == [[1, 1, 1, 1, 1], [3, 1, 0, 0.25, -99]]
     state.join(1, law, [])
     assert adjusted(torch.ones(2, 5), laws, state.rows(2, {}))[1].tolist() == [3, 1, 1, 1, -99]
+    state.join(1, SamplingParams(logit_bias=((0, 2.0), (0, 3.0))), [])  # a token that is named twice has both
+    assert adjusted(torch.ones(2, 5), laws, state.rows(2, {}))[1].tolist() == [6, 1, 1, 1, 1]
     with pytest.raises(ValueError, match="logit_bias names token 5, but the vocabulary has 5"):
         state.join(0, SamplingParams(logit_bias=((5, 1.0),)), [])
     with pytest.raises(ValueError, match="stop_tokens names token 5, but the vocabulary has 5"):

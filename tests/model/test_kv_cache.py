@@ -106,6 +106,14 @@ def test_states_that_lie_are_refused_in_one_line(about: dict, spoilt: dict, mode
         KVCache.load(tmp_path / "pipe")
 
 
+def test_a_state_whose_numbers_were_changed_is_refused(model, tmp_path):
+    prefill(model, tokens(CFG, 2, 9)).cache.save(tmp_path / "state")
+    stored = read_tensors(tmp_path / "state", "state")
+    save_file(stored.tensors | {"memory": stored.tensors["memory"] + 1e-9}, tmp_path / "changed", stored.about)
+    with pytest.raises(ValueError, match="has changed since it was saved"):
+        KVCache.load(tmp_path / "changed")
+
+
 def test_a_restored_state_continues_bit_for_bit(model, tmp_path):
     rows = tokens(CFG, 2, 20)
     cache = prefill(model, rows[:, :9]).cache
