@@ -39,6 +39,13 @@ def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(ReportFlags, args, "report")
     require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
+    for folder in (file for file in flags.files if file.is_dir()):
+        records = sorted(str(p) for pattern in ("*.jsonl", "*/*.jsonl") for p in folder.glob(pattern))
+        records = [name for name in records if not name.endswith("metrics.jsonl")][:4]
+        instead = (
+            f"give {' or '.join(records)}" if records else "lrt sweep records runs; of one run lrt eval gives scores"
+        )
+        raise ValueError(f"{folder} is a folder, not a file of records; {instead}")
 
     from lrt.experiments.groups import of_right_kinds, read_groups
     from lrt.utils.new_folder import require_makable

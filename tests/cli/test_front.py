@@ -174,6 +174,17 @@ def test_slips_of_the_first_minute_are_answered_by_what_was_meant(command, answe
     assert answer in failure(capsys, command.split())
 
 
+def test_report_of_a_folder_leads_to_its_records(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/mine/metrics.jsonl", "runs/sweep/results.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}\n", encoding="utf-8")
+    assert "runs is a folder, not a file of records; give runs/sweep/results.jsonl" in failure(
+        capsys, ["report", "runs"]
+    )
+    assert "of one run lrt eval gives scores" in failure(capsys, ["report", "runs/mine"])
+
+
 def test_a_run_in_a_folder_whose_name_has_spaces(random_run: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(random_run, "my runs/a b")
