@@ -20,6 +20,7 @@ from lrt.cli.parse import parse
 from lrt.config.decoding import NEXT, TURN, SamplingParams
 from lrt.config.model import require
 from lrt.utils.files import expand_home, one_line, write_text
+from lrt.utils.terminal import WordByWord
 
 if TYPE_CHECKING:
     from lrt.inference.chat import Conversation, TemplatedConversation
@@ -117,16 +118,17 @@ class ChatSession:
     def _say(self, line: str) -> None:
         message = line if self.template is None else self.template.replace("{}", line)
         pieces, answer, warned = self.conversation.say(message, self.sampling), "", False
+        screen = WordByWord(sys.stdout)
         with _stoppable() as stop, contextlib.closing(pieces):
             for text in pieces:
                 if self.conversation.dropped and not warned:
                     _tell(f"(the context is full: {_turns(self.conversation.dropped)} forgotten)")
                     warned = True
-                print(text, end="", flush=True)
+                screen.write(text)
                 answer += text
                 if stop:
                     break
-        print()
+        screen.end()
         turn = message if self.template is not None else TURN.replace("{}", line) + " "
         self.transcript.append(f"{turn}{answer}\n")
 

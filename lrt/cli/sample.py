@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
 from lrt.config.model import require_at_least, require_at_most
+from lrt.utils.terminal import WordByWord
 
 MOST_SAMPLES = 100_000
 
@@ -52,8 +53,9 @@ def main(args: list[str]) -> int:
         print(f"--- seed {sampling.seed + i}\n" if flags.samples > 1 else "", end="")
         once = replace(sampling, seed=sampling.seed + i)
         pieces = complete(loaded.model, loaded.tokenizer, prompt, once, mode=mode, drafts=flags.decoding.drafts)
-        print(prompt + next(pieces, ""), end="", flush=True)  # after the prompt has been taken in: it may be refused
+        screen = WordByWord(sys.stdout)
+        screen.write(prompt + next(pieces, ""))  # after the prompt has been taken in: it may be refused
         for text in pieces:
-            print(text, end="", flush=True)
-        print()
+            screen.write(text)
+        screen.end()
     return 0

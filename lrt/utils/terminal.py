@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
+import unicodedata
 from pathlib import Path
 from typing import TextIO
 
@@ -36,3 +38,46 @@ def show(text: str, stream: TextIO | None = None) -> None:
     to = sys.stdout if stream is None else stream
     on_screen = to is not None and to.isatty()
     print(fitted(text, shutil.get_terminal_size().columns) if on_screen else text, file=to, flush=True)
+
+
+class WordByWord:
+    """Text that comes piece by piece; on a terminal a word that the line cannot hold begins the next.
+
+    The word that is being written is held back until it ends; into a file or a pipe every piece goes as it is.
+    """
+
+    MOST_HELD = 24
+    """Characters after which a word is shown though it may go on, as in languages without spaces."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.word, self.column = stream, "", 0
+        self.columns = shutil.get_terminal_size().columns if stream.isatty() else 0
+
+    def write(self, piece: str) -> None:
+        """Show a piece, but for its last word."""
+        text = piece
+        if self.columns:
+            *parts, self.word = re.split(r"(\s)", self.word + piece)
+            parts += [self.word] if len(self.word) > self.MOST_HELD else []
+            self.word = "" if len(self.word) > self.MOST_HELD else self.word
+            text = "".join(map(self._placed, parts))
+        print(text, end="", file=self.stream, flush=True)
+
+    def end(self) -> None:
+        """Show the last word, and end the line."""
+        print(self._placed(self.word) if self.columns else "", file=self.stream, flush=True)
+        self.word, self.column = "", 0
+
+    def _placed(self, part: str) -> str:
+        """A word or a space as it goes to the screen; spaces at a line's end are left out."""
+        wide = sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in part)
+        if part == "\n":
+            self.column = 0
+        elif self.column + wide <= self.columns:
+            self.column += wide
+        elif part.isspace():
+            return ""
+        else:
+            broken, self.column = "\n" * (self.column > 0), wide % self.columns
+            return broken + part
+        return part

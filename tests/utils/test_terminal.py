@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from lrt.utils.terminal import command_name, fitted, show
+import pytest
+
+from lrt.utils.terminal import WordByWord, command_name, fitted, show
 
 
 def test_long_lines_break_between_words_and_short_ones_stay():
@@ -50,3 +52,29 @@ def test_commands_to_copy_begin_as_the_shell_finds_them(tmp_path: Path, monkeypa
     assert command_name().startswith("python") and command_name().endswith(" -m lrt")
     monkeypatch.setenv("PATH", str(script.parent))
     assert command_name() == "lrt"
+
+
+@pytest.mark.parametrize(
+    "pieces", [["one two", " th", "ree\n\nfour fi", "ve  six"], list("one two three\n\nfour five  six")]
+)
+def test_words_that_come_in_pieces_are_not_broken_by_a_terminals_edge(pieces: list[str], monkeypatch):
+    monkeypatch.setenv("COLUMNS", "9")
+    screen, pipe = Screen(), io.StringIO()
+    for stream in (screen, pipe):
+        writer = WordByWord(stream)
+        for piece in pieces:
+            writer.write(piece)
+        writer.end()
+    assert pipe.getvalue() == "one two three\n\nfour five  six\n"
+    assert screen.getvalue() == "one two \nthree\n\nfour five\nsix\n"
+
+
+def test_a_text_without_spaces_is_shown_as_it_comes(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = Screen()
+    writer = WordByWord(screen)
+    for _ in range(50):
+        writer.write("記憶")
+    assert len(screen.getvalue().replace("\n", "")) > 75 and max(map(len, screen.getvalue().split("\n"))) <= 30
+    writer.end()
+    assert screen.getvalue().replace("\n", "") == "記憶" * 50
