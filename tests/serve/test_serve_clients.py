@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -44,6 +46,9 @@ def alone(monkeypatch, tmp_path):
     for name, value in (settings | {"LANGSMITH_TRACING": "false", "LANGCHAIN_TRACING_V2": "false"}).items():
         monkeypatch.setenv(name, value)
     yield
+    with contextlib.suppress(RuntimeError):  # the loop that some clients leave behind, if there is one
+        asyncio.get_event_loop_policy().get_event_loop().close()
+        asyncio.set_event_loop(None)
     gc.collect()  # connections that clients leave open are closed here, where warnings are ignored
 
 
