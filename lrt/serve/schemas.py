@@ -13,6 +13,9 @@ from lrt.serve.fields import MOST_FIELDS, MOST_TOKENS, Bias, Prompt, Stop, Stric
 from lrt.serve.messages import MOST_MESSAGES, MOST_TOOLS, Message, ResponseFormat, Tool, ToolChoice
 
 BY_FORMAT = "; ask for a form by response_format"
+SCHEMAS = ("guided_json", "json_schema")
+"""vLLM's and llama.cpp's own fields for the schema of an answer."""
+FORMS = (*SCHEMAS, "structured_outputs", "grammar", "regex", "ebnf")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
     "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "add_special_tokens": (True,),
@@ -26,6 +29,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (), "web_search_options": (), "audio": (), "moderation": (), "prompt_embeds": (),
     "kv_transfer_params": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
     "guided_decoding_backend": (), "guided_whitespace_pattern": (), "structured_outputs": ({},),
+    # llama.cpp's and SGLang's
+    "n_predict": (), "repeat_penalty": (1,), "typ_p": (1,), "tfs_z": (1,), "top_n_sigma": (-1,), "mirostat": (0,),
+    "mirostat_mode": (0,), "xtc_probability": (0,), "dry_multiplier": (0,), "dynatemp_range": (0,), "samplers": ([],),
+    "min_keep": (0,), "n_keep": (0,), "n_probs": (0,), "n_indent": (0,), "t_max_predict_ms": (0,), "lora": ([],),
+    "id_slot": (-1,), "n_cache_reuse": (0,), "timings_per_token": (False,), "post_sampling_probs": (False,),
+    "return_progress": (False,), "return_tokens": (False,), "backend_sampling": (False,), "penalize_nl": (False,),
+    "parse_tool_calls": (True,), "reasoning_format": ("none", "auto"), "grammar": ("",), "json_schema": ({},),
+    "regex": ("",), "ebnf": ("",), "no_stop_trim": (False,), "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
 }  # fmt: skip
 """Settings that are not honoured, and the values by which they change nothing: those are taken."""
 
@@ -43,8 +55,22 @@ class Unused(Strict):
     parallel_tool_calls: bool | None = None
     """An answer makes at most one call."""
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    cache_prompt: bool | None = None
     prediction: dict[str, Any] | None = None
     """What the client expects: it would save time and change nothing."""
+
+
+class Refinements(Strict):
+    """What refines settings that are refused, or has a meaning beside penalties alone: it changes nothing by itself."""
+
+    dynatemp_exponent: float = 1
+    mirostat_tau: float = 5
+    mirostat_eta: float = 0.1
+    xtc_threshold: float = 0.1
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    repeat_last_n: int = -1
 
 
 class StreamOptions(Strict):
@@ -57,7 +83,7 @@ class StreamOptions(Strict):
     """Taken, and not used."""
 
 
-class Generation(Unused):
+class Generation(Unused, Refinements):
     """What both endpoints take."""
 
     model: str | None = None
@@ -107,6 +133,10 @@ class Generation(Unused):
             raise refused("best_of", message, "unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options", "stream_options need stream to be true")
+        penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        if penalised and self.repeat_last_n != -1:
+            message = f"repeat_last_n is {self.repeat_last_n}: penalties look at all of the text: leave it out"
+            raise refused("repeat_last_n", message, "unsupported_parameter")
         return self
 
     def sampling(self, most: int, stop: tuple[str, ...], stop_tokens: tuple[int, ...]) -> SamplingParams:
@@ -123,7 +153,7 @@ class Generation(Unused):
 
 
 def _as_format(data: dict[str, Any]) -> dict[str, Any]:
-    """The forms of vLLM's own fields that response_format has too, as that; all else is left as it is.
+    """The forms of vLLM's and llama.cpp's own fields that response_format has too, as that; all else is left as it is.
 
     ValueError: both are there.
     """
@@ -134,7 +164,7 @@ def _as_format(data: dict[str, Any]) -> dict[str, Any]:
         data = {key: value for key, value in data.items() if key != "structured_outputs"}
     forms: dict[str, Any] = {
         name: {"type": "json_schema", "json_schema": {"schema": schema}}
-        for name, schema in (("guided_json", data.get("guided_json")), ("structured_outputs", wanted.get("json")))
+        for name, schema in (*((key, data.get(key)) for key in SCHEMAS), ("structured_outputs", wanted.get("json")))
         if isinstance(schema, dict) and schema
     }
     if wanted == {"json_object": True}:
@@ -152,7 +182,7 @@ def _as_format(data: dict[str, Any]) -> dict[str, Any]:
 
 def _not_honoured(name: str) -> str:
     fine = "".join(f", or give {value!r}" for value in NEUTRAL[name])
-    by_format = name.startswith("guided_") or name == "structured_outputs"
+    by_format = name.startswith("guided_") or name in FORMS
     return f"{name} is not supported: leave it out{fine}{BY_FORMAT if by_format else ''}"
 
 
@@ -185,7 +215,7 @@ class ChatRequest(Generation):
     messages: Annotated[list[Message], FailFast(), Field(min_length=1), at_most(MOST_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    """The same as max_tokens. By default an answer ends at a stop or where the context does."""
+    """The same as max_tokens. By default, or with -1, an answer ends at a stop or where the context does."""
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
@@ -194,6 +224,15 @@ class ChatRequest(Generation):
     """By default auto where there are tools."""
     chat_template_kwargs: Annotated[dict[str, Any], at_most(32)] = {}  # noqa: RUF012
     """Variables for the model's chat template."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unlimited(cls, data: Any) -> Any:
+        """Leave out a limit of -1, by which other servers mean none."""
+        if not isinstance(data, dict):
+            return data
+        limits = ("max_tokens", "max_completion_tokens")
+        return {name: value for name, value in data.items() if not (name in limits and _same(value, -1))}
 
     @model_validator(mode="after")
     def _choosable(self) -> ChatRequest:

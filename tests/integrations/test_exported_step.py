@@ -66,6 +66,24 @@ def test_an_exported_step_decodes_as_the_eager_one_and_so_does_its_onnx(tmp_path
 
 @pytest.mark.slow
 @compilers
+def test_executorch_runs_the_step(tmp_path):
+    """A program keeps its outputs in its own memory: what a step returns is copied before the next one."""
+    exir, runtime = pytest.importorskip("executorch.exir"), pytest.importorskip("executorch.runtime")
+    model = randomised(CFG, scale=0.1).float()
+    program = exir.to_edge_transform_and_lower(exported_step(model, rows=2, capacity=48)).to_executorch()
+    (tmp_path / "step.pte").write_bytes(program.buffer)
+    step = runtime.Runtime.get().load_program(tmp_path / "step.pte").load_method("forward")
+    with torch.no_grad():
+        cache = prefill(model, IDS[:, :6], capacity=48).cache
+        state = [x.clone() for x in as_tensors(cache)]
+        for t in range(6, 38):
+            expected, cache = decode_step(model, IDS[:, t], cache)
+            logits, *state = (x.clone() for x in step.execute([IDS[:, t].clone(), *state]))
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@compilers
 @pytest.mark.parametrize("kind", ["dynamo", "onnx"])
 def test_transformers_exporters_take_a_step_over_a_static_cache(kind: str):
     transformers = pytest.importorskip("transformers")

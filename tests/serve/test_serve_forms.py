@@ -72,7 +72,7 @@ def test_values_that_change_nothing_are_taken_and_others_refused(server):
         assert refused.status_code == 400 and name in error["message"]
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
     unused = {"store": True, "metadata": {"a": "b"}, "parallel_tool_calls": False, "service_tier": "flex"}
-    unused |= {"prediction": {"type": "content", "content": "x"}}
+    unused |= {"prediction": {"type": "content", "content": "x"}, "cache_prompt": False}
     assert text(server, **dict.fromkeys(Unused.model_fields, "x") | unused) == plain
     extra = {"best_of": 1, "logit_bias": {}, "top_k": -1, "min_tokens": 0, "stop_token_ids": [], "ignore_eos": False,
              "response_format": {"type": "text"}, "presence_penalty": 0, "stop": []}  # fmt: skip
@@ -80,6 +80,27 @@ def test_values_that_change_nothing_are_taken_and_others_refused(server):
     assert text(server, top_k=0) == plain
     chat = post(server, "/v1/chat/completions", {"messages": TALK, "tools": [], "max_tokens": 2})
     assert chat.status_code == 200
+
+
+LLAMA_CPP = {
+    "samplers": [], "temperature": 0, "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 0, "top_p": 1, "min_p": 0,
+    "xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1, "repeat_last_n": 64, "repeat_penalty": 1,
+    "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2,
+    "dry_penalty_last_n": -1, "timings_per_token": False, "cache_prompt": True, "id_slot": -1, "mirostat": 0,
+}  # fmt: skip
+"""What its own page and clients send when nothing was set."""
+
+
+def test_a_client_of_llama_cpp_is_answered_as_any_other(server):
+    assert text(server, **LLAMA_CPP) == text(server, temperature=0)
+    talk = {"messages": TALK, "temperature": 0}
+    plain, *others = (
+        post(server, "/v1/chat/completions", talk | more).json()["choices"]
+        for more in ({}, {"max_tokens": -1}, {"max_completion_tokens": -1}, LLAMA_CPP | {"max_tokens": -1})
+    )
+    assert others == [plain] * 3
+    formed = post(server, "/v1/chat/completions", talk | {"json_schema": SHORT, "max_tokens": 60}).json()
+    assert json.loads(formed["choices"][0]["message"]["content"])["b"] in ("x", "yy")
 
 
 def test_penalties_bias_and_stop_tokens_act(server):
