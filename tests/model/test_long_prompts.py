@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from types import FrameType
@@ -29,11 +30,13 @@ def calls(length: int, mode: str, window_pattern: str) -> Counter[str]:
             counted[f"C {argument.__qualname__}"] += 1
 
     plan = PrefillOptions.parse(mode, tolerance=1e9, chunk=CHUNK)  # as many sweeps in every chunk
+    gc.disable()  # the collector comes when it likes, and libraries have it call them
     sys.setprofile(count)
     try:
         prefill(model, prompt, mode=plan, capacity=512)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return counted
 
 
