@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -118,3 +119,17 @@ def spelled(server: Server, prompt: list[int]) -> str:
     decode = server.loaded.tokenizer.decode_bytes
     steps = generate(server.loaded.model, [prompt], law, mode="exact", decode_bytes=decode)
     return "".join(e.text for step in steps for e in step.emissions)
+
+
+def raw(server: Server, data: bytes, seconds: float = 60) -> bytes:
+    """All that the server answers to these bytes."""
+    with socket.create_connection(server.address, timeout=seconds) as s:
+        s.sendall(data)
+        s.shutdown(socket.SHUT_WR) if data.startswith(b"GET") else None
+        parts = []
+        with contextlib.suppress(ConnectionError):
+            while part := s.recv(65536):
+                parts.append(part)
+                if b"\r\n\r\n" in b"".join(parts):
+                    break
+    return b"".join(parts)

@@ -109,8 +109,12 @@ def main(args: list[str], command: str = "eval") -> int:
         sample = held_out(loaded, flags.source, rows=flags.rows, length=length, normalised=normalised)
         bpb = score_rows(loaded.model, curriculum, sample, world=world)
     where = {"run": str(flags.run), "step": loaded.step, "length": length, "source": flags.source or "validation"}
-    where |= {"dtype": "float32", "stored": loaded.stored, "weights": flags.weights}
-    where |= {"context": loaded.config.model.context}
+    where |= {
+        "dtype": "float32",
+        "stored": loaded.stored,
+        "weights": flags.weights,
+        "context": loaded.config.model.context,
+    }
     if world.first:
         if flags.json:
             print(to_json(where | bpb.as_dict()))

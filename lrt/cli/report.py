@@ -39,13 +39,8 @@ def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(ReportFlags, args, "report")
     require(bool(flags.files), "give at least one file of records, such as runs/sweeps/NAME/results.jsonl")
-    for folder in (file for file in flags.files if file.is_dir()):
-        records = sorted(str(p) for pattern in ("*.jsonl", "*/*.jsonl") for p in folder.glob(pattern))
-        records = [name for name in records if not name.endswith("metrics.jsonl")][:4]
-        instead = (
-            f"give {' or '.join(records)}" if records else "lrt sweep records runs; of one run lrt eval gives scores"
-        )
-        raise ValueError(f"{folder} is a folder, not a file of records; {instead}")
+    for folder in filter(Path.is_dir, flags.files):
+        raise ValueError(f"{folder} is a folder, not a file of records; {_instead(folder)}")
 
     from lrt.experiments.groups import of_right_kinds, read_groups
     from lrt.utils.new_folder import require_makable
@@ -78,3 +73,12 @@ def _report(flags: ReportFlags, groups: list[RunGroup]) -> str:
     if flags.into is not None:
         replace_marked(flags.into, text)
     return text
+
+
+def _instead(folder: Path) -> str:
+    """What to give in a folder's place: the first files of records in it."""
+    files = (str(path) for pattern in ("*.jsonl", "*/*.jsonl") for path in folder.glob(pattern))
+    records = sorted(name for name in files if not name.endswith("metrics.jsonl"))
+    if not records:
+        return "lrt sweep records runs; of one run lrt eval gives scores"
+    return f"give {' or '.join(records[:4])}"

@@ -7,8 +7,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import Server, post
-from test_limits import raw
+from serving import Server, post, raw
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 LIMITS = {

@@ -14,8 +14,7 @@ import zlib
 import h11
 import httpx
 import pytest
-from serving import Server, post
-from test_limits import raw
+from serving import Server, post, raw
 
 from lrt.serve.connections import CountedParts
 from lrt.serve.grammar import MOST_WRITTEN, remainders, written_out

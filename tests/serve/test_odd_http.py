@@ -6,8 +6,7 @@ import re
 import socket
 
 import pytest
-from serving import Server, post
-from test_limits import raw
+from serving import Server, post, raw
 
 ASK = b'{"prompt":"def","max_tokens":2,"seed":1}'
 START = b"POST /v1/completions HTTP/1.1\r\n"

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from lrt.config.run import RunConfig
 from lrt.data import open_split
 from lrt.training import checkpoint
 from lrt.training import session as training
-from lrt.training.checkpoint import META, MODEL, OPTIMIZER, Writer
+from lrt.training.checkpoint import META, MODEL, OPTIMIZER
 from lrt.training.logging import Jsonl
 from lrt.training.run_lock import RunLock
 from lrt.training.session import Session
@@ -153,76 +152,6 @@ def test_a_full_disk(home: Path, tmp_path: Path):
 def command(*args: str, timeout: float = PATIENCE, **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=timeout)
-
-
-def test_checkpoints_written_in_the_background_are_the_same(home: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(training, "Writer", lambda _: Writer(background=True))
-    recorded(small(home), tmp_path / "run")
-    require_equal(tmp_path / "run", home / "whole")
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000009", "step_00000012"]
-
-
-def test_a_failed_background_write_is_raised_at_the_next():
-    done, writer = [], Writer(background=True)
-
-    def fail() -> None:
-        raise OSError("disk full")
-
-    writer.submit(fail)
-    with pytest.raises(OSError, match="disk full"):
-        writer.submit(lambda: done.append(1))
-    writer.submit(lambda: done.append(2))
-    writer.wait()
-    writer.wait()
-    assert done == [2]
-
-
-def failing(home: Path, run: Path, monkeypatch, write) -> list[str]:
-    """A training whose fifth step fails while the checkpoint of the third is written by `write`; its warnings."""
-    begun, failed, warnings, save = threading.Event(), threading.Event(), list[str](), checkpoint.save
-
-    def slow(*args, **options) -> Path:
-        begun.set()
-        assert failed.wait(240)
-        return write(lambda: save(*args, **options))
-
-    def fail(event: dict) -> None:
-        if event["kind"] == "train" and event["step"] == 5:
-            assert begun.wait(240)
-            failed.set()
-            raise RuntimeError("a fault of our own")
-        if event["kind"] == "warning":
-            warnings.append(event["text"])
-
-    monkeypatch.setattr(training, "Writer", lambda _: Writer(background=True))
-    monkeypatch.setattr(checkpoint, "save", slow)
-    with pytest.raises(RuntimeError, match="a fault of our own"):
-        recorded(small(home), run, sinks=[fail])
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("lrt-prefetch")]
-    return warnings
-
-
-def test_a_training_that_fails_waits_for_the_checkpoint_that_is_being_written(home: Path, tmp_path: Path, monkeypatch):
-    """Its folder is given back after that, and nothing of it reads or writes any more."""
-    order, release = [], RunLock.release
-    monkeypatch.setattr(RunLock, "release", lambda lock: (order.append("released"), release(lock)))
-
-    def write(save) -> Path:
-        folder = save()
-        order.append("written")
-        return folder
-
-    assert failing(home, tmp_path / "run", monkeypatch, write) == []
-    assert order == ["written", "released"] and checkpoint.newest_valid(tmp_path / "run")[0].step == 3
-
-
-def test_a_checkpoint_that_was_not_written_is_told_though_something_else_failed_too(
-    home: Path, tmp_path: Path, monkeypatch
-):
-    def write(_) -> Path:
-        raise OSError("disk full")
-
-    assert failing(home, tmp_path / "run", monkeypatch, write) == ["a checkpoint was not written: disk full"]
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(home: Path, tmp_path: Path):
