@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class RunGroup:
     point: str
     arm: str
     records: tuple[Record, ...]
+
+    @property
+    def source(self) -> float | None:
+        """The block that the memory reads, or its share of the depth; 0: a token shift. None: no memory, or unknown."""
+        return self.records[0].get("source")
 
     def mean(self, measure: Measure) -> float:
         """Mean over the seeds."""
@@ -63,7 +69,9 @@ def of_right_kinds(where: object) -> Iterator[None]:
 
 
 def read_groups(files: Sequence[Path]) -> list[RunGroup]:
-    """Runs recorded in JSON-lines files, grouped, in the files' order; one that is given twice counts once.
+    """Runs recorded in JSON-lines files, grouped; one that is given twice counts once.
+
+    Sweeps and arms come in the files' order, the points of a sweep's grid by their numbers.
 
     ValueError: a line that is no record, or whose run differs in more than the seed from others of its arm.
     """
@@ -77,7 +85,15 @@ def read_groups(files: Sequence[Path]) -> list[RunGroup]:
             if not any(_same_run(record, other) for other in group):
                 _require_alike(record, group, f"{file}:{number}")
                 group.append(record)
-    return [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in grouped.items()]
+    groups = [RunGroup(*key, tuple(sorted(records, key=lambda r: r["seed"]))) for key, records in grouped.items()]
+    sweeps = list(dict.fromkeys(g.sweep for g in groups))
+    return sorted(groups, key=lambda g: (sweeps.index(g.sweep), _by_numbers(g.point)))
+
+
+def _by_numbers(text: str) -> list[tuple[float, str]]:
+    """A key that sorts `compute=5` before `compute=10`."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(float(part), "") if k % 2 else (-1.0, part) for k, part in enumerate(parts)]
 
 
 def _require_record(record: Record, where: str) -> None:

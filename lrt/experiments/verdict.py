@@ -37,11 +37,20 @@ def _of_text(arms: list[RunGroup], base: RunGroup) -> str:
     best = ordered[0]
     of = " of the normalised text" if any(r.get("normalised") for g in arms for r in g.records) else ""
     text = f"{_called(best)} decodes best, {best.mean(decoded):.3f} bits per byte{of} ({_seeds(len(best.records))})."
-    if best is base:
-        return text + (
-            f" The next, {_called(ordered[1])}, is {_difference(ordered[1], base)}." if len(arms) > 1 else ""
-        )
-    return f"{text} It is {_difference(best, base)}."
+    if best is not base:
+        text += f" It is {_difference(best, base)}."
+    elif len(arms) > 1:
+        text += f" The next, {_called(ordered[1])}, is {_difference(ordered[1], base)}."
+    return text + _beside_shift(ordered, base)
+
+
+def _beside_shift(ordered: Sequence[RunGroup], base: RunGroup) -> str:
+    """The best recurrent arm against the token shift, where both were run: what the recurrence alone buys."""
+    shift = next((g for g in ordered if g.source == 0), base)
+    recurrent = next((g for g in ordered if g.source), base)
+    if base in (shift, recurrent):  # then the sentences before have said it, or there is nothing to say
+        return ""
+    return f" The best with a recurrence, {_called(recurrent)}, is {_difference(recurrent, shift)}."
 
 
 def _difference(arm: RunGroup, base: RunGroup) -> str:

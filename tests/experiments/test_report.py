@@ -225,6 +225,27 @@ def test_seeds_that_agree_and_seeds_that_do_not(tmp_path):
     assert "plain decodes best" in pairs(0.2, 0.3) and "The next, “a, b”, is +0.250" in pairs(0.2, 0.3)
 
 
+def test_the_best_recurrent_arm_stands_beside_the_token_shift(tmp_path):
+    def line(late: float, *others: dict) -> str:
+        arms = {"plain": (2.0, None), "shift": (1.8, 0), "late": (late, 1), "last": (1.9, 3)}
+        runs = [record(arm, 0, decoded, source=source) for arm, (decoded, source) in arms.items()]
+        (said,) = verdicts(tmp_path, *runs, *others)
+        return said
+
+    beside = "The best with a recurrence, late, is"
+    assert f"{beside} -0.100 from shift: one seed" in line(1.7) and "late decodes best" in line(1.7)
+    assert f"{beside} +0.050 from shift: one seed" in line(1.85) and "shift decodes best" in line(1.85)
+    plain, late = record("plain", 0, 2.0, source=None), record("late", 0, 1.9, source=1)
+    assert "recurrence" not in verdicts(tmp_path, plain, late)[0]
+    assert "recurrence" not in verdicts(tmp_path, plain, record("shift", 0, 1.9, source=0))[0]
+
+
+def test_points_of_a_grid_come_by_their_numbers(tmp_path):
+    budgets = ("compute=10", "compute=20", "compute=2.5", "compute=5")
+    lines = verdicts(tmp_path, *(record("plain", 0, 2.0, budget) for budget in budgets))
+    assert [line.partition(":")[0].rpartition("=")[2] for line in lines] == ["2.5", "5", "10", "20"]
+
+
 def test_an_arm_of_other_seeds_is_not_compared(tmp_path):
     (line,) = verdicts(tmp_path, record("plain", 0, 2.0), record("other", 1, 1.0))
     assert "other decodes best" in line and "not compared" in line
