@@ -18,11 +18,11 @@ from lrt.training.logging import Jsonl
 from lrt.training.trainer import train
 
 TOOL = Path(__file__).parent.parent / "tools" / "over_steps.py"
-SPEC = importlib.util.spec_from_file_location("over_steps", TOOL)
-assert SPEC and SPEC.loader
-over_steps = importlib.util.module_from_spec(SPEC)
+FOUND = importlib.util.spec_from_file_location("over_steps", TOOL)
+assert FOUND and FOUND.loader
+over_steps = importlib.util.module_from_spec(FOUND)
 sys.modules["over_steps"] = over_steps
-SPEC.loader.exec_module(over_steps)
+FOUND.loader.exec_module(over_steps)
 
 
 @pytest.fixture(scope="module")
