@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import shlex
 import signal
 import sys
@@ -117,20 +118,21 @@ class ChatSession:
 
     def _say(self, line: str) -> None:
         message = line if self.template is None else self.template.replace("{}", line)
-        pieces, answer, warned = self.conversation.say(message, self.sampling), "", False
-        screen = WordByWord(sys.stdout)
+        pieces, answer = self.conversation.say(message, self.sampling), []
         with _stoppable() as stop, contextlib.closing(pieces):
-            for text in pieces:
-                if self.conversation.dropped and not warned:
-                    _tell(f"(the context is full: {_turns(self.conversation.dropped)} forgotten)")
-                    warned = True
-                screen.write(text)
-                answer += text
-                if stop:
-                    break
-        screen.end()
-        turn = message if self.template is not None else TURN.replace("{}", line) + " "
-        self.transcript.append(f"{turn}{answer}\n")
+            first = next(pieces, "")  # a turn that is refused leaves nothing behind
+            if self.conversation.dropped:
+                _tell(f"(the context is full: {_turns(self.conversation.dropped)} forgotten)")
+            try:
+                with WordByWord(sys.stdout) as screen:
+                    for text in itertools.chain([first], pieces):
+                        answer.append(text)
+                        screen.write(text)
+                        if stop:
+                            break
+            finally:
+                turn = message if self.template is not None else TURN.replace("{}", line) + " "
+                self.transcript.append(f"{turn}{''.join(answer)}\n")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")

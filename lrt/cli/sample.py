@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,9 +54,8 @@ def main(args: list[str]) -> int:
         print(f"--- seed {sampling.seed + i}\n" if flags.samples > 1 else "", end="")
         once = replace(sampling, seed=sampling.seed + i)
         pieces = complete(loaded.model, loaded.tokenizer, prompt, once, mode=mode, drafts=flags.decoding.drafts)
-        screen = WordByWord(sys.stdout)
-        screen.write(prompt + next(pieces, ""))  # after the prompt has been taken in: it may be refused
-        for text in pieces:
-            screen.write(text)
-        screen.end()
+        first = prompt + next(pieces, "")  # the prompt has been taken in by then: it may be refused
+        with WordByWord(sys.stdout) as screen:
+            for text in itertools.chain([first], pieces):
+                screen.write(text)
     return 0

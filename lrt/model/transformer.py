@@ -212,8 +212,9 @@ def document_start(read: PassInput, starts: Tensor | None) -> PositionsN | None:
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` does what its class `kind` does and nothing else, with weights that are in place."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and not hooked and not next(module.parameters()).is_meta
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    changed = any(hooks) or "forward" in vars(module)  # a library may put its own forward before the class's
+    return type(module) is kind and not changed and not next(module.parameters()).is_meta
 
 
 def _called(block: nn.Module, x: StreamBND, context: BlockContext) -> BlockOutput:

@@ -14,13 +14,15 @@ from fastapi import Request
 
 from lrt.config.decoding import SamplingParams
 from lrt.inference.batch import Emission, Ranked
-from lrt.serve.engine import Answer, Busy, Ended, Event, Job
+from lrt.serve.engine import Answer, Busy, Ended, Event, Job, LastText
 from lrt.serve.grammar import GrammarConstraint
 from lrt.serve.http import ApiError, disconnected, our_fault
 from lrt.serve.intake import CLOSING
 from lrt.serve.served import Served
 from lrt.serve.text import Listing
 
+Listed = tuple[int, float | None, Ranked]
+"""A token, its log-probability, and the most probable ones in its place."""
 MOST_TOGETHER = 128
 """Events that are taken at a time: more would hold the event loop."""
 
@@ -33,14 +35,17 @@ class Choice:
     prompt: list[int]
     listing: Listing
     text: str = ""
-    tokens: list[tuple[int, float | None, Ranked]] = field(default_factory=list)
+    tokens: list[Listed] = field(default_factory=list)
     finish: str | None = None
 
-    def take(self, e: Emission) -> None:
-        """Take in a token; one that ends the answer is listed and counted too."""
+    def take(self, e: Emission | LastText) -> list[Listed]:
+        """Take in a token, or text alone; the token as it is listed. One that ends the answer is counted too."""
         self.text += e.text
+        if isinstance(e, LastText):
+            return []
         self.tokens.append((e.token, e.logprob, e.top))
         self.finish = e.finish
+        return self.tokens[-1:]
 
 
 @final
@@ -106,7 +111,7 @@ class Call:
             if isinstance(event.payload, Ended | ValueError):
                 self._fault = self._error(event.payload)
                 return ready[:place] or await self.next()
-            self.left -= not isinstance(event.payload, Emission) or event.payload.finish is not None
+            self.left -= not _goes_on(event.payload)
         return ready
 
     def _error(self, why: Ended | ValueError) -> ApiError:
@@ -139,6 +144,11 @@ class Call:
             self.cancel()
             gathering.cancel()
             watching.cancel()
+
+
+def _goes_on(payload: Any) -> bool:
+    """Whether an event's job has more to say."""
+    return isinstance(payload, LastText) or (isinstance(payload, Emission) and payload.finish is None)
 
 
 def head(served: Served, kind: str, object_: str) -> dict[str, Any]:

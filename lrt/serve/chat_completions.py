@@ -11,8 +11,8 @@ from fastapi import Request
 
 from lrt.data.dialogue import content_text
 from lrt.inference.batch import Emission
-from lrt.serve.calls import Call, Choice, head, usage
-from lrt.serve.engine import Event
+from lrt.serve.calls import Call, Choice, Listed, head, usage
+from lrt.serve.engine import Event, LastText
 from lrt.serve.grammar import CallReader, GrammarConstraint
 from lrt.serve.http import ApiError
 from lrt.serve.messages import Message, Tool
@@ -86,8 +86,8 @@ class Chat:
         for event in events:
             self.choices[event.number].take(event.payload)
         choices = [
-            {"index": c.answer.index, "message": c.message(), "logprobs": c.listed(self.body.logprobs),
-             "finish_reason": c.finish}
+            {"index": c.answer.index, "message": c.message(), "finish_reason": c.finish,
+             "logprobs": c.listed(c.answer.tokens) if self.body.logprobs else None}
             for c in self.choices
         ]  # fmt: skip
         counted = usage([self.prompt], [c.answer for c in self.choices])
@@ -102,9 +102,9 @@ class Chat:
             chunks = []
             for event in events:
                 choice = self.choices[event.number]
-                delta = choice.take(event.payload)
-                if delta or choice.finish or self.body.logprobs:
-                    listed = choice.listed(self.body.logprobs, last=True)
+                delta, tokens = choice.take(event.payload)
+                if delta or choice.finish or (tokens and self.body.logprobs):
+                    listed = choice.listed(tokens) if self.body.logprobs else None
                     part = {"index": event.number, "delta": delta, "logprobs": listed, "finish_reason": choice.finish}
                     chunks.append(begin | {"choices": [part]})
             if chunks:
@@ -124,14 +124,14 @@ class ChatChoice:
         self.finish: str | None = None
         self._opened = self._called = False
 
-    def take(self, e: Emission) -> dict[str, Any]:
-        """Take in a token; what it adds to the message."""
-        self.answer.take(e)
-        text, arguments = self.reader.push(e.text, e.finish)
+    def take(self, e: Emission | LastText) -> tuple[dict[str, Any], list[Listed]]:
+        """Take in a token, or text alone; what it adds to the message, and the token as it is listed."""
+        tokens, finish = self.answer.take(e), self.answer.finish
+        text, arguments = self.reader.push(e.text, "error" if isinstance(e, LastText) else finish)
         self.content += text
         self.arguments += arguments
         called = self.reader.name is not None
-        self.finish = "tool_calls" if called and e.finish == "stop" else e.finish
+        self.finish = "tool_calls" if called and finish == "stop" else finish
         delta: dict[str, Any] = {"content": text} if text else {}
         if not self._opened:
             self._opened = True
@@ -139,7 +139,7 @@ class ChatChoice:
         if called and (arguments or not self._called):
             delta["tool_calls"] = [self._call(arguments)]
             self._called = True
-        return delta
+        return delta, tokens
 
     def _call(self, arguments: str) -> dict[str, Any]:
         """A piece of the call; the first one says whose it is."""
@@ -156,7 +156,6 @@ class ChatChoice:
             message |= {"content": None, "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
         return message
 
-    def listed(self, logprobs: bool, last: bool = False) -> dict[str, Any] | None:
-        """Log-probabilities of its tokens, or of the last one."""
-        tokens = self.answer.tokens[-1:] if last else self.answer.tokens
-        return self.answer.listing.chat(tokens) if logprobs else None
+    def listed(self, tokens: list[Listed]) -> dict[str, Any]:
+        """Log-probabilities of some of its tokens."""
+        return self.answer.listing.chat(tokens)

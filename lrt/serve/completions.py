@@ -12,6 +12,7 @@ from lrt.inference.batch import Ranked
 from lrt.serve.calls import MOST_TOGETHER, Call, Choice, head, usage
 from lrt.serve.engine import BackgroundTask, Event, Job
 from lrt.serve.grammar import GrammarConstraint
+from lrt.serve.http import ApiError
 from lrt.serve.inspect import score
 from lrt.serve.json_writer import event_bytes
 from lrt.serve.schemas import CompletionRequest
@@ -121,13 +122,7 @@ class Completion:
         head = self.head | ({"usage": None} if with_usage else {})
         waiting: list[Event] = []
         if self.body.echo:
-            scores: dict[int, list] = {}
-            while self.scored and len(scores) < len(self.prompts):
-                for event in await self.call.next():
-                    if event.number < 0:
-                        scores[event.number] = event.payload
-                    else:
-                        waiting.append(event)
+            scores = await self._scores(waiting)
             for c in self.choices:
                 front = partial(self.echo, c, scores.get(-1 - c.index // self.body.n))
                 made = partial(lambda front: head | {"choices": [front()]}, front)
@@ -136,15 +131,33 @@ class Completion:
             waiting, chunks = waiting[MOST_TOGETHER:], []
             for event in events:
                 choice, e = self.choices[event.number], event.payload
-                choice.take(e)
-                if e.text or e.finish or self.body.logprobs is not None:
-                    chunks.append(head | {"choices": [self.part(choice, e.text, choice.tokens[-1:])]})
+                listed = choice.take(e)
+                if e.text or choice.finish or (listed and self.body.logprobs is not None):
+                    chunks.append(head | {"choices": [self.part(choice, e.text, listed)]})
             if chunks:
                 yield chunks
         if not self.body.max_tokens:
             yield [head | {"choices": [self.part(c, "", []) | {"finish_reason": "length"}]} for c in self.choices]
         if with_usage:
             yield [self.head | {"choices": [], "usage": usage(self.prompts, self.choices)}]
+
+    async def _scores(self, waiting: list[Event]) -> dict[int, list]:
+        """The scores of the prompts, by event; what comes of the answers meanwhile goes into `waiting`.
+
+        A fault ends them early, where it is told later: after what there is by then. ApiError: there is nothing.
+        """
+        scores: dict[int, list] = {}
+        try:
+            while self.scored and len(scores) < len(self.prompts):
+                for event in await self.call.next():
+                    if event.number < 0:
+                        scores[event.number] = event.payload
+                    else:
+                        waiting.append(event)
+        except ApiError:
+            if not (scores or waiting):
+                raise
+        return scores
 
 
 def _joined(front: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:

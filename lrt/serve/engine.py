@@ -56,13 +56,19 @@ class Ended(Enum):
     CLOSING = "the server ends"
 
 
+class LastText(NamedTuple):
+    """The rest of an answer that a fault ends: what was held back as a possible stop text, or nothing."""
+
+    text: str
+
+
 class Event(NamedTuple):
     """What a job's owner hears: a token, the result of a task, or why it ended without."""
 
     number: int
     """The job's number within its request."""
     payload: Any
-    """An `Emission`, a task's result, `Ended`, or a ValueError."""
+    """An `Emission`, a task's result, or `Ended` or a ValueError, before which there may be a `LastText`."""
 
 
 @dataclass(eq=False)
@@ -212,14 +218,12 @@ class Engine:
             return
         for job in over:
             (self.metrics.cancelled if job.cancelled or self._aborted else self.metrics.expired).inc()
-            self._post(job, Ended.CLOSING if self._aborted else Ended.EXPIRED)
+            self._end(job, Ended.CLOSING if self._aborted else Ended.EXPIRED)
         gone = set(map(id, over))
         with self._wake:
             self._answers = deque(job for job in self._answers if id(job) not in gone)
             self._tasks = deque(job for job in self._tasks if id(job) not in gone)
         self._lanes = [(job, lane) for job, lane in self._lanes if id(job) not in gone]
-        for row in [row for row, answer in self._seated.items() if id(answer) in gone]:
-            self._free(row)
 
     def _jobs(self) -> list[Job]:
         with self._wake:
@@ -316,9 +320,7 @@ class Engine:
                 log.error("a task ended: %s", error)
             elif not isinstance(error, ValueError):
                 log.exception("a task failed")
-            self._post(job, error if isinstance(error, ValueError) else Ended.FAILED)
-            for row in [row for row, answer in self._seated.items() if answer is job]:
-                self._free(row)
+            self._end(job, error if isinstance(error, ValueError) else Ended.FAILED)
 
     def _guarded(self, answer: Answer, work: Callable[[], None]) -> None:
         """Do something for one answer; what goes wrong ends that answer alone."""
@@ -326,17 +328,14 @@ class Engine:
             work()
         except Exception:
             log.exception("an answer failed")
-            self._post(answer, Ended.FAILED)
-            for row in [row for row, seated in self._seated.items() if seated is answer]:
-                self._free(row)
+            self._end(answer, Ended.FAILED)
 
     def _emitted(self, answer: Answer, emission: Emission) -> None:
         now = time.monotonic()
         if emission.fault is not None:
             if not emission.unkept:
                 log.error("an answer ended: %s", emission.fault)
-            self._post(answer, ValueError(emission.fault) if emission.unkept else Ended.FAILED)
-            self._free(emission.row)
+            self._end(answer, ValueError(emission.fault) if emission.unkept else Ended.FAILED)
             return
         if not answer.made:
             self.metrics.first_token.observe(now - answer.began)
@@ -350,10 +349,13 @@ class Engine:
             self._free(emission.row)
 
     def _keep(self, row: int, answer: Answer) -> None:
-        """Keep the state of a finished answer: it has taken in all but its last token."""
+        """Keep the state of a finished answer, if there is room: it has taken in all but its last token."""
         tokens, cache = [*answer.prompt, *answer.made[:-1]], self._batch.cache
-        answer.marks[len(tokens)] = cache.memory[row].clone()
-        self.store.add(answer.scope, tokens, cache, row, answer.marks)
+        try:
+            answer.marks[len(tokens)] = cache.memory[row].clone()
+            self.store.add(answer.scope, tokens, cache, row, answer.marks)
+        except Exception:  # the answer is out, and whole
+            log.exception("a state could not be kept")
 
     def _free(self, row: int) -> None:
         self._seated.pop(row, None)
@@ -362,10 +364,17 @@ class Engine:
     def _abandon(self) -> None:
         """A step has failed: everyone in it is told."""
         for job in {*self._seated.values(), *(job for job, _ in self._lanes)}:
-            self._post(job, Ended.FAILED)
+            self._end(job, Ended.FAILED)
         self._lanes.clear()
-        for row in list(self._seated):
+
+    def _end(self, job: Job, why: Ended | ValueError) -> None:
+        """A job ends without its result: its owner is told, and the row where it sat is free."""
+        for row in [row for row, answer in self._seated.items() if answer is job]:
+            request = self._batch.requests[row]
+            if request is not None and request.stream is not None and request.made:
+                self._post(job, LastText(request.stream.close()))
             self._free(row)
+        self._post(job, why)
 
     def _post(self, job: Job, payload: Any) -> None:
         self._outbox.append((job, Event(job.number, payload)))

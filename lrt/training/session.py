@@ -99,7 +99,7 @@ class Session:
         self.saved_at = time.monotonic()
         if started is not None:
             self._restore(started)
-        self.skips = Skips(self.progress.skipped, self.device)
+        self.skips, self.told_skipped = Skips(self.progress.skipped, self.device), self.progress.skipped
         self.logged_flops = self.progress.flops
         self.saved, self.writer = self.progress.step if started else -1, Writer(self.device.type == "cuda")
         self.peak, self.peak_source = peak_flops(self.device, self.dtype)
@@ -256,15 +256,15 @@ class Session:
 
     def _check(self, batch: Batch) -> None:
         """Say which steps were skipped; ValueError with a diagnosis if too many were in a row."""
-        before, most = self.progress.skipped, self.config.train.max_skipped
         self.progress.skipped, _, row = self.skips.read()
-        if self.progress.skipped > before:
+        if self.progress.skipped > self.told_skipped:
             tell(
                 self.sinks, kind="warning", step=self.progress.step,
-                text=f"{self.progress.skipped - before} steps up to {self.progress.step} skipped (loss or gradient not "
-                f"finite), {self.progress.skipped} in all",
+                text=f"{self.progress.skipped - self.told_skipped} steps up to {self.progress.step} skipped (loss or "
+                f"gradient not finite), {self.progress.skipped} in all",
             )  # fmt: skip
-        if row < most:
+        self.told_skipped = self.progress.skipped
+        if row < self.config.train.max_skipped:
             return
         out, _ = self.gradients(batch)
         cause = not_finite(self.model, out.per_pass, self.world)

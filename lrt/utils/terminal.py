@@ -43,7 +43,8 @@ def show(text: str, stream: TextIO | None = None) -> None:
 class WordByWord:
     """Text that comes piece by piece; on a terminal a word that the line cannot hold begins the next.
 
-    The word that is being written is held back until it ends; into a file or a pipe every piece goes as it is.
+    The word that is being written is held back until it ends; into a file or a pipe every piece goes as it is. As a
+    context manager it shows that word, and ends the line, whatever ends the text.
     """
 
     MOST_HELD = 24
@@ -52,6 +53,12 @@ class WordByWord:
     def __init__(self, stream: TextIO):
         self.stream, self.word, self.column = stream, "", 0
         self.columns = shutil.get_terminal_size().columns if stream.isatty() else 0
+
+    def __enter__(self) -> WordByWord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def write(self, piece: str) -> None:
         """Show a piece, but for its last word."""

@@ -26,13 +26,15 @@ class Talk:
     def __init__(self) -> None:
         self.heard: list[tuple[str, SamplingParams]] = []
         self.dropped = 0
-        self.interrupt_after = 99
+        self.interrupt_after = self.fail_after = 99
 
     def say(self, text: str, sampling: SamplingParams):
         self.heard.append((text, sampling))
         for i, piece in enumerate("okay!"):
             if i == self.interrupt_after:
                 os.kill(os.getpid(), signal.SIGINT)
+            if i == self.fail_after:
+                raise ValueError("no token can be drawn")
             yield piece
 
 
@@ -88,6 +90,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(session: ChatSession, capsys):
     session.conversation.interrupt_after = 99
     session.take("again")
     assert capsys.readouterr().out == "okay!\n"
+
+
+@pytest.mark.parametrize(("after", "shown", "kept"), [(2, "ok\n", ["USER: hello\nBOT:ok\n"]), (0, "", [])])
+def test_an_answer_that_fails_is_kept_as_far_as_it_came(session: ChatSession, after, shown, kept, capsys):
+    session.conversation.fail_after = after
+    with pytest.raises(ValueError, match="no token"):
+        session.take("hello")
+    assert (capsys.readouterr().out, session.transcript) == (shown, kept)
 
 
 def test_forgotten_turns_are_told(session: ChatSession, capsys):

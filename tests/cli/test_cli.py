@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,16 @@ def test_sample_is_a_function_of_the_seed(run, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("the quick")
+
+
+def test_a_sample_that_fails_is_shown_as_far_as_it_came(run, capsys, monkeypatch):
+    def fails_after(*_: object, **__: object) -> Iterator[str]:
+        yield " jum"
+        raise ValueError("no token can be drawn")
+
+    monkeypatch.setattr("lrt.inference.chat.complete", fails_after)
+    assert main(["sample", str(run), "--prompt", "the fox"]) == 2
+    assert capsys.readouterr() == ("the fox jum\n", "lrt sample: no token can be drawn\n")
 
 
 def test_sample_refuses_what_does_not_fit(run, capsys):

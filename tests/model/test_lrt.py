@@ -248,6 +248,23 @@ def test_a_hook_on_the_head_acts_in_the_loss():
     assert loss(rows, rows).loss == before
 
 
+def test_a_hook_on_the_heads_gradient_acts_and_so_does_a_forward_of_its_own():
+    model, rows = randomised(config()), packed(config(), 2, 8)
+    loss = ScheduledLoss(model, Schedule.parse("settled-2"))
+    seen: list[str] = []
+    hooks = [
+        model.head.register_full_backward_pre_hook(lambda module, grads: seen.append("before")),
+        model.head.register_full_backward_hook(lambda module, inputs, outputs: seen.append("after")),
+    ]
+    loss(rows, rows).loss.backward()
+    assert seen == ["before", "after"]
+    for hook in hooks:
+        hook.remove()
+    before, forward = loss(rows, rows).loss, model.head.forward
+    model.head.forward = lambda hidden: 2 * forward(hidden)
+    assert abs(loss(rows, rows).loss - before) > 1e-3
+
+
 def test_buffers_are_read_through_their_state_alone():
     """A buffer handed on after a pass is a value: what was read before does not change with it."""
     model, rows = fixed(config()), packed(config(), 2, 6)

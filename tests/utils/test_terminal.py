@@ -69,6 +69,20 @@ def test_words_that_come_in_pieces_are_not_broken_by_a_terminals_edge(pieces: li
     assert screen.getvalue() == "one two \nthree\n\nfour five\nsix\n"
 
 
+def test_a_word_that_is_held_is_shown_whatever_ends_the_text(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = Screen()
+
+    def written() -> None:
+        with WordByWord(screen) as writer:
+            writer.write("one tw")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        written()
+    assert screen.getvalue() == "one tw\n"
+
+
 def test_a_text_without_spaces_is_shown_as_it_comes(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     screen = Screen()
