@@ -13,7 +13,7 @@ import torch
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams
 from lrt.config.recipes import recipe
 from lrt.config.run import RunConfig, overridden
-from lrt.data import Tokenizer
+from lrt.data.tokenizer import Tokenizer
 from lrt.inference.chat import complete
 from lrt.inference.generate import score
 from lrt.model.lrt import LRT

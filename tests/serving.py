@@ -16,7 +16,7 @@ import torch
 from lrt.config.decoding import NEXT, SamplingParams, Weights
 from lrt.config.model import MemoryConfig, ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import Tokenizer, train_bpe
+from lrt.data.tokenizer import Tokenizer, train_bpe
 from lrt.inference.generate import generate
 from lrt.inference.weights import with_weights
 from lrt.model.lrt import LRT

@@ -17,7 +17,7 @@ from serving import Server
 
 import lrt
 from lrt.config.run import DataConfig, RunConfig, TrainConfig
-from lrt.data import ByteTokenizer
+from lrt.data.tokenizer import ByteTokenizer
 from lrt.training import checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from test_readme import COMMAND, PAGES, ROOT
 
 import lrt
 from lrt.cli.main import main
-from lrt.data import train_bpe
+from lrt.data.tokenizer import train_bpe
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.S | re.M)

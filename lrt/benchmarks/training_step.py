@@ -26,7 +26,7 @@ from lrt.config.benchmarks import StepBenchmark
 from lrt.config.model import MEMORY_OFF, Execution, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
 from lrt.config.run import OptimConfig
-from lrt.data import Loader, RowSource
+from lrt.data.loader import Loader, RowSource
 from lrt.model.flops import passes_flops
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT

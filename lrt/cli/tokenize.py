@@ -35,7 +35,7 @@ def main(args: list[str]) -> int:
     flags = parse(TokenizeFlags, args, "tokenize")
     tell_unread("tokenize", RunConfig(data=flags.data), args)
 
-    from lrt.data import TaskRows
+    from lrt.data.synthetic import TaskRows
     from lrt.training.logging import Live
     from lrt.training.trainer import prepare_data
 

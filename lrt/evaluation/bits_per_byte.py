@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from lrt.config.run import DataConfig
-from lrt.data import Mixture, RowSource, TaskRows, Tokenizer, batches
+from lrt.data.loader import RowSource
+from lrt.data.mixture import Mixture
+from lrt.data.synthetic import TaskRows, batches
+from lrt.data.tokenizer import Tokenizer
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lrt.data import RowSource, Tokenizer, TokenStream, documents, source_bytes
 from lrt.data.answers import DocumentEncoder
 from lrt.data.dialogue import Document, text_of
+from lrt.data.loader import RowSource
 from lrt.data.mixture import read_mixture
 from lrt.data.normalised import Spelling
 from lrt.data.run_tokens import RunTokens
-from lrt.data.sources import both, is_one_text
+from lrt.data.shards import TokenStream
+from lrt.data.sources import both, documents, is_one_text, source_bytes
+from lrt.data.tokenizer import Tokenizer
 from lrt.evaluation.bits_per_byte import HeldOut, Rows, held_out_name, named, of_split, validation_rows
 from lrt.inference.loaded import Loaded
 from lrt.utils.score_names import BEGINNING

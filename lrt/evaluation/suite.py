@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lrt.data import Tokenizer
 from lrt.data.normalised import Spelling
+from lrt.data.tokenizer import Tokenizer
 from lrt.evaluation.likelihood import Candidate, Likelihood, likelihoods
 from lrt.model.lrt import LRT
 

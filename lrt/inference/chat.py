@@ -9,8 +9,8 @@ from typing import final
 import torch
 
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams
-from lrt.data import Tokenizer
 from lrt.data.chat_template import ChatTemplate
+from lrt.data.tokenizer import Tokenizer
 from lrt.inference.generate import Generated, generate
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT

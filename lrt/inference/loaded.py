@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.config.run import RunConfig
-from lrt.data import Tokenizer
+from lrt.data.tokenizer import Tokenizer
 from lrt.model.lrt import LRT
 
 

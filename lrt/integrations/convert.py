@@ -13,8 +13,8 @@ from torch import Tensor
 from lrt.config.conversion import AddedMemory, Conversion, Start
 from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
-from lrt.data import Tokenizer, load_tokenizer
 from lrt.data.run_tokens import of_another
+from lrt.data.tokenizer import Tokenizer, load_tokenizer
 from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.loaded import Loaded
 from lrt.integrations import families

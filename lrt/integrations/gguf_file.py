@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.model import RopeScaling, require
-from lrt.data import Tokenizer
+from lrt.data.tokenizer import Tokenizer
 from lrt.inference.loaded import Loaded
 from lrt.integrations.convert import family_checkpoint
 from lrt.model.attention import slowed

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lrt.data import Tokenizer
+from lrt.data.tokenizer import Tokenizer
 from lrt.serve.messages import ResponseFormat, Tool
 from lrt.utils.files import one_line
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, final
 
 from lrt.config.decoding import CALLED, NEXT
-from lrt.data import Tokenizer
 from lrt.data.chat_template import Message, Tool, chat_template_of
 from lrt.data.dialogue import plain_pieces
+from lrt.data.tokenizer import Tokenizer
 from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.batch import Ranked
 

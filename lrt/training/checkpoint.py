@@ -29,8 +29,8 @@ from torch import Tensor
 
 from lrt.config.model import require
 from lrt.config.run import RunConfig, from_dict, to_dict
-from lrt.data import Tokenizer, load_tokenizer
 from lrt.data.run_tokens import without_places
+from lrt.data.tokenizer import Tokenizer, load_tokenizer
 from lrt.inference.loaded import Loaded
 from lrt.model.lrt import LRT
 from lrt.utils.checksums import SUMS, file_hash, has_hash, sums_text

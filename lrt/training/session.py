@@ -16,8 +16,11 @@ from torch import Tensor
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
-from lrt.data import Batch, Mixture, Prepared, TaskRows, batches, prefetch
+from lrt.data.loader import Batch, prefetch
+from lrt.data.mixture import Mixture
+from lrt.data.prepare import Prepared
 from lrt.data.run_tokens import RunTokens, recorded
+from lrt.data.synthetic import TaskRows, batches
 from lrt.evaluation.bits_per_byte import BPB, evaluate, held_out_name, of_split, validation_rows
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group

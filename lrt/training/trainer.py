@@ -10,8 +10,7 @@ import torch
 
 from lrt.config.model import require
 from lrt.config.run import DataConfig, RunConfig, from_dict, require_sense
-from lrt.data import Prepared, prepare
-from lrt.data.prepare import ReportProgress
+from lrt.data.prepare import Prepared, ReportProgress, prepare
 from lrt.data.run_tokens import RunTokens
 from lrt.training import checkpoint
 from lrt.training.checkpoint import Checkpoint

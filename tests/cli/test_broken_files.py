@@ -23,7 +23,7 @@ from lrt.cli.main import main
 from lrt.config.model import ModelConfig
 from lrt.config.recipes import recipe
 from lrt.config.run import DataConfig, RunConfig, TrainConfig
-from lrt.data import train_bpe
+from lrt.data.tokenizer import train_bpe
 
 MANY = int(os.environ.get("LRT_TEST_FILES", "200"))
 """Files of each kind."""

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from test_chat_template import CORE, NAMED, TEMPLATES, TOKENIZER
 
-from lrt.data import ByteTokenizer, Loader, TokenStream, documents, open_split, train_bpe, write_shards
 from lrt.data.answers import DocumentEncoder
 from lrt.data.dialogue import Dialogue, content_text
+from lrt.data.loader import Loader
+from lrt.data.shards import TokenStream, open_split, write_shards
+from lrt.data.sources import documents
+from lrt.data.tokenizer import ByteTokenizer, train_bpe
 from lrt.model.shapes import IGNORE
 
 TALK = [

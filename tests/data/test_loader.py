@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.data import ByteTokenizer, Loader, RowSource, open_split, prefetch, write_shards
+from lrt.data.loader import Loader, RowSource, prefetch
+from lrt.data.shards import open_split, write_shards
+from lrt.data.tokenizer import ByteTokenizer
 
 BOS = 0
 

@@ -12,8 +12,9 @@ import torch
 
 from lrt.cli.main import main
 from lrt.config.run import DataConfig
-from lrt.data import Mixture, documents, prepare, source_bytes, source_fingerprint
-from lrt.data.mixture import PERIOD, read_mixture
+from lrt.data.mixture import PERIOD, Mixture, read_mixture
+from lrt.data.prepare import prepare
+from lrt.data.sources import documents, source_bytes, source_fingerprint
 from lrt.data.synthetic import batches
 from lrt.evaluation.bits_per_byte import held_out_name, of_split, validation_rows
 

@@ -14,8 +14,9 @@ from helpers import lossy_tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lrt.config.run import DataConfig
-from lrt.data import BPETokenizer, ByteTokenizer, PausingTokenizer, load_tokenizer, prepare, train_bpe
 from lrt.data.normalised import Spelling
+from lrt.data.prepare import prepare
+from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, load_tokenizer, train_bpe
 from lrt.data.tokenizer_trial import try_tokenizer
 from lrt.evaluation.bits_per_byte import target_bytes
 

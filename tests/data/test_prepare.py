@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from lrt.config.run import DataConfig
-from lrt.data import ByteTokenizer, load_tokenizer, prepare, train_bpe
+from lrt.data.prepare import prepare
 from lrt.data.sources import documents
+from lrt.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
 TEXT = "".join(f"Line {i} of a small text that someone wants to train on.\n" for i in range(400))
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lrt.data import ByteTokenizer, documents
 from lrt.data.shards import write_shards
+from lrt.data.sources import documents
+from lrt.data.tokenizer import ByteTokenizer
 
 pyarrow = pytest.importorskip("pyarrow")
 TEXTS = ["first text", 'second, with "quotes"\nand a line', "日本語"]

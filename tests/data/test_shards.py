@@ -12,7 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.data import ByteTokenizer, Manifest, open_split, shard_file, split_documents, train_bpe, write_shards
+from lrt.data import shard_file
+from lrt.data.manifest import Manifest
+from lrt.data.shards import open_split, split_documents, write_shards
+from lrt.data.tokenizer import ByteTokenizer, train_bpe
 
 TOKENIZER = ByteTokenizer()
 DOCS = [f"document number {i} 🙂\n" * (1 + i % 5) for i in range(60)]
@@ -286,7 +289,8 @@ def test_more_shards_than_files_that_stay_open(folder: Path, monkeypatch):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path):
     """Not what a living one is writing, nor what bears another name."""
-    script = "import os, signal, sys\nfrom lrt.data import ByteTokenizer, write_shards\n"
+    script = "import os, signal, sys\nfrom lrt.data.shards import write_shards\n"
+    script += "from lrt.data.tokenizer import ByteTokenizer\n"
     script += "def docs():\n    yield from ['text '] * 100\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     script += f"write_shards(docs(), ByteTokenizer(), {str(tmp_path / 'killed')!r}, validation=0.2)"
     subprocess.run([sys.executable, "-c", script], check=False)

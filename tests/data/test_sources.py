@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrt.config.run import DataConfig
-from lrt.data import documents, source_bytes, source_fingerprint
-from lrt.data.sources import PIECE, WHOLE, cut_pieces
+from lrt.data.sources import PIECE, WHOLE, cut_pieces, documents, source_bytes, source_fingerprint
 
 
 def read(source, **options):
@@ -195,7 +194,8 @@ def test_another_models_tokenizer_folder_prepares_a_dataset(tmp_path):
     """Both as people have them: a folder saved by transformers, and a dataset with a text column of its own."""
     pytest.importorskip("datasets")
     transformers = pytest.importorskip("transformers")
-    from lrt.data import prepare, train_bpe
+    from lrt.data.prepare import prepare
+    from lrt.data.tokenizer import train_bpe
 
     core = train_bpe(["a quick brown fox"] * 30, 280).fast()
     core.add_special_tokens(["<|begin_of_text|>", "<|eot|>"])

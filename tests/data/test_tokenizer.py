@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lrt.data import BPETokenizer, ByteTokenizer, PausingTokenizer, load_tokenizer, train_bpe
+from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, load_tokenizer, train_bpe
 
 CORPUS = [
     "The cat sat on the mat, and the dog sat on the cat.\n" * 4,

@@ -14,7 +14,8 @@ from helpers import CORNERS, SCHEDULES, config, fixed, label, outcome, packed, p
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from lrt.data import BPETokenizer, ByteTokenizer, open_split, write_shards
+from lrt.data.shards import open_split, write_shards
+from lrt.data.tokenizer import BPETokenizer, ByteTokenizer
 from lrt.evaluation.bits_per_byte import (
     BPB,
     SWEEPS,

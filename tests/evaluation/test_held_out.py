@@ -15,7 +15,7 @@ from pyarrow import parquet
 from lrt.cli.main import main
 from lrt.config.recipes import cpu_demo_plain
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import ByteTokenizer, Tokenizer, load_tokenizer
+from lrt.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from lrt.evaluation import held_out as module
 from lrt.evaluation.bits_per_byte import evaluate
 from lrt.evaluation.held_out import held_out

@@ -11,7 +11,7 @@ from helpers import config, randomised
 
 from lrt.cli.main import main
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import train_bpe
+from lrt.data.tokenizer import train_bpe
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
 

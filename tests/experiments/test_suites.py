@@ -10,8 +10,7 @@ from helpers import config, lossy_tokenizer, randomised
 
 from lrt.cli.main import main
 from lrt.config.run import DataConfig, RunConfig, TrainConfig
-from lrt.data import Tokenizer, load_tokenizer
-from lrt.data.tokenizer import ByteTokenizer
+from lrt.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from lrt.evaluation import blimp
 from lrt.experiments.groups import RunGroup
 from lrt.experiments.report import MARKS

@@ -21,7 +21,7 @@ from helpers import config, randomised
 from lrt.cli.main import main
 from lrt.config.decoding import SamplingParams
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import ByteTokenizer, train_bpe
+from lrt.data.tokenizer import ByteTokenizer, train_bpe
 from lrt.inference.chat import complete
 from lrt.inference.generate import score
 from lrt.integrations.convert import convert

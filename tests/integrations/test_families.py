@@ -17,7 +17,7 @@ from lrt.config.conversion import Conversion
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import MEMORY_OFF, MemoryConfig
 from lrt.config.recipes import LRT_SCHEDULE
-from lrt.data import train_bpe
+from lrt.data.tokenizer import train_bpe
 from lrt.inference.generate import generate, score
 from lrt.inference.prefill import prefill
 from lrt.integrations import families

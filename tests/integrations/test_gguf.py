@@ -15,7 +15,7 @@ from lrt.cli.main import main
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import RopeScaling
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import BPETokenizer, ByteTokenizer, Tokenizer, train_bpe
+from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, train_bpe
 from lrt.inference.generate import generate
 from lrt.integrations.convert import convert
 from lrt.integrations.gguf_file import EXPRESSIONS, FILE, GPT2

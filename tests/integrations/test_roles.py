@@ -10,7 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lrt.cli.main import main
-from lrt.data import ByteTokenizer, load_tokenizer, train_bpe
+from lrt.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from lrt.inference.chat import Conversation, complete
 from lrt.inference.sampling import SamplingParams
 from lrt.integrations.convert import convert

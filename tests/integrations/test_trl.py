@@ -9,7 +9,7 @@ import torch
 from helpers import config, randomised
 
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import train_bpe
+from lrt.data.tokenizer import train_bpe
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
 

@@ -7,7 +7,7 @@ import torch
 from helpers import lossy_tokenizer
 from serving import Server, make_run, opened, post
 
-from lrt.data import load_tokenizer
+from lrt.data.tokenizer import load_tokenizer
 from lrt.inference.generate import score
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's libraries

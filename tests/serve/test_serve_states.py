@@ -12,7 +12,7 @@ import torch
 from helpers import config, fixed, tokens
 from serving import WORDS
 
-from lrt.data import ByteTokenizer, train_bpe
+from lrt.data.tokenizer import ByteTokenizer, train_bpe
 from lrt.inference.prefill import decode_step, prefill
 from lrt.model.kv_cache import KVCache
 from lrt.serve.states import StateStore

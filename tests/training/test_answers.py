@@ -16,7 +16,9 @@ from helpers import config, near, randomised, tiny
 from lrt.config.decoding import NEXT, TURN, SamplingParams
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import DataConfig
-from lrt.data import ByteTokenizer, Loader, prepare
+from lrt.data.loader import Loader
+from lrt.data.prepare import prepare
+from lrt.data.tokenizer import ByteTokenizer
 from lrt.inference.chat import Conversation
 from lrt.model.loss import ScheduledLoss
 from lrt.model.run_passes import run_passes

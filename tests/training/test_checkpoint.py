@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import lrt
 from lrt.config.model import ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import ByteTokenizer, train_bpe
+from lrt.data.tokenizer import ByteTokenizer, train_bpe
 from lrt.model.lrt import LRT
 from lrt.training import checkpoint
 from lrt.training.checkpoint import (

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrt.config.run import RunConfig, TrainConfig
-from lrt.data import load_tokenizer, open_split, train_bpe, write_shards
+from lrt.data.shards import open_split, write_shards
+from lrt.data.tokenizer import load_tokenizer, train_bpe
 from lrt.model.lrt import LRT
 from lrt.training.checkpoint import META, newest_valid, open_checkpoint, save
 from lrt.utils.seals import SEAL

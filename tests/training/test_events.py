@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import DataConfig
-from lrt.data import prepare
+from lrt.data.prepare import prepare
 from lrt.model.loss import LossOutput
 from lrt.schedule import Schedule
 from lrt.training import session, trainer

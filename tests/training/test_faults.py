@@ -18,7 +18,7 @@ from test_distributed import PATIENCE
 
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import RunConfig
-from lrt.data import open_split
+from lrt.data.shards import open_split
 from lrt.training import checkpoint
 from lrt.training import session as training
 from lrt.training.checkpoint import META, MODEL, OPTIMIZER

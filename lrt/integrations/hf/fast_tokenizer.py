@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from lrt.data import Tokenizer
+from lrt.data.tokenizer import Tokenizer
 from lrt.inference.loaded import Loaded
 from lrt.utils.files import read_json, write_json
 
