@@ -10,26 +10,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from lrt.passes import (
-    NO_GRAD_COST,
-    Pass,
-    Passes,
-    check,
-    effective_cost,
-    exact_prefix,
-    intersect,
-    memory_only,
-    no_grad_pass,
-    rewriting,
-    subtract,
-    token_forwards,
-)
+from lrt.passes import Pass, Passes, check, effective_cost, no_grad_pass, rewriting, token_forwards
 from lrt.span import MOST_SIZES, NONE, SPAN_OPTIONS, Span, numbers, slashed
-
-__all__ = [
-    "KINDS", "NO_GRAD_COST", "Curriculum", "Pass", "Passes", "Schedule", "Span", "check", "effective_forwards",
-    "exact_prefix", "intersect", "memory_only", "raw_forwards", "subtract", "token_forwards",
-]  # fmt: skip
 
 KINDS = {
     "parallel": "one pass over everything: the plain transformer, or an LRT with zero memory",
@@ -149,10 +131,6 @@ class Schedule:
         """The schedule with every range at its upper end; what `parallel BPB` is measured with."""
         size = Span(self.size.high, self.size.high) if self.size else None
         return replace(self, size=size, settle=Span(self.settle.high, self.settle.high))
-
-    def every_draw(self) -> list[Schedule]:
-        """Every schedule that `draw` can give."""
-        return [drawn for drawn, _ in self.shares()]
 
     def shares(self) -> list[tuple[Schedule, float]]:
         """Every schedule that `draw` can give, with its probability."""

@@ -23,7 +23,8 @@ from lrt.config.run import RunConfig
 from lrt.model.lrt import LRT
 from lrt.model.reference import Position, _logits, _memories, _token, reference
 from lrt.model.run_passes import run_passes
-from lrt.schedule import Pass, Schedule, check
+from lrt.passes import Pass, check
+from lrt.schedule import Schedule
 
 _PORTS = itertools.count(7 * os.getpid())
 """Where this process looks next for a port."""

@@ -9,13 +9,15 @@ from helpers import SCHEDULES, pass_lists, passes, slices
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.passes import effective_cost, repeated, rewriting
-from lrt.schedule import (
+from lrt.passes import (
     Pass,
     check,
+    effective_cost,
     exact_prefix,
     intersect,
     memory_only,
+    repeated,
+    rewriting,
     subtract,
     token_forwards,
 )

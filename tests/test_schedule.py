@@ -10,14 +10,8 @@ from helpers import passes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.schedule import (
-    KINDS,
-    Curriculum,
-    Schedule,
-    Span,
-    effective_forwards,
-    raw_forwards,
-)
+from lrt.schedule import KINDS, Curriculum, Schedule, effective_forwards, raw_forwards
+from lrt.span import Span
 
 
 @st.composite
@@ -163,7 +157,7 @@ def test_ranges_must_be_drawn_and_rows_must_have_positions():
 def test_draw_is_a_function_of_seed_and_step(schedule: Schedule, seed: int, step: int):
     drawn = schedule.draw(seed, step)
     assert drawn == schedule.draw(seed, step)
-    assert drawn in schedule.every_draw()
+    assert drawn in dict(schedule.shares())
     assert drawn.draw(seed + 1, step + 1) == drawn  # nothing left to draw
     assert (drawn.kind, drawn.weights, drawn.detach) == (schedule.kind, schedule.weights, schedule.detach)
 
@@ -171,8 +165,8 @@ def test_draw_is_a_function_of_seed_and_step(schedule: Schedule, seed: int, step
 def test_draws_differ_by_step_and_seed_and_cover_the_range():
     schedule = Schedule.parse("settled-1..3:settle=0..1")
     draws = [schedule.draw(0, step) for step in range(200)]
-    assert set(map(str, draws)) == set(map(str, schedule.every_draw()))
-    assert len(schedule.every_draw()) == 6
+    assert set(map(str, draws)) == {str(drawn) for drawn, _ in schedule.shares()}
+    assert len(schedule.shares()) == 6
     other = [schedule.draw(1, step) for step in range(200)]
     for part in ("size", "settle"):
         assert [getattr(d, part) for d in draws] != [getattr(d, part) for d in other]
@@ -207,7 +201,7 @@ def test_a_size_of_probability_0_is_never_drawn_nor_counted():
 def test_shares_add_up_to_1_over_distinct_schedules(schedule: Schedule):
     drawn = schedule.shares()
     assert math.isclose(sum(p for _, p in drawn), 1)
-    assert len(set(schedule.every_draw())) == len(drawn)
+    assert len(dict(schedule.shares())) == len(drawn)
 
 
 def test_at_largest():

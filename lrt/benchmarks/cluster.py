@@ -14,7 +14,8 @@ from lrt.config.benchmarks import Cluster
 from lrt.config.model import ModelConfig, require
 from lrt.config.run import Parallelism, RunConfig
 from lrt.model.flops import BACKWARD, cache_bytes_per_token, memory_bytes, parameters_by_group, passes_flops
-from lrt.schedule import Curriculum, Pass, Passes
+from lrt.passes import Pass, Passes
+from lrt.schedule import Curriculum
 from lrt.training.budget import horizon
 from lrt.training.optimizer import Muon
 

@@ -68,13 +68,13 @@ def picture(
     folders: dict[str, Path | str], path: Path | str, *, rows: int = 8, length: int = 1024, sweeps: int = 12
 ) -> dict[str, dict[str, list[Point]]]:
     """Curves of trained models on their own held-out text, drawn; `folders` maps titles to run folders."""
-    from lrt.evaluation.held_out import held_out_rows
+    from lrt.evaluation.held_out import held_out
     from lrt.training.checkpoint import load_model
 
     curves = {}
     for title, folder in folders.items():
         loaded = load_model(folder)
-        tokens = held_out_rows(loaded, None, rows=rows, length=length).tokens
+        tokens = held_out(loaded, None, rows=rows, length=length).rows.tokens
         exact = exact_states(loaded.model, tokens).hidden
         curves[title] = {mode: curve(loaded.model, tokens, mode, sweeps, exact) for mode in PREFILL_MODES}
     draw(curves, path)

@@ -87,12 +87,12 @@ def _trained(
     tell: Callable[[str], None],
 ) -> ModelConfig:
     """Measure prefill and scoring on the run's held-out text, or another; returns its model's configuration."""
-    from lrt.evaluation.held_out import held_out_rows
+    from lrt.evaluation.held_out import held_out
     from lrt.training.checkpoint import load_model
 
     loaded = load_model(folder, device)
-    rows = held_out_rows(loaded, settings.source, rows=settings.prompts, length=max(settings.lengths))
-    prompts = rows.tokens.to(device)
+    text = held_out(loaded, settings.source, rows=settings.prompts, length=max(settings.lengths))
+    prompts = text.rows.tokens.to(device)
     for length in settings.lengths:
         for cell in prefill_times(loaded.model, prompts[:, :length], settings.modes):
             result["prefill"].append(cell)

@@ -22,8 +22,6 @@ from lrt.utils.hardware import widest
 
 SWEEPS = 8
 """Jacobi sweeps that are followed."""
-SHOWN = (1, 2, 4, 8)
-"""Sweeps that tables show."""
 
 
 class ExactStates(NamedTuple):

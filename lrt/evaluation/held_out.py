@@ -16,7 +16,7 @@ from lrt.data.run_tokens import RunTokens
 from lrt.data.shards import TokenStream
 from lrt.data.sources import both, documents, is_one_text, source_bytes
 from lrt.data.tokenizer import Tokenizer
-from lrt.evaluation.bits_per_byte import HeldOut, Rows, held_out_name, named, of_split, validation_rows
+from lrt.evaluation.bits_per_byte import HeldOut, held_out_name, named, of_split, validation_rows
 from lrt.inference.loaded import Loaded
 from lrt.utils.score_names import BEGINNING
 
@@ -51,11 +51,6 @@ def held_out(loaded: Loaded, source: str | None, *, rows: int, length: int, norm
     """
     allowed = loaded.config.data.normalised if normalised is None else normalised
     return _own(loaded, rows, length, allowed) if source is None else _other(loaded, source, rows, length, allowed)
-
-
-def held_out_rows(loaded: Loaded, source: str | None, *, rows: int, length: int) -> Rows:
-    """The rows of `held_out`."""
-    return held_out(loaded, source, rows=rows, length=length).rows
 
 
 def _own(loaded: Loaded, rows: int, length: int, normalised: bool) -> HeldOut:

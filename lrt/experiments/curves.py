@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lrt.experiments.plots import arm_colours
+from lrt.experiments.plots import arm_colours, plain_axes
 from lrt.utils.files import read_jsonl
 
 AXES = {
@@ -18,6 +19,7 @@ AXES = {
     "effective_forwards": "effective compute (token forwards)",
     "seconds": "training seconds",
 }
+SMOOTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,14 @@ class Recorded:
     evals: list[dict[str, Any]]
 
 
-def read_run(folder: Path, name: str | None = None) -> Recorded:
+def read_run(folder: Path) -> Recorded:
     """The events of a run; a missing or damaged file raises ValueError naming the line."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run")
     events = [event for _, event in read_jsonl(path, "metrics", loose=True, torn=True)]
     kinds = {kind: [e for e in events if e.get("kind") == kind] for kind in ("train", "eval")}
-    return Recorded(name or folder.name, kinds["train"], kinds["eval"])
+    return Recorded(folder.name, kinds["train"], kinds["eval"])
 
 
 def curves(runs: Sequence[Recorded]) -> Figure:
@@ -56,8 +58,7 @@ def curves(runs: Sequence[Recorded]) -> Figure:
         grid[1][column].xaxis.set_major_formatter(EngFormatter(sep=""))
         grid[1][column].xaxis.set_major_locator(MaxNLocator(5))
         for axes in grid[:, column]:
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
+            plain_axes(axes)
     _limit(grid[0][0], [_smooth([e["loss"] for e in run.train]) for run in runs])
     _limit(grid[1][0], [[e["bpb"]["decoded"] for e in run.evals] for run in runs])
     grid[0][0].set_ylabel("training loss, nats per token\n(weighted mean over the passes)")
@@ -66,11 +67,9 @@ def curves(runs: Sequence[Recorded]) -> Figure:
     return figure
 
 
-def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    out: list[float] = []
-    for v in values:
-        out.append(v if not out else weight * out[-1] + (1 - weight) * v)
-    return out
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Each value a fifth of itself, and the rest what came before."""
+    return list(accumulate(values, lambda before, value: SMOOTH * before + (1 - SMOOTH) * value))
 
 
 def _limit(axes: Any, series: Sequence[Sequence[float]]) -> None:

@@ -70,7 +70,7 @@ def budgets(groups: Sequence[RunGroup], colours: Colours) -> Figure:
         axes.xaxis.set_major_locator(decades if high > 5 * low else MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        _plain_axes(axes)
+        plain_axes(axes)
     figure.axes[0].set_ylabel("decoded bits per byte, lower is better")
     _legend(figure)
     return figure
@@ -88,7 +88,7 @@ def bars(groups: Sequence[RunGroup], baseline: RunGroup, colours: Colours) -> Fi
     axes.set_yticks(range(len(groups)), [g.arm for g in reversed(groups)])
     axes.axvline(0, color="#444", lw=1)
     axes.set_xlabel(f"left is better: decoded bits per byte less those of {baseline.arm}")
-    _plain_axes(axes)
+    plain_axes(axes)
     return figure
 
 
@@ -136,7 +136,7 @@ def _lines(
     labels = [label for label in records[0] if all(label in r for r in records)]
     for g in groups:
         _band(axes, labels, [[values(r)[label] for r in g.records] for label in labels], g.arm, colours)
-    _plain_axes(axes)
+    plain_axes(axes)
     _legend(figure)
     return figure
 
@@ -156,6 +156,7 @@ def _legend(figure: Figure) -> None:
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
-def _plain_axes(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
+    """A faint grid, no frame above and on the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,7 @@ from lrt.config.model import require
 from lrt.config.run import TASK, RunConfig, to_dict
 from lrt.data.synthetic import TaskRows
 from lrt.evaluation.bits_per_byte import bits_per_byte
-from lrt.evaluation.held_out import held_out_rows
+from lrt.evaluation.held_out import held_out
 from lrt.evaluation.in_context import in_context_score
 from lrt.evaluation.task_accuracy import by_length
 from lrt.inference.generate import generate, score
@@ -90,7 +90,7 @@ def scored(loaded: Loaded) -> dict[str, Any]:
         return {"task": task.name, "accuracy": by_length(loaded.model, task, t.length)}
 
     def nats(model: LRT, times: int) -> tuple[Tensor, Tensor, float]:
-        rows = held_out_rows(loaded, None, rows=max(1, t.eval_rows // times), length=times * t.length)
+        rows = held_out(loaded, None, rows=max(1, t.eval_rows // times), length=times * t.length).rows
         tokens, targets = rows.tokens.to(model.device), rows.targets.to(model.device)
         each = score(model, tokens, targets, mode="exact").nats.cpu()
         return each, rows.targets != IGNORE, bits_per_byte(each, rows.bytes)
@@ -105,9 +105,9 @@ def scored(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def decoding_speed(model: LRT, tokens: int = 100) -> tuple[float, float]:
+def decoding_speed(model: LRT) -> tuple[float, float]:
     """Greedy tokens of one row per second of wall-clock and of this process's CPU time, after the first few."""
-    free = SamplingParams(max_new_tokens=tokens, temperature=0.0, stop_tokens=())
+    free = SamplingParams(max_new_tokens=100, temperature=0.0, stop_tokens=())
     clocks = [(time.perf_counter(), time.process_time()) for _ in generate(model, [[0]], free)]
     skipped = min(10, len(clocks) - 2)
     (wall, cpu), (first_wall, first_cpu) = clocks[-1], clocks[skipped]

@@ -9,11 +9,6 @@ from typing import Any, NamedTuple
 from lrt.experiments.groups import Record, RunGroup, mean_and_deviation
 from lrt.utils.tables import Table
 
-ABOUT = (
-    "Suites: one run stands with its standard error over items, several seeds with their standard deviation (n - 1). "
-    "Centred: (accuracy - chance) / (1 - chance)."
-)
-
 
 class Figure(NamedTuple):
     """A number and its standard error over items."""

@@ -13,7 +13,7 @@ import pytest
 
 from lrt.cli.main import COMMANDS, main
 from lrt.evaluation.bits_per_byte import bits_per_byte
-from lrt.evaluation.held_out import held_out_rows
+from lrt.evaluation.held_out import held_out
 from lrt.inference.generate import score
 from lrt.inference.weights import Int8Linear
 from lrt.training.checkpoint import load_model
@@ -209,7 +209,7 @@ def test_rows_beyond_the_context_are_scored_and_named(run, capsys):
     figures = json.loads(capsys.readouterr().out)
     assert (figures["length"], figures["context"]) == (100, 64)
     loaded = load_model(run)
-    rows = held_out_rows(loaded, str(source), rows=2, length=100)
+    rows = held_out(loaded, str(source), rows=2, length=100).rows
     nats = score(loaded.model, rows.tokens, rows.targets, mode="exact").nats
     assert figures["decoded"] == pytest.approx(bits_per_byte(nats, rows.bytes), rel=1e-5)
     assert main(["eval", str(run), "--rows", "2", "--source", str(source), "--length", "64"]) == 0

@@ -79,7 +79,7 @@ def text(rows: int = 3, length: int = 40) -> Tensor:
 
 def logits_of(model: LRT, ids: Tensor) -> Tensor:
     from lrt.model.run_passes import run_passes
-    from lrt.schedule import Pass
+    from lrt.passes import Pass
 
     with torch.no_grad():
         return model.logits(next(run_passes(model, ids, [Pass(range(ids.shape[1]))], model.starts(ids)))[1].hidden)

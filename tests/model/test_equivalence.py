@@ -42,8 +42,7 @@ from lrt.model.lrt import LRT
 from lrt.model.reference import reference
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer
-from lrt.passes import no_grad_pass
-from lrt.schedule import Pass, exact_prefix, memory_only
+from lrt.passes import Pass, exact_prefix, memory_only, no_grad_pass
 
 FULL, LAST = config(), config(source=3, projection="shared")
 models = pytest.mark.parametrize("cfg", VARIANTS + CORNERS, ids=label)

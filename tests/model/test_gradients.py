@@ -18,7 +18,8 @@ from lrt.model.loss import ScheduledLoss, step_plan, token_nats
 from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.state import Buffer, PassOutput
-from lrt.schedule import Pass, Schedule, memory_only
+from lrt.passes import Pass, memory_only
+from lrt.schedule import Schedule
 
 LENGTH, EPSILON, TOLERANCE = 4, 1e-5, 1e-7
 SMALL = {"depth": 2, "width": 12, "heads": 2, "kv_heads": 1, "vocab_size": 7, "window": 3, "gate_width": 5}

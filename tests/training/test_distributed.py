@@ -16,7 +16,8 @@ from helpers import CODE, config, events, free_port
 
 from lrt.config.run import RunConfig
 from lrt.model.lrt import LRT
-from lrt.schedule import Schedule, memory_only
+from lrt.passes import memory_only
+from lrt.schedule import Schedule
 from lrt.training import checkpoint
 from lrt.training.logging import Jsonl
 from lrt.training.trainer import train
