@@ -15,7 +15,7 @@ from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import change_of, finish, sweep_forwards
 from lrt.model.run_passes import run_passes
-from lrt.model.shapes import IGNORE, TokensBN
+from lrt.model.shapes import TokensBN, next_tokens
 from lrt.model.state import Buffer
 
 
@@ -41,8 +41,7 @@ def curve(model: LRT, tokens: TokensBN, mode: str, sweeps: int, exact: Tensor) -
     n = tokens.shape[1]
     plan, buffer, old, points = PrefillOptions.parse(mode, 0.0, sweeps, n), Buffer(), None, []
     lengths = torch.full_like(tokens[:, 0], n)
-    truth = model.logits(exact)
-    targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)), dim=1)
+    truth, targets = model.logits(exact), next_tokens(tokens)
     loss = token_nats(model, exact, targets).sum()
     for number in range(1, sweeps + 1):
         *_, (_, _, buffer) = run_passes(model, tokens, plan.sweep(number, n), model.starts(tokens), buffer)

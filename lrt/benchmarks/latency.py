@@ -30,7 +30,7 @@ from lrt.model.flops import cache_bytes_per_token
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import Effort, OneToken, advance, prefill_options, solve
-from lrt.model.shapes import IGNORE, TokensBN
+from lrt.model.shapes import TokensBN, next_tokens
 from lrt.utils.hardware import resolve_device, synchronise
 
 CACHE_GIB = 6.0
@@ -193,9 +193,8 @@ class Taken(NamedTuple):
 @torch.no_grad()
 def _solved(model: LRT, prompts: TokensBN, plan: PrefillOptions) -> tuple[Tensor, KVCache, Effort]:
     """The head's input at every position, the state behind it, and the effort of the hardest chunk."""
-    lengths = torch.full_like(prompts[:, 0], prompts.shape[1])
     cache = KVCache.empty(model, len(prompts), prompts.shape[1] + GREEDY)
-    parts = [solved for _, solved in solve(model, prompts, lengths, cache, plan)]
+    parts = [solved for _, solved in solve(model, prompts, None, cache, plan)]
     effort = max((p.effort for p in parts), key=lambda e: e.forwards)
     return torch.cat([p.hidden for p in parts], dim=1), parts[-1].cache, effort
 
@@ -248,7 +247,7 @@ def _differences(taken: Taken, exact: Taken) -> dict[str, Any]:
 
 def score_times(model: LRT, rows: TokensBN) -> dict[str, Any]:
     """Scoring by sweeps against scoring token by token, all rows at once."""
-    targets = torch.cat((rows[:, 1:], torch.full_like(rows[:, :1], IGNORE)), dim=1)
+    targets = next_tokens(rows)
     swept, seconds = _timed(rows.device, lambda: score(model, rows, targets, mode=DEFAULT_MODE))
     exact, slow = _timed(rows.device, lambda: score(model, rows, targets, mode="exact"))
     return {

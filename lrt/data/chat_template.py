@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.data.tokenizer_config import DEFAULT, TokenizerConfig
+from lrt.data.tokenizer_config import DEFAULT
 
 WORKER = Path(__file__).with_name("template_worker.py")
 SECONDS = 2.0
@@ -137,9 +137,9 @@ def shared_renderer() -> TemplateRenderer:
     return renderer
 
 
-def chat_template_of(tokenizer: Tokenizer, config: TokenizerConfig | None = None) -> ChatTemplate | None:
-    """The chat template of a tokenizer, or of other settings for it; None where there is none."""
-    config = config or tokenizer.config
+def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template of a tokenizer; None where there is none."""
+    config = tokenizer.config
     named = {"eos_token": config.eos, "pad_token": config.pad, "unk_token": config.unknown}
     specials = dict(config.others) | {key: value for key, value in named.items() if value is not None}
     names = {i: name for name, i in tokenizer.specials.items()}

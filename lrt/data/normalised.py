@@ -45,6 +45,14 @@ class Spelling:
             self.changed += 1
         return len(back)
 
+    def encode(self, text: str, normalised: bool) -> list[int]:
+        """The ids of a text, compared with it. ValueError: they lose some of it, unless `normalised`."""
+        ids = self.tokenizer.encode(text)
+        self.add(text, ids)
+        if not normalised:
+            self.require_same()
+        return ids
+
     def add_document(self, doc: Document, ids: list[int]) -> None:
         """Compare a document with its ids; of a dialogue what its messages say, each by itself."""
         if isinstance(doc, str):

@@ -85,7 +85,8 @@ class Tokenizer(ABC):
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer into `folder` (made if need be), so that `load_tokenizer(folder)` gives its equal."""
-        _write_json(Path(folder) / "tokenizer.json", self.filed())
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / "tokenizer.json", self.filed())
         self.config.write(Path(folder), self._bos_name())
 
     def filed(self) -> dict[str, Any]:
@@ -392,8 +393,3 @@ def _opening(core: tokenizers.Tokenizer, bos: str) -> tokenizers.Tokenizer:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, token)]
     )
     return core
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, content)

@@ -47,8 +47,7 @@ class SweepErrors(NamedTuple):
 @torch.no_grad()
 def exact_states(model: LRT, tokens: TokensBN) -> ExactStates:
     """Decode `tokens` [B, T] by the exact recurrence."""
-    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
-    chunks = list(solve(model, tokens, lengths, KVCache.empty(model, *tokens.shape), PrefillOptions.parse("exact")))
+    chunks = list(solve(model, tokens, None, KVCache.empty(model, *tokens.shape), PrefillOptions.parse("exact")))
     return ExactStates(torch.cat([s.hidden for _, s in chunks], dim=1), torch.cat([s.memory for _, s in chunks], dim=1))
 
 
@@ -56,7 +55,7 @@ def exact_states(model: LRT, tokens: TokensBN) -> ExactStates:
 def sweep_errors(model: LRT, tokens: TokensBN, starts: Tensor | None, exact: ExactStates) -> SweepErrors:
     """Compare SWEEPS + 1 full passes from zero memory with exact decoding."""
     full = range(tokens.shape[1])
-    held = _holding(tokens, exact.memory)
+    held = Buffer().holding(tokens, exact.memory)
     truth = _keys_values(next(run_passes(model, tokens, [no_grad_pass(full)], starts, held))[1])
     kv, agreement, kl, buffer = [], [], [], Buffer()
     for _ in range(SWEEPS + 1):
@@ -80,11 +79,6 @@ def contraction(residuals: Sequence[float]) -> float:
         return math.nan
     falling = [r for r in residuals if r > 1e-6]
     return (falling[-1] / falling[0]) ** (1 / (len(falling) - 1)) if len(falling) > 1 else 0.0
-
-
-def _holding(tokens: TokensBN, memory: StreamBND) -> Buffer:
-    """A buffer that holds nothing but memory, for a pass that writes all keys and values itself."""
-    return Buffer().write(None, PassOutput(tokens, None, memory, (), ()))
 
 
 def _keys_values(written: PassOutput) -> list[Tensor]:

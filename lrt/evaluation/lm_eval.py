@@ -56,11 +56,7 @@ class Harness(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         opening = [] if add_special_tokens is False else [self.loaded.tokenizer.bos]
-        ids = self.loaded.tokenizer.encode(string)
-        self.spelling.add(string, ids)
-        if not self.normalised:
-            self.spelling.require_same()
-        return [*opening, *ids]
+        return [*opening, *self.spelling.encode(string, self.normalised)]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As the harness does it, for continuations that hold something."""

@@ -39,11 +39,7 @@ class Scorer:
 
     def encode(self, text: str) -> list[int]:
         """The text as ids, without BOS."""
-        ids = self.tokenizer.encode(text)
-        self.spelling.add(text, ids)
-        if not self.normalised:
-            self.spelling.require_same()
-        return ids
+        return self.spelling.encode(text, self.normalised)
 
     def likelihoods(self, candidates: Sequence[Candidate]) -> list[Likelihood]:
         """What the model says of the candidates."""

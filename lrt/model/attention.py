@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from lrt.config.model import RopeScaling
 from lrt.model.flex import first_visible, flex_attend
-from lrt.model.ops import rotate
 from lrt.model.shapes import HeadsBKNE, PositionsN
 
 BLOCK = 256
@@ -69,11 +68,6 @@ def slowed(speeds: Tensor, scaling: RopeScaling) -> Tensor:
     turns = scaling.original * speeds / (2 * math.pi)
     unscaled = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)  # 1: fast channels, left as they are
     return speeds * (unscaled + (1 - unscaled) / scaling.factor)
-
-
-def apply_rope(x: HeadsBKNE, rope: Rope) -> HeadsBKNE:
-    """Turn each pair (channel i, channel i + E/2) by its position's angle; `x` is [B, H, N, E]."""
-    return rotate(x, *rope)
 
 
 def attention_mask(

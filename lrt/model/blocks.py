@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.config.model import ModelConfig
-from lrt.model.attention import Mask, Rope, apply_rope, attend
-from lrt.model.ops import relu_squared, rms, rms_norm, weighted_sum
+from lrt.model.attention import Mask, Rope, attend
+from lrt.model.ops import apply_rope, relu_squared, rms, rms_norm, weighted_sum
 from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
 from lrt.model.state import LayerKV
 
@@ -165,7 +165,7 @@ class Attention(nn.Module):
 
     def _rotated(self, x: HeadsBKNE, norm: Norm, rope: Rope) -> HeadsBKNE:
         """Queries or keys with RoPE and their norm, in this model's order."""
-        x = apply_rope(norm(x) if self.qk_norm == "before" else x, rope)
+        x = apply_rope(norm(x) if self.qk_norm == "before" else x, *rope)
         return norm(x) if self.qk_norm == "after" else x
 
     def keys_values(self, a: StreamBND, context: BlockContext) -> Pair:

@@ -89,16 +89,16 @@ def _chunk(z: Tensor, cap: float | None, target: Tensor, differentiate: bool) ->
 
 
 def unknown_targets(targets: TokensBN, size: int) -> Tensor:
-    """Whether a target is neither a token below `size` nor IGNORE; boolean scalar."""
-    return (((targets < 0) & (targets != IGNORE)) | (targets >= size)).any()
+    """Which targets are neither a token below `size` nor IGNORE; boolean like them."""
+    return ((targets < 0) & (targets != IGNORE)) | (targets >= size)
 
 
 def require_targets(targets: TokensBN, size: int) -> None:
     """ValueError naming a target that is neither a token below `size` nor IGNORE; nothing on a GPU: it would wait."""
-    if targets.device.type == "cpu" and unknown_targets(targets, size):
-        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= size))][0]
+    if targets.device.type == "cpu" and (unknown := unknown_targets(targets, size)).any():
+        wrong = int(targets[unknown][0])
         raise ValueError(
-            f"target {int(wrong)} is no token of the {size} there are; where nothing is to be predicted, put {IGNORE} "
+            f"target {wrong} is no token of the {size} there are; where nothing is to be predicted, put {IGNORE} "
             "(lrt.model.shapes.IGNORE)"
         )
 
@@ -118,7 +118,7 @@ def head_loss(
     for own in targets:
         require_targets(own, len(weight))
     if scales.device.type != "cpu":
-        wrong = torch.stack([unknown_targets(own, len(weight)) for own in targets])
+        wrong = torch.stack([unknown_targets(own, len(weight)).any() for own in targets])
         scales = scales.masked_fill(wrong, torch.nan)
     rows = (*(h.flatten(0, 1) for h in hidden), *(t.flatten() for t in targets))
     return _HeadLoss.apply(weight, cap, scales, torch.is_grad_enabled(), *rows)  # pyright: ignore[reportReturnType]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.model.cross_entropy import head_loss, require_targets
+from lrt.model.cross_entropy import head_loss, require_targets, unknown_targets
 from lrt.model.lrt import LRT
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE, StreamBND, TokensBN, check_rows
@@ -41,11 +41,10 @@ def token_nats(model: LRT, hidden: StreamBND, targets: TokensBN) -> Tensor:
     """
     size = model.config.vocab_size
     require_targets(targets, size)
-    logits, ignored = model.logits(hidden), targets == IGNORE
-    valid = ignored | ((targets >= 0) & (targets < size))
-    safe = torch.where(valid, targets, IGNORE).flatten()
+    logits, unknown = model.logits(hidden), unknown_targets(targets, size)
+    safe = targets.masked_fill(unknown, IGNORE).flatten()
     nats = F.cross_entropy(logits.flatten(0, 1), safe, ignore_index=IGNORE, reduction="none").view_as(targets)
-    return nats.masked_fill(~valid, torch.nan)
+    return nats.masked_fill(unknown, torch.nan)
 
 
 def summed_nats(

@@ -168,8 +168,8 @@ def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
     return _WeightedSum.apply(*weights, *terms)  # pyright: ignore[reportReturnType]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (channel i, channel i + E/2) of the last axis by an angle.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (channel i, channel i + E/2) of the last axis by its position's angle.
 
     Its cosine and sine stand at both channels, the sine with the other sign at the second.
     """

@@ -132,19 +132,18 @@ def states(
         assert written.hidden is not None
         yield 0, written.hidden, Effort(1, 0.0, 1.0, torch.zeros_like(tokens[:, 0]))
         return
-    lengths = torch.full_like(tokens[:, 0], tokens.shape[1])
-    cache = KVCache.empty(model, *tokens.shape)
-    for first, solved in solve(model, tokens, lengths, cache, prefill_options(model, mode)):
+    for first, solved in solve(model, tokens, None, KVCache.empty(model, *tokens.shape), prefill_options(model, mode)):
         yield first, solved.hidden, solved.effort
 
 
 def solve(
-    model: Transformer, tokens: TokensBN, lengths: Tensor, cache: KVCache, plan: PrefillOptions
+    model: Transformer, tokens: TokensBN, lengths: Tensor | None, cache: KVCache, plan: PrefillOptions
 ) -> Iterator[tuple[int, Solved]]:
     """Take in the first `lengths` [B] tokens of each row, chunk by chunk: the recurrence is causal, so nothing is lost.
 
-    Yields each chunk's first column and its solution.
+    None: all of them. Yields each chunk's first column and its solution.
     """
+    lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths
     for first in range(0, tokens.shape[1], plan.chunk):
         piece = tokens[:, first : first + plan.chunk]
         solved = _chunk(model, piece, (lengths - first).clamp(0, piece.shape[1]), cache, plan)

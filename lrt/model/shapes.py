@@ -34,6 +34,11 @@ IGNORE = -100
 """Target that no loss counts."""
 
 
+def next_tokens(tokens: TokensBN) -> TokensBN:
+    """What each position is to predict: the token after it, IGNORE at the end of a row."""
+    return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)), dim=1)
+
+
 def check_rows(tokens: TokensBN) -> None:
     """ValueError unless these are whole numbers [B, T]: what an embedding would not say."""
     shape, kind = tuple(tokens.shape), str(tokens.dtype).removeprefix("torch.")

@@ -209,6 +209,10 @@ class Buffer:
         positions = range(written.tokens.shape[1]) if positions is None else positions
         return replace(self, segments=(Segment(positions, written), *self.without(positions).segments))
 
+    def holding(self, tokens: TokensBN, memory: StreamBND) -> Buffer:
+        """The buffer with memory alone at 0..N-1, for a pass that writes keys and values there itself."""
+        return self.write(None, PassOutput(tokens, None, memory, (), ()))
+
     def without(self, positions: range) -> Buffer:
         """The buffer less the `positions`."""
         return replace(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lrt.config.decoding import PrefillOptions, SamplingParams
+from lrt.config.decoding import SamplingParams
 from lrt.inference.batch import Constraint, Emission, Request, RunningBatch
 from lrt.inference.prefill import next_logits
 from lrt.inference.streaming import DecodeBytes, TextStream
@@ -119,8 +119,7 @@ class Engine:
         self.model, self.settings, self.metrics = model, settings, metrics
         self.capacity = model.config.context
         self.store = StateStore(settings.keep_mb * 2**20)
-        chosen = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
-        self.plan = prefill_options(model, chosen)
+        self.plan = prefill_options(model, settings.prefill_options)
         cache = KVCache.empty(model, settings.shapes[-1], self.capacity)
         self._batch = RunningBatch(model, cache, run=run, shapes=settings.shapes)
         self._decode_bytes = decode_bytes
@@ -270,8 +269,7 @@ class Engine:
         first = -done % MARK_EVERY  # so that chunks end where others will look for them
         for part in filter(None, (prompt_tokens[done : done + first], prompt_tokens[done + first :])):
             tokens = torch.tensor([part], device=self.model.device)
-            lengths = torch.full_like(tokens[:, 0], len(part))
-            for _, solved in solve(self.model, tokens, lengths, cache, self.plan):
+            for _, solved in solve(self.model, tokens, None, cache, self.plan):
                 cache = solved.cache
                 answer.left = len(prompt_tokens) - int(cache.length[0])
                 answer.marks[len(prompt_tokens) - answer.left] = cache.memory[0].clone()

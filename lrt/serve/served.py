@@ -9,7 +9,6 @@ from typing import Any, TypeVar, final
 from pydantic import BaseModel, ValidationError
 
 from lrt import __version__
-from lrt.config.decoding import PrefillOptions
 from lrt.inference.loaded import Loaded
 from lrt.inference.prefill import next_logits
 from lrt.model.recurrence import OneToken
@@ -48,7 +47,7 @@ class Served:
         self.model, self.config, self.settings = loaded.model, loaded.config, settings
         self.name, self.created = name or loaded.run.resolve().name, int(time.time())
         self.fingerprint = f"lrt-{__version__}-step{loaded.step}"
-        self.words = Vocabulary(loaded.tokenizer, loaded.run / "tokenizer")
+        self.words = Vocabulary(loaded.tokenizer)
         self.prompts = prompts_of(loaded.run, self.config.data.source)
         self.metrics = Metrics()
         self.engine = Engine(self.model, settings, loaded.tokenizer.decode_bytes, self.metrics, run)
@@ -58,7 +57,7 @@ class Served:
         self.writer = AnswerWriter()
         self.vocabulary = self.model.config.vocab_size
         self.grammars = Grammars(loaded.tokenizer, self.vocabulary)
-        self.mode = PrefillOptions.parse(settings.prefill, settings.tolerance, chunk=settings.chunk)
+        self.mode = settings.prefill_options
 
     def about(self) -> dict[str, Any]:
         """What the page shows of the model."""

@@ -70,6 +70,11 @@ class Settings:
         require(not wrong, f"--allow-origin names {wrong[:1]}; give origins such as https://example.org")
 
     @property
+    def prefill_options(self) -> PrefillOptions:
+        """How long prompts are taken in."""
+        return PrefillOptions.parse(self.prefill, self.tolerance, chunk=self.chunk)
+
+    @property
     def shapes(self) -> tuple[int, ...]:
         """Numbers of rows a step computes: 8, 16, 32, .. up to all. Steps of 4 rows and more agree bit for bit where
         this was measured (docs/serving.md), so that a row does not notice how many others there are."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, final
 
 from lrt.config.decoding import CALLED, NEXT
 from lrt.data.chat_template import Message, Tool, chat_template_of
 from lrt.data.dialogue import plain_pieces
 from lrt.data.tokenizer import Tokenizer
-from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.batch import Ranked
 
 NOTHING: Mapping[str, Any] = {}
@@ -21,13 +19,11 @@ NOTHING: Mapping[str, Any] = {}
 class Vocabulary:
     """A tokenizer as the API needs it."""
 
-    def __init__(self, tokenizer: Tokenizer, folder: Path | None = None) -> None:
-        """`folder` may hold a chat template: chat_template.jinja, or `chat_template` in tokenizer_config.json."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self._names = tokenizer, {i: name for name, i in tokenizer.specials.items()}
         self.longest_token = max(1, *map(len, tokenizer.spellings()))
         """Most bytes that one token spells."""
-        config = None if folder is None else read_tokenizer_config(folder, tokenizer.vocabulary(), tokenizer.specials)
-        self.template = chat_template_of(tokenizer, config)
+        self.template = chat_template_of(tokenizer)
 
     def opened(self, text: str) -> list[int]:
         """`text` as the beginning of a document."""

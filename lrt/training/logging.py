@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from lrt.config.model import require
-from lrt.utils.files import parse_json, printable, to_json
+from lrt.utils.files import parse_json, printable, to_json, write_whole
 from lrt.utils.score_names import LEGEND, signed, unit
 from lrt.utils.terminal import fitted
 
@@ -62,9 +62,7 @@ class Jsonl:
 
     def _rewind(self, step: int) -> None:
         kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _until(line, step)]
-        aside = self.path.with_name(self.path.name + ".tmp")
-        aside.write_bytes(b"".join(kept))
-        aside.replace(self.path)
+        write_whole(self.path, lambda aside: aside.write_bytes(b"".join(kept)))
 
 
 def _until(line: bytes, step: int) -> bool:

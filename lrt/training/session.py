@@ -131,7 +131,7 @@ class Session:
         parts = zip(stream.streams, stream.weights, strict=True) if mixed else [(stream, 1.0)]
         return [tokens * weight / len(part) for part, weight in parts]
 
-    def _take_folder(self) -> int:
+    def _take_folder(self) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
         self.lock.take()
         begun = self.resumed or not checkpoint.checkpoints(self.run)
@@ -139,7 +139,6 @@ class Session:
         write_json(self.run / "config.json", to_dict(self.config))
         if not self.resumed:
             self.prepared.tokenizer.save(self.run / "tokenizer")
-        return 0
 
     def _begin_from(self, run: Path) -> None:
         """Take over the weights of another run of the same model; its context may differ."""

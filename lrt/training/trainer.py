@@ -100,12 +100,7 @@ def _prepared(config: RunConfig, run: Path, started: Checkpoint | None, sinks: S
 def _trackers(config: RunConfig, run: Path, sinks: Sequence[Sink], world: World) -> Trackers:
     """Those of `train.log_to`, on the first process; every process learns of one that is not installed."""
     opened: list[Trackers] = []
-
-    def open_all() -> int:
-        opened.append(Trackers(config.train.trackers, run, list(sinks)))
-        return 0
-
-    world.agree(open_all)
+    world.agree(lambda: opened.append(Trackers(config.train.trackers, run, list(sinks))))
     return opened[0] if opened else Trackers((), run, [])
 
 

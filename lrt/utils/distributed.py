@@ -62,17 +62,17 @@ class World:
         dist.all_gather(parts, mine)
         return torch.cat(parts).to(x.device)
 
-    def agree(self, work: Callable[[], int]) -> int:
-        """What `work` returns on the first process, on every process.
+    def agree(self, work: Callable[[], int | None]) -> int:
+        """What `work` returns on the first process, on every process; 0 for nothing.
 
         Where it raises there, the others end by SystemExit(2), without a message: the first process has one.
         """
         if self.size == 1:
-            return work()
+            return work() or 0
         answer = torch.tensor(FAILED, device=self.device)
         try:
             if self.first:
-                answer.fill_(work())
+                answer.fill_(work() or 0)
         finally:
             dist.broadcast(answer, 0)
         if int(answer) == FAILED:
@@ -82,12 +82,7 @@ class World:
     def in_turn(self, work: Callable[[], T]) -> T:
         """`work` on the first process, then on the others, which find what it has made."""
         made: list[T] = []
-
-        def first() -> int:
-            made.append(work())
-            return 0
-
-        self.agree(first)
+        self.agree(lambda: made.append(work()))
         return made[0] if made else work()
 
 

@@ -125,8 +125,9 @@ def test_every_special_token_of_a_tokenizer_has_its_name(tmp_path):
     assert config.others == {"cls_token": "<s>", "mask_token": "</s>"}
     config.write(tmp_path / "again", None)
     assert read_tokenizer_config(tmp_path / "again", {"<s>": 0, "</s>": 1}, NAMES).others == config.others
-    config = replace(config, chat_templates={"default": "{{ cls_token }}{{ mask_token }}{{ sep_token }}"})
-    assert chat_template_of(TOKENIZER, config).encode(TALK) == [TOKENIZER.specials["<s>"], TOKENIZER.specials["</s>"]]
+    named, _ = build()
+    named.config = replace(config, chat_templates={"default": "{{ cls_token }}{{ mask_token }}{{ sep_token }}"})
+    assert chat_template_of(named).encode(TALK) == [TOKENIZER.specials["<s>"], TOKENIZER.specials["</s>"]]
 
 
 def test_the_named_template_for_tools_is_used_where_there_are_tools():

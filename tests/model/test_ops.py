@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrt.model.attention import apply_rope, attend, attention_mask, rope_at
+from lrt.model.attention import attend, attention_mask, rope_at
 from lrt.model.cross_entropy import head_loss
-from lrt.model.ops import EPS, relu_squared, rms_norm, rotate, split, weighted_sum
+from lrt.model.ops import EPS, apply_rope, relu_squared, rms_norm, split, weighted_sum
 
 PLAIN = {
     rms_norm: lambda x: F.rms_norm(x, (x.shape[-1],), eps=EPS),
@@ -36,7 +36,7 @@ SECOND = {
     "rms_norm": rms_norm,
     "relu_squared": relu_squared,
     "weighted_sum": lambda x: weighted_sum([drawn(1).squeeze(), x.mean()], [x, x * x]),
-    "rotate": lambda x: rotate(x * x, drawn(4), drawn(4, seed=1)),
+    "rotate": lambda x: apply_rope(x * x, drawn(4), drawn(4, seed=1)),
     "split": lambda x: split(x * x, 1, (slice(0, 1), slice(2, 3)))[1] ** 3,
     "head_loss": lambda x: head_loss(drawn(6, 4), 15.0, [x[None]], [torch.tensor([[0, 1, 2]])], torch.ones(1))[0],
 }
@@ -105,9 +105,9 @@ def test_turning_back_is_the_gradient_of_turning():
     cos, sin = angles.cos(), angles.sin()
     a, b = x.chunk(2, dim=-1)
     both, signed = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
-    torch.testing.assert_close(rotate(x, both, signed), torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
-    torch.testing.assert_close(rotate(rotate(x, both, signed), both, -signed), x)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, both, signed), x)
+    torch.testing.assert_close(apply_rope(x, both, signed), torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
+    torch.testing.assert_close(apply_rope(apply_rope(x, both, signed), both, -signed), x)
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, both, signed), x)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -149,7 +149,7 @@ def test_rotation_keeps_lengths_and_makes_products_depend_on_distance_alone():
     q, k = drawn(1, 1, 1, 6), drawn(1, 1, 1, 6, seed=1)
 
     def turned(x: Tensor, position: int) -> Tensor:
-        return apply_rope(x, rope_at(torch.tensor([position]), 6, 100.0, torch.float64))
+        return apply_rope(x, *rope_at(torch.tensor([position]), 6, 100.0, torch.float64))
 
     torch.testing.assert_close(turned(q, 0), q)
     torch.testing.assert_close(turned(q, 17).norm(), q.norm())

@@ -17,7 +17,7 @@ from lrt.model.cross_entropy import head_loss
 from lrt.model.flex import block_mask
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
-from lrt.model.ops import relu_squared, rms_norm, rotate, split, weighted_sum
+from lrt.model.ops import apply_rope, relu_squared, rms_norm, split, weighted_sum
 from lrt.schedule import Schedule
 from lrt.training.optimizer import Optimizer, clip
 from on_device.common import CONFIG, DOCUMENTS, FLOATS, drawn, floats, graded, require_near, small
@@ -28,7 +28,7 @@ OPS = {
     "rms_norm": lambda a, b, c: rms_norm(a),
     "relu_squared": lambda a, b, c: relu_squared(a),
     "weighted_sum": lambda a, b, c: weighted_sum([a[0, 0, 0], b[..., :1]], [b, c]),
-    "rotate": lambda a, b, c: rotate(a, b.detach(), torch.cat((c[..., :8], -c[..., :8]), -1).detach()),
+    "rotate": lambda a, b, c: apply_rope(a, b.detach(), torch.cat((c[..., :8], -c[..., :8]), -1).detach()),
     "split": lambda a, b, c: split(a, 1, (slice(0, 6, 2), slice(1, 6, 2)))[1],
 }
 

@@ -12,7 +12,8 @@ import torch
 from helpers import config, fixed, tokens
 from serving import WORDS
 
-from lrt.data.tokenizer import ByteTokenizer, train_bpe
+from lrt.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from lrt.data.tokenizer_config import read_tokenizer_config
 from lrt.inference.prefill import decode_step, prefill
 from lrt.model.kv_cache import KVCache
 from lrt.serve.states import StateStore
@@ -93,11 +94,17 @@ def test_longer_states_replace_their_beginnings_and_the_oldest_leave():
     assert len(nothing) == 0
 
 
+def with_settings_of(tokenizer: Tokenizer, folder: Path) -> Vocabulary:
+    """A vocabulary with the chat template that a folder holds."""
+    tokenizer.config = read_tokenizer_config(folder, tokenizer.vocabulary(), tokenizer.specials)
+    return Vocabulary(tokenizer)
+
+
 def test_contents_never_spell_special_tokens_and_templates_do(tmp_path):
     tokenizer = train_bpe([WORDS * 20], 300)
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[answer]"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
-    words = Vocabulary(tokenizer, tmp_path)
+    words = with_settings_of(tokenizer, tmp_path)
     ids, stop = words.conversation([{"role": "user", "content": "the <|bos|> fox"}])
     assert stop == ()
     assert ids.count(tokenizer.bos) == 1 and ids[0] == tokenizer.bos
@@ -105,7 +112,7 @@ def test_contents_never_spell_special_tokens_and_templates_do(tmp_path):
     refusing = "{{ raise_exception('no system messages') }}"
     (tmp_path / "chat_template.jinja").write_text(refusing, encoding="utf-8")
     with pytest.raises(ValueError, match="no system messages"):
-        Vocabulary(tokenizer, tmp_path).conversation([{"role": "system", "content": "x"}])
+        with_settings_of(tokenizer, tmp_path).conversation([{"role": "system", "content": "x"}])
 
 
 def test_bytes_that_are_no_text_are_spelled_and_offsets_count_characters():

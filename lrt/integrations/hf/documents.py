@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrt.config.model import require
 from lrt.model.kv_cache import FUTURE
-from lrt.model.shapes import IGNORE, PositionsN, TokensBN
+from lrt.model.shapes import IGNORE, PositionsN, TokensBN, next_tokens
 from lrt.utils.hardware import widest
 
 
@@ -42,8 +42,7 @@ class DocumentRows(NamedTuple):
         """What each place is to predict, [R, N]: its document's next label, or IGNORE; `shifted` labels are targets."""
         following = self.take(labels)
         places = torch.arange(following.shape[1], device=following.device)
-        if not shifted:
-            following = torch.cat((following[:, 1:], torch.full_like(following[:, :1], IGNORE)), dim=1)
+        following = following if shifted else next_tokens(following)
         return following.masked_fill(places >= self.length[:, None] - (0 if shifted else 1), IGNORE)
 
 

@@ -18,7 +18,7 @@ from lrt.model.lrt import LRT
 from lrt.model.recurrence import solve
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import PositionsN, StreamBND, TokensBN
-from lrt.model.state import Buffer, PassOutput
+from lrt.model.state import Buffer
 from lrt.passes import Pass
 
 
@@ -142,7 +142,7 @@ def settled(core: LRT, tokens: TokensBN, count: Tensor, state: KVCache, options:
     """A buffer after `state`, which stays as it is, that holds the decoded memory of `tokens` and nothing else."""
     copy = state.take(torch.arange(state.rows, device=tokens.device))  # solving fills keys and values in place
     memory = torch.cat([solved.memory for _, solved in solve(core, tokens, count, copy, options)], dim=1)
-    return state.buffer().write(None, PassOutput(tokens, None, memory, (), ()))
+    return state.buffer().holding(tokens, memory)
 
 
 # Recording.
