@@ -16,7 +16,7 @@ from torch import Tensor
 from lrt.config.model import MEMORY_OFF, ModelConfig
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import OptimConfig, RunConfig
-from lrt.data import Mixture
+from lrt.data.mixture import Mixture
 from lrt.model.flops import passes_flops, train_flops_per_token
 from lrt.schedule import Schedule
 from lrt.training import checkpoint, session
