@@ -24,8 +24,14 @@ BUILD = (
 )
 
 
+CROP = (
+    "a cache with memory goes back only over tokens that it has recorded: call its activate_past_recording() before "
+    "them, or build a new one from the tokens to keep"
+)
+
+
 class RowState(NamedTuple):
-    """What a cache holds of each row beside keys and values."""
+    """What a cache holds of each row beside keys and values; or so after each of N slots, [B, N, ..]."""
 
     m: Tensor
     """Of its last token, [B, D]."""
@@ -36,6 +42,10 @@ class RowState(NamedTuple):
     taken: Tensor
     """Tokens that it has taken in, int64 [B]."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> RowState:
+        """Each field changed alike."""
+        return RowState(*(change(x) for x in self))
+
 
 class _Memory:
     """What each row holds beside what the other base keeps; nothing before the first token."""
@@ -43,14 +53,17 @@ class _Memory:
     held: list[Tensor] | None = None
     """The fields of `RowState`; a list, which the library's exporters can take apart and put together."""
     is_croppable = False
+    record_past = False
+    """Whether the states after earlier slots are kept too."""
 
     @property
     def kept(self) -> RowState | None:
         """What is held."""
         return None if self.held is None else RowState(*self.held)
 
-    def keep(self, new: RowState) -> None:
-        """Take in the newest of all, in place where some are held: a compiled step knows their addresses."""
+    def keep(self, after: RowState) -> None:
+        """Take in the states after new slots; the last in place, if any is held: a compiled step knows its address."""
+        new = after.map(lambda x: x[:, -1])
         if self.held is None:
             self.held = [x.detach().clone() for x in new]
             if not torch.compiler.is_compiling():
@@ -79,22 +92,49 @@ class _Memory:
 
 
 class MemoryDynamicLayer(_Memory, DynamicLayer):
-    """A layer that grows."""
+    """A layer that grows. While it records it holds the state after every slot, so that it can go back."""
 
     _layer_type = MEMORY_LAYER
-    is_croppable = False
+    is_croppable = True
+    recorded: list[Tensor] | None = None
+    """The fields of `RowState` after each of the last slots, [B, N, ..]."""
 
-    def keep(self, new: RowState) -> None:
-        self.held = [x.clone() for x in new]  # with their gradient, as keys and values here
+    def activate_past_recording(self) -> None:
+        """Keep the state after each slot from now on, as the library asks where drafts may be rejected."""
+        if not self.record_past and self.held is not None:
+            self.recorded = [x[:, None] for x in self.held]
+        self.record_past = True
+
+    def keep(self, after: RowState) -> None:
+        self.held = [x[:, -1].clone() for x in after]  # with their gradient, as keys and values here
+        if not self.record_past:
+            self.recorded = None
+        elif self.recorded is None:
+            self.recorded = [x.clone() for x in after]
+        else:
+            self.recorded = [torch.cat(both, dim=1) for both in zip(self.recorded, after, strict=True)]
 
     def reset(self) -> None:
         super().reset()
-        self.held = None
+        self.held = self.recorded = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: an earlier position's memory is not kept."""
-        if tokens_to_remove:
-            raise ValueError("a cache with memory cannot be cropped: build a new one from the tokens to keep")
+        """As the library has it. ValueError: an earlier slot's state was not recorded."""
+        left = self.get_seq_length() - abs(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and left <= 0:
+            self.held = self.recorded = None
+        elif tokens_to_remove:
+            slots = 0 if self.recorded is None else self.recorded[0].shape[1]
+            require(slots > abs(tokens_to_remove), CROP)
+            assert self.recorded is not None
+            self.recorded = [x[:, : -abs(tokens_to_remove)] for x in self.recorded]
+            self.held = [x[:, -1] for x in self.recorded]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._map(change)
+        if self.recorded is not None:
+            self.recorded = [change(x) for x in self.recorded]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -187,16 +227,22 @@ class Gained(NamedTuple):
     values: tuple[HeadsBKNE, ...]
     offset: Tensor
     """Where in them each row's new tokens begin, int64 [B]."""
-    kept: RowState
+    states: RowState
+    """After 0, 1, .. of the new tokens, [B, N + 1, ..]; arbitrary beyond a row's own."""
 
 
 def store(cache: Cache, rows: DocumentRows, gained: Gained) -> None:
     """Add to a transformers cache what was gained, in the columns of the batch that the rows are of."""
     places = torch.arange(rows.columns, device=gained.offset.device)
-    back = places if rows.origin is None else (rows.origin % rows.columns).argsort(dim=1)
+    back = places.expand(len(gained.offset), -1)
+    if rows.origin is not None:
+        back = (rows.origin % rows.columns).argsort(dim=1)
     slot = (gained.offset[:, None] + back).clamp(max=gained.keys[0].shape[2] - 1)
     layers: list[Any] = cache.layers
     for layer, k, v in zip(layers, gained.keys, gained.values, strict=True):
         new = (pick(k, slot, 2), pick(v, slot, 2))
         layer.update(*(x.detach() if layer.is_compileable else x for x in new))
-    memory_layer(cache, len(cache.layers)).keep(gained.kept)
+    memory = memory_layer(cache, len(cache.layers))
+    after = (back < rows.length[:, None]).cumsum(1)
+    after = after if memory.record_past else after[:, -1:]
+    memory.keep(gained.states.map(lambda x: pick(x, after, 1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,32 +156,51 @@ def _require_following(positions: Tensor | None, seen: Tensor, n: int) -> None:
 def _step(core: LRT, config: LRTConfig, inputs: Inputs, cache: Cache) -> Outcome:
     """One token per row on top of the cache: tensors in and out, so that it can be compiled."""
     tokens, layer, past = inputs.tokens, memory_layer(cache, core.config.layers), cache.get_seq_length()
-    if inputs.mask is None:
-        slots = cache.get_max_length() if cache.is_compileable else past + 1
-        keys = torch.arange(slots, device=tokens.device)
-        queries = torch.zeros(1, dtype=torch.int64, device=tokens.device) + past
-    else:
-        keys = places(inputs.mask)
-        queries = inputs.mask.long().sum(1, keepdim=True) - 1
-    assert layer.kept is not None
-    m, last_token, start, _ = layer.kept
+    before = layer.kept
+    assert before is not None
+    queries, keys, real = _places_of_step(inputs, cache, past)
     require_positions(inputs.positions, tokens)
     if free_to_look(tokens):
-        require(inputs.positions is None or bool((inputs.positions == queries).all()), FOLLOWING)
+        followed = inputs.positions is None or bool(((inputs.positions == queries) | ~real).all())
+        require(followed, FOLLOWING)
         counted = torch.ones(len(tokens), int(past), dtype=torch.int64) if inputs.mask is None else inputs.mask
         require_goes_on(cache, core.config.layers, counted, 1)
     layers = [Layer(one, keys, queries) for one in cache.layers]
-    reading = PassInput(queries, layers, m[:, None], last_token[:, None], start[:, None])
+    reading = PassInput(queries, layers, before.m[:, None], before.last_token[:, None], before.document_start[:, None])
     with recording(core, inputs.wanted) as recorder:
         written = core.forward_pass(tokens, reading, core.starts(tokens))
     assert written.hidden is not None
-    memory = written.memory[:, 0]
-    memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
-    begins = start if written.starts is None else torch.where(written.starts[:, 0], queries.view(-1), start)
-    layer.keep(RowState(memory, tokens[:, 0], begins, (queries.view(-1) + 1).expand_as(begins)))
+    memory = torch.zeros_like(written.memory) if config.prefill == "zero_memory" else written.memory
+    begins = before.document_start[:, None]
+    begins = begins if written.starts is None else torch.where(written.starts, queries, begins)
+    after = RowState(memory, tokens, begins, (queries + 1).expand_as(begins))
+    layer.keep(after if inputs.mask is None else _where(real, after, before.map(lambda x: x[:, None])))
     rows = DocumentRows(None, torch.ones_like(tokens[:, 0]), *tokens.shape)
     scored = [ScoredPass(range(1), 1.0, written.hidden)]
     return Outcome(written.hidden, recorder.take().ending(written.hidden), [(rows, scored)], cache)
+
+
+def _places_of_step(inputs: Inputs, cache: Cache, past: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a step after `past` slots: each row's position, [1] or [B, 1], those of the keys, and whether it is a token.
+
+    A row's column may be padding, where a prompt is taken in by chunks of one: it is computed, and leaves nothing.
+    """
+    device = inputs.tokens.device
+    here = torch.zeros(1, dtype=torch.int64, device=device) + past
+    if inputs.mask is None:
+        keys = torch.arange(cache.get_max_length() if cache.is_compileable else past + 1, device=device)
+        return here, keys, torch.ones_like(here, dtype=torch.bool)
+    queries = (inputs.mask.long().sum(1, keepdim=True) - 1).clamp(min=0)
+    columns = torch.arange(inputs.mask.shape[1], device=device)
+    keys = torch.where(columns == here, queries, places(inputs.mask))  # it sees itself at least
+    return queries, keys, inputs.mask.index_select(1, here).bool()
+
+
+def _where(real: Tensor, new: RowState, old: RowState) -> RowState:
+    """States [B, 1, ..] of the rows for which `real` [B, 1] holds, others as they were."""
+    return RowState(
+        *(torch.where(real.unflatten(1, (1,) * (x.dim() - 1)), x, y) for x, y in zip(new, old, strict=True))
+    )
 
 
 def _prefill(core: LRT, config: LRTConfig, inputs: Inputs, rows: DocumentRows, seen: Tensor) -> Outcome:
@@ -213,28 +232,24 @@ def differentiable(core: LRT, inputs: Inputs) -> bool:
 def _solved(
     core: LRT, config: LRTConfig, tokens: TokensBN, count: Tensor, state: KVCache
 ) -> tuple[StreamBND, PassStates, Gained]:
-    hidden, before = [], state.length
+    hidden, memory, before = [], [], state
     for _, solved in solve(core, tokens, count, state, configured_options(core, config)):
-        hidden, state = [*hidden, solved.hidden], solved.cache
-    row_state = RowState(state.memory, state.last_token, state.document_start, state.length)
-    return (
-        torch.cat(hidden, dim=1),
-        PassStates(),
-        Gained(state.keys, state.values, before, row_state),
-    )
+        hidden, memory, state = [*hidden, solved.hidden], [*memory, solved.memory], solved.cache
+    after = _states_after(core, tokens, torch.cat(memory, dim=1), before)
+    return torch.cat(hidden, dim=1), PassStates(), Gained(state.keys, state.values, before.length, after)
 
 
 def _traced(
     core: LRT, config: LRTConfig, inputs: Inputs, rows: DocumentRows, state: KVCache
 ) -> tuple[StreamBND, PassStates, Gained]:
     """The same by passes that carry a gradient and can be watched: sweeps without, then one pass over everything."""
-    tokens, count = rows.take(inputs.tokens), rows.length
+    tokens = rows.take(inputs.tokens)
     n, buffer = tokens.shape[1], state.buffer()
     passes = [Pass(range(n), detach=True)]
     if config.prefill == "exact" and core.config.memory.recurrent:
         passes = [Pass(range(t, t + 1)) for t in range(n)]
     elif config.prefill == "sweeps" and core.config.memory.recurrent:
-        buffer = settled(core, tokens, count, state, configured_options(core, config))
+        buffer = settled(core, tokens, rows.length, state, configured_options(core, config))
     folded = fold(core, tokens, passes, buffer, inputs.wanted)
     slices = [segment.positions for segment in folded.buffer.segments]
     written = [segment.written for segment in folded.buffer.segments]
@@ -242,23 +257,21 @@ def _traced(
         tuple(in_order(slices, parts, n, 2) for parts in zip(*(kind(w) for w in written), strict=True))
         for kind in (lambda w: w.keys, lambda w: w.values)
     )
-    last, some = (count - 1).clamp(min=0)[:, None], count > 0
     memory = in_order(slices, [w.memory for w in written], n, 1)
-    memory = torch.where(some[:, None], pick(memory, last, 1)[:, 0], state.memory)
     memory = torch.zeros_like(memory) if config.prefill == "zero_memory" else memory
-    last_token = torch.where(some, tokens.gather(1, last)[:, 0], state.last_token)
-    row_state = RowState(memory, last_token, _document_start(core, tokens, count, state), state.length + count)
-    return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(count), row_state)
+    after = _states_after(core, tokens, memory, state)
+    return folded.hidden, folded.states, Gained(keys, values, torch.zeros_like(state.length), after)
 
 
-def _document_start(core: LRT, tokens: TokensBN, count: Tensor, state: KVCache) -> Tensor:
-    """Where each row's document starts once it has taken in `count` of these tokens, int64 [B]."""
-    starts = core.starts(tokens)
-    if starts is None:
-        return state.document_start
-    offset = torch.arange(tokens.shape[1], device=tokens.device)
-    begun = torch.where(starts & (offset < count[:, None]), state.length[:, None] + offset, 0)
-    return torch.maximum(state.document_start, begun.amax(1))
+def _states_after(core: LRT, tokens: TokensBN, memory: StreamBND, before: KVCache) -> RowState:
+    """What each row holds after 0, 1, .. of `tokens` [B, N], which wrote `memory` [B, N, D]; [B, N + 1, ..]."""
+    taken = before.length[:, None] + torch.arange(tokens.shape[1] + 1, device=tokens.device)
+    starts, begins = core.starts(tokens), before.document_start[:, None].expand_as(taken)
+    if starts is not None:
+        begun = torch.where(starts, taken[:, :-1], 0).cummax(1).values
+        begins = torch.maximum(begins, F.pad(begun, (1, 0)))
+    m = torch.cat((before.memory[:, None].to(memory.dtype), memory), dim=1)
+    return RowState(m, torch.cat((before.last_token[:, None], tokens), dim=1), begins, taken)
 
 
 def _in_batch(states: PassStates, rows: DocumentRows, n: int, seen: Tensor | None) -> PassStates:

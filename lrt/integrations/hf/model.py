@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -40,6 +41,10 @@ UNTRACED = (
 ONE_OF_SEVERAL = (
     "this forward gives each position's last pass, so a loss made of it lacks the schedule's other passes "
     "(%s): train with labels (Trainer), or with a schedule of one loss, as settled-1..3"
+)
+EARLY = (
+    "assistant_early_exit: early blocks of an LRT write no memory to draft with; give an assistant_model, or "
+    "prompt_lookup_num_tokens"
 )
 PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
 """What other models are told documents in one row by."""
@@ -225,25 +230,19 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.core.head = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As the library has it; ValueError: rows padded on the right, or a cache of other tokens."""
-        if is_first_iteration and attention_mask is not None and attention_mask.dim() == 2:
-            require_open_end(attention_mask)
-            if past_key_values is not None and int(past_key_values.get_seq_length()):
-                require_goes_on(past_key_values, self.config.num_hidden_layers, attention_mask, 1)
-        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration,
-            **kwargs,
-        )  # fmt: skip
+        """As the library has it; ValueError: rows padded on the right, a cache of other tokens, a draft of its own."""
+        require(generation_config.assistant_early_exit is None, EARLY)
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        if mask is not None and mask.dim() == 2:
+            require_open_end(mask)
+            if cache is not None and int(cache.get_seq_length()):
+                require_goes_on(cache, self.config.num_hidden_layers, mask, 1)
+        return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, model_kwargs, *args, **kwargs
+        )
 
     @staticmethod
     def create_masks_for_generate(

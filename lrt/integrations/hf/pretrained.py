@@ -42,7 +42,6 @@ class LRTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _is_stateful = True
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecomputedBlock"]  # noqa: RUF012 - the library's own type
