@@ -186,14 +186,14 @@ def _places_of_step(inputs: Inputs, cache: Cache, past: Any) -> tuple[Tensor, Te
     A row's column may be padding, where a prompt is taken in by chunks of one: it is computed, and leaves nothing.
     """
     device = inputs.tokens.device
-    here = torch.zeros(1, dtype=torch.int64, device=device) + past
+    column = torch.zeros(1, dtype=torch.int64, device=device) + past
     if inputs.mask is None:
         keys = torch.arange(cache.get_max_length() if cache.is_compileable else past + 1, device=device)
-        return here, keys, torch.ones_like(here, dtype=torch.bool)
+        return column, keys, torch.ones_like(column, dtype=torch.bool)
     queries = (inputs.mask.long().sum(1, keepdim=True) - 1).clamp(min=0)
     columns = torch.arange(inputs.mask.shape[1], device=device)
-    keys = torch.where(columns == here, queries, places(inputs.mask))  # it sees itself at least
-    return queries, keys, inputs.mask.index_select(1, here).bool()
+    keys = torch.where(columns == column, queries, places(inputs.mask))  # it sees itself at least
+    return queries, keys, inputs.mask.index_select(1, column).bool()
 
 
 def _where(real: Tensor, new: RowState, old: RowState) -> RowState:
