@@ -62,3 +62,14 @@ def test_what_a_file_holds_is_what_was_written_and_drawn(runs, tmp_path, capsys,
     over_steps.main()
     assert capsys.readouterr().out == printed
     assert [row["gamma"] is None for row in over_steps.rows_of(out)] == [False, False, True, True]
+
+
+def test_the_committed_picture_is_drawn_of_the_committed_rows():
+    rows = over_steps.rows_of(TOOL.parent.parent / "results" / "over_steps_python.jsonl")
+    panels = over_steps.picture(rows).axes
+    assert [axes.get_title() for axes in panels] == [*over_steps.FIGURES.values(), ""]
+    assert {len(axes.lines) for axes in panels[:-1]} == {8}
+    last = {(r["arm"], r["seed"]): f"{r['decoded']:.3f}" for r in rows}
+    page = (TOOL.parent.parent / "docs/results/seeds.md").read_text(encoding="utf-8")
+    for arm, name in (("settled", "without shift"), ("settled-shift", "with shift")):
+        assert f"| {name}: decoded bits per byte | " + " | ".join(last[arm, seed] for seed in range(4)) in page

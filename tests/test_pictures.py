@@ -23,6 +23,7 @@ MADE_BY = {
     "results_*.png": "lrt report (the page says how)",
     "serve-*.png": "tests/serve/page_pictures.py, run by tests/serve/test_page_pictures.py",
     "demo.png": "lrt demo, whose report.png it is: tests/experiments/test_demo.py",
+    "over_steps_*.png": "tools/over_steps.py, from its rows in results/: tests/test_over_steps.py",
     "decoding_convergence.png": "lrt.benchmarks.convergence.picture: tests/benchmarks/test_latency.py",
 }
 """What makes the committed pictures, and where a test runs it if not here."""
