@@ -72,9 +72,8 @@ def test_every_command_on_a_page_is_understood(name: str):
         if command == "train":
             base = recipe(early_value(args, "--recipe", "cpu_demo"))
             options["default"] = importlib.import_module("lrt.cli.train").TrainFlags(config=base, recipe=base.name)
-        elif command == "bench":
-            command = f"bench_{args.pop(0)}"
-        parse(importlib.import_module(f"lrt.cli.{command}").FLAGS, args, command, **options)
+        flags = importlib.import_module(f"lrt.cli.{command}").FLAGS
+        parse(flags[args.pop(0)] if command == "bench" else flags, args, command, **options)
 
 
 def folders_made(page: str) -> set[str]:

@@ -59,10 +59,8 @@ def all_commands() -> Any:
 
 
 def _flags(command: str) -> Any:
-    module = importlib.import_module(f"lrt.cli.{command}")
-    if command != "bench":
-        return module.FLAGS
-    return _one_of({kind: _flags(f"bench_{kind}") for kind in module.KINDS})
+    flags = importlib.import_module(f"lrt.cli.{command}").FLAGS
+    return _one_of(flags) if isinstance(flags, dict) else flags
 
 
 def _one_of(types: dict[str, Any]) -> Any:

@@ -17,6 +17,8 @@ TIMED_SCHEDULES = (
 )  # fmt: skip
 MOST_TIMED = 2**20
 """Of anything that is timed: more would not end."""
+MOST_LOAD = 100_000
+"""Of clients, tokens, seconds and rounds."""
 MOST_POWER = 1e24
 """What no cluster has of anything: bytes, FLOP/s, devices."""
 PREFILL_MODES = ("jacobi", "interleaved-2", "interleaved-4", "interleaved-8", "interleaved-16")
@@ -105,6 +107,41 @@ class DecodingBenchmark:
             require(bool(sizes), f"--{name} are none; give at least one number")
             require_at_least(1, **{name: min(sizes)})
             require_at_most(MOST, **{name: max(sizes)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadBenchmark:
+    """Measure a served model: tokens per second, and time to the first token, by number of clients."""
+
+    clients: tuple[int, ...] = (1, 8, 32)
+    """Clients at the same time; the ratios are against the first number."""
+    tokens: int = 64
+    """Tokens of every answer."""
+    seconds: float = 10.0
+    """Length of every measurement."""
+    load: float = 0.7
+    """Arrival rate of the open loop, as a share of the closed loop's."""
+    rounds: int = 1
+    """Rounds over all numbers of clients, in turns; the median of each figure is reported."""
+    prompts: tuple[int, ...] = ()
+    """Lengths of prompts in tokens: streams of these in a closed loop, in place of short prompts in both loops."""
+    shared: tuple[int, ...] = (0,)
+    """Tokens, the same for all, that stand before such prompts."""
+    keep_mb: int = 256
+    """Memory of the server for kept states, in MB; 0 keeps none, so that every prompt is taken in whole."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.shared), "--shared is empty; give numbers from 0 on")
+        require(bool(self.prompts) or self.shared == (0,), "--shared stands before prompts of a length; give --prompts")
+        sizes = (*self.prompts, *(n + 1 for n in self.shared))
+        require(min(sizes) >= 1, "--prompts take numbers from 1 on, --shared from 0 on")
+        require(bool(self.clients) and min(self.clients) >= 1, f"--clients are {self.clients}; give numbers from 1 on")
+        require(self.seconds > 0 and self.tokens >= 1 and self.rounds >= 1, "give positive seconds, tokens and rounds")
+        require(0 < self.load <= 100, f"--load is {self.load}; give a share above 0, and at most 100")
+        require(self.keep_mb >= 0, f"--keep-mb is {self.keep_mb}; give at least 0, which keeps nothing")
+        require_at_most(MOST_LOAD, tokens=self.tokens, seconds=self.seconds, rounds=self.rounds)
+        for name, numbers in (("clients", self.clients), ("prompts", self.prompts), ("shared", self.shared)):
+            require_at_most(MOST_LOAD, **{name: max(numbers, default=0)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from serving import make_run
 
 from lrt.benchmarks import convergence
 from lrt.benchmarks import latency as bench
-from lrt.cli.bench_decode import main as bench_decode
+from lrt.cli.bench import main as run_bench
 from lrt.cli.main import main
 from lrt.config.model import MEMORY_OFF
 from lrt.evaluation.contraction import exact_states
@@ -20,7 +20,7 @@ from lrt.evaluation.contraction import exact_states
 
 def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
     small = "--recipe cpu_demo --batches 1 2 10000000 --contexts 8 --steps 1 --no-compile --device cpu --json"
-    assert bench_decode(small.split()) == 0
+    assert run_bench(["decode", *small.split()]) == 0
     *told, last = capsys.readouterr().out.splitlines()
     assert [(c["batch"], c["context"]) for c in json.loads(last)["decode"]] == [(1, 8), (2, 8)]
     assert [(c["batch"], c["context"]) for c in json.loads(last)["left_out"]] == [(10_000_000, 8)]

@@ -11,7 +11,7 @@ import torch
 from lrt.benchmarks.peer import PEER, nanochat
 from lrt.benchmarks.profile import PARTS
 from lrt.benchmarks.training_step import PLAIN, SteppedModel, ideal, shape
-from lrt.cli.bench_train import main
+from lrt.cli.bench import main as bench
 from lrt.cli.main import main as lrt_main
 from lrt.config.benchmarks import StepBenchmark
 from lrt.schedule import Schedule
@@ -24,7 +24,7 @@ ROW = {
 
 
 def report(capsys, flags: str) -> dict:
-    assert main([*TINY.split(), "--json", *flags.split()]) == 0
+    assert bench(["train", *TINY.split(), "--json", *flags.split()]) == 0
     out = capsys.readouterr().out.strip().splitlines()
     assert any(line.startswith("plain") for line in out)
     return json.loads(out[-1])

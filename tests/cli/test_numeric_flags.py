@@ -53,7 +53,7 @@ COMMAND = {
 WORK = (
     "lrt.training.trainer.train", "lrt.serve.server.run", "lrt.experiments.demo.run_demo",
     "lrt.experiments.sweep.run_sweep", "lrt.benchmarks.training_step.measure", "lrt.benchmarks.latency.run",
-    "lrt.cli.bench_serve.measure", "lrt.inference.chat.complete", "lrt.evaluation.bits_per_byte.evaluate",
+    "lrt.benchmarks.server_load.measure", "lrt.inference.chat.complete", "lrt.evaluation.bits_per_byte.evaluate",
     "lrt.cli.eval.score_suite", "lrt.evaluation.memory_analysis.analyse", "lrt.cli.chat.ChatSession.take",
     "lrt.experiments.draw.as_text", "lrt.cli.train._train",
 )  # fmt: skip
@@ -91,9 +91,9 @@ def fields_of(cls: type, within: str = "") -> list[tuple[str, set[type]]]:
 
 def flags_of(command: str) -> list[Flag]:
     words = command.split()
-    module = f"bench_{words[1]}" if words[0] == "bench" else "eval" if words[0] == "core" else words[0]
-    flags = fields_of(importlib.import_module(f"lrt.cli.{module}").FLAGS)
-    return [Flag(command, name, kinds == {int}) for name, kinds in flags]
+    flags = importlib.import_module(f"lrt.cli.{words[0]}").FLAGS
+    flags = flags[words[1]] if isinstance(flags, dict) else flags
+    return [Flag(command, name, kinds == {int}) for name, kinds in fields_of(flags)]
 
 
 FLAGS = [flag for command in COMMAND for flag in flags_of(command)]

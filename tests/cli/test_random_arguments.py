@@ -31,7 +31,7 @@ VALUES = [
 LONG = [
     "lrt.training.trainer.train", "lrt.experiments.demo.run_demo", "lrt.experiments.sweep.run_sweep",
     "lrt.serve.server.run", "lrt.benchmarks.training_step.measure", "lrt.benchmarks.latency.run",
-    "lrt.cli.bench_serve.measure",
+    "lrt.benchmarks.server_load.measure",
 ]  # fmt: skip
 """What would work for long: it is left out, so that the arguments alone are tried."""
 NAMES = [*(name for name in COMMANDS if name != "bench"), "bench train", "bench decode", "bench serve"]
