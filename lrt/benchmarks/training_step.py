@@ -26,7 +26,7 @@ from lrt.config.benchmarks import StepBenchmark
 from lrt.config.model import MEMORY_OFF, Execution, MemoryConfig, ModelConfig
 from lrt.config.recipes import recipe as find_recipe
 from lrt.config.run import OptimConfig
-from lrt.data.loader import Loader, RowSource
+from lrt.data.loader import BatchShape, Loader, RowSource
 from lrt.model.flops import passes_flops
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
@@ -67,7 +67,8 @@ class SteppedModel:
         self.dtype = getattr(torch, resolve_dtype(settings.dtype, self.device))
         self.schedule = Schedule.parse("parallel" if name in (PLAIN, PEER) else name)
         noise = RandomTokens(self.config.vocab_size, 4 * settings.batch * length + 1)
-        self.loader, self.steps = Loader(noise, batch=settings.batch, length=length, bos=0, seed=0), 0
+        self.loader = Loader(noise, BatchShape(batch=settings.batch, length=length, bos=0, seed=0))
+        self.steps = 0
         self.passes = self.schedule.passes(length)
         self.loss, self.update = self._peer() if name == PEER else self._ours(settings)
 

@@ -66,12 +66,8 @@ def main(args: list[str]) -> int:
 
     from lrt.data.chat_template import chat_template_of
     from lrt.inference.chat import Conversation, TemplatedConversation
-    from lrt.inference.weights import by_columns, with_weights
-    from lrt.training.checkpoint import load_model
-    from lrt.utils.hardware import resolve_device
 
-    loaded = load_model(flags.run, resolve_device(flags.decoding.device))
-    by_columns(with_weights(loaded.model, flags.decoding.weights))
+    loaded = flags.decoding.load(flags.run)
     own, mode, sampling = chat_template_of(loaded.tokenizer), flags.decoding.prefill, flags.decoding.sampling
     drafts = flags.decoding.drafts
     if flags.template is None and own is not None:

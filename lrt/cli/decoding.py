@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams, Weights
 from lrt.config.run import Device
+
+if TYPE_CHECKING:
+    from lrt.inference.loaded import Loaded
 
 
 @dataclass(frozen=True)
@@ -26,3 +30,13 @@ class DecodingFlags:
     """Large matrices as they are, or in 8 bits: faster steps; docs/decoding.md says what it costs."""
     device: Device = "auto"
     """cpu, cuda, mps (untested) or auto."""
+
+    def load(self, run: Path) -> Loaded:
+        """A run, its model as these flags have it decode."""
+        from lrt.inference.weights import by_columns, with_weights
+        from lrt.training.checkpoint import load_model
+        from lrt.utils.hardware import resolve_device
+
+        loaded = load_model(run, resolve_device(self.device))
+        by_columns(with_weights(loaded.model, self.weights))
+        return loaded

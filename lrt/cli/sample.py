@@ -42,13 +42,9 @@ def main(args: list[str]) -> int:
     require_at_most(MOST_SAMPLES, samples=flags.samples)
 
     from lrt.inference.chat import complete
-    from lrt.inference.weights import by_columns, with_weights
-    from lrt.training.checkpoint import load_model
-    from lrt.utils.hardware import resolve_device
 
     sampling, mode = flags.decoding.sampling, flags.decoding.prefill
-    loaded = load_model(flags.run, resolve_device(flags.decoding.device))
-    by_columns(with_weights(loaded.model, flags.decoding.weights))
+    loaded = flags.decoding.load(flags.run)
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
     for i in range(flags.samples):
         print(f"--- seed {sampling.seed + i}\n" if flags.samples > 1 else "", end="")

@@ -28,6 +28,12 @@ class Encoded(NamedTuple):
     open_end: bool
     """Whether the BOS that follows is a target too, since nothing else ends the document."""
 
+    def targets(self, begun: bool) -> np.ndarray:
+        """Which ids are targets, bool; `begun`: whether its own BOS is one, by the document before."""
+        learned = np.ones(len(self.ids), np.bool_) if self.learned is None else self.learned.copy()
+        learned[0] = begun
+        return learned
+
 
 @final
 class DocumentEncoder:

@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from lrt.data.loader import Batch, Loader, Row, as_batch
+from lrt.data.loader import Batch, BatchShape, Loader, Row, as_batch
 from lrt.data.shards import TokenStream
 from lrt.utils.files import expand_home
 
@@ -91,22 +91,15 @@ class Mixture:
 class MixedLoader:
     """Batches of a mixture. Row g is a function of the seed and g alone; each source has epochs of its own."""
 
-    def __init__(
-        self, mixture: Mixture, batch: int, length: int, *, bos: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self._loaders = [
-            Loader(stream, batch=batch, length=length, bos=bos, seed=seed, rank=rank, world=world)
-            for stream in mixture.streams
-        ]
-        self._batch, self._share, self._rank, self._bos = batch, batch // world, rank, bos
-        self._turns = mixture.turns
+    def __init__(self, mixture: Mixture, shape: BatchShape) -> None:
+        self._loaders = [Loader(stream, shape) for stream in mixture.streams]
+        self._shape, self._turns = shape, mixture.turns
         each = self._turns[:, None] == np.arange(len(self._loaders))
         self._counts, self._before = each.sum(0), each.cumsum(0) - each
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
-        first = step * self._batch + self._rank * self._share
-        return as_batch([self.row(g) for g in range(first, first + self._share)], self._bos)
+        return as_batch(map(self.row, self._shape.rows(step)), self._shape.bos)
 
     def row(self, g: int) -> Row:
         """Row `g` of all ranks' endless sequence."""

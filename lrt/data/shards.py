@@ -299,9 +299,7 @@ class _SplitWriter:
         file = self._file or self._open()
         file.write(raw)
         self._digest.update(raw)
-        learned = np.ones(len(document.ids), np.bool_) if document.learned is None else document.learned.copy()
-        learned[0] = self._open_end
-        self._learned.append(learned)
+        self._learned.append(document.targets(self._open_end))
         self._open_end = document.open_end
         self._tokens += len(document.ids)
         self._bytes += size

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from lrt.config.run import TASK
-from lrt.data.loader import Batch, Batches, Loader, RowSource
+from lrt.data.loader import Batch, Batches, BatchShape, Loader, RowSource
 from lrt.data.mixture import MixedLoader, Mixture
 from lrt.data.recall_tasks import copying, induction, mapping, mqar, pointers, recall
 from lrt.data.state_tasks import STRINGS, Ids, Pair, asked_once, full_strings, parity, sums, swaps, word_problem
 from lrt.data.tokenizer import ByteTokenizer
+from lrt.passes import columns
 
 BOS_ID = 256
 """Of the bytes tokenizer; no task uses it as a symbol, since it resets the memory."""
@@ -113,21 +114,15 @@ def _beside_bos(symbols: Ids) -> Ids:
 @final
 @dataclass(frozen=True)
 class TaskLoader:
-    """Batches of a task; the global batch is the same on any number of ranks, each of which takes its share."""
+    """Batches of a task, each drawn as a whole, of which every rank takes its share."""
 
     source: TaskRows
-    rows: int
-    """Of a global batch."""
-    length: int
-    seed: int
-    rank: int = 0
-    world: int = 1
+    shape: BatchShape
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
-        share = self.rows // self.world
-        batch = self.source.batch(self.rows, self.length, self.seed, step)
-        return Batch(*(x[self.rank * share : (self.rank + 1) * share] for x in batch))
+        shape, own = self.shape, columns(self.shape.rows(0))
+        return Batch(*(x[own] for x in self.source.batch(shape.batch, shape.length, shape.seed, step)))
 
 
 def task_rows(source: str, tokenizer: str) -> tuple[TaskRows, TaskRows]:
@@ -146,19 +141,8 @@ def task_tokenizer(rows: TaskRows) -> ByteTokenizer:
     return tokenizer
 
 
-def batches(
-    stream: RowSource | Mixture | TaskRows,
-    *,
-    batch: int,
-    length: int,
-    bos: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-) -> Batches:
+def batches(stream: RowSource | Mixture | TaskRows, shape: BatchShape) -> Batches:
     """What yields a stream's, a mixture's or a task's batches by step."""
     if isinstance(stream, TaskRows):
-        return TaskLoader(stream, batch, length, seed, rank, world)
-    if isinstance(stream, Mixture):
-        return MixedLoader(stream, batch, length, bos=bos, seed=seed, rank=rank, world=world)
-    return Loader(stream, batch=batch, length=length, bos=bos, seed=seed, rank=rank, world=world)
+        return TaskLoader(stream, shape)
+    return MixedLoader(stream, shape) if isinstance(stream, Mixture) else Loader(stream, shape)

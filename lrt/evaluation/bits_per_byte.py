@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.run import DataConfig
-from lrt.data.loader import RowSource
+from lrt.data.loader import BatchShape, RowSource
 from lrt.data.mixture import Mixture
 from lrt.data.synthetic import TaskRows, batches
 from lrt.data.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ def validation_rows(stream: RowSource | Mixture | TaskRows, tokenizer: Tokenizer
         batch = stream.batch(rows, length)
         return Rows(batch.tokens, batch.targets, batch.starts, (batch.targets != IGNORE).long())
     most = stream.most_rows(length) if isinstance(stream, Mixture) else max(1, (len(stream) - 1) // length)
-    batch = batches(stream, batch=min(rows, most), length=length, bos=tokenizer.bos, seed=0).batch(0)
+    batch = batches(stream, BatchShape(batch=min(rows, most), length=length, bos=tokenizer.bos, seed=0)).batch(0)
     return Rows(batch.tokens, batch.targets, batch.starts, target_bytes(tokenizer, batch.tokens, batch.targets))
 
 

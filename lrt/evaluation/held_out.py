@@ -112,8 +112,7 @@ def _read(tokenizer: Tokenizer, texts: Iterable[Document]) -> tuple[TextInMemory
         (encoded,) = encoder.encode([doc])
         spelling.add_document(doc, encoded.ids[1:])
         read += len(text_of(doc).encode())
-        learned = np.ones(len(encoded.ids), np.bool_) if encoded.learned is None else encoded.learned
         ids += encoded.ids
-        targets += [open_end, *learned[1:]]
+        targets += [*encoded.targets(open_end)]
         open_end = encoded.open_end
     return TextInMemory(np.asarray(ids, dtype=np.int64), np.asarray(targets, dtype=np.bool_)), spelling, read

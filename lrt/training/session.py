@@ -16,7 +16,7 @@ from torch import Tensor
 from lrt.config.decoding import SamplingParams
 from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
-from lrt.data.loader import Batch, prefetch
+from lrt.data.loader import Batch, BatchShape, prefetch
 from lrt.data.mixture import Mixture
 from lrt.data.prepare import Prepared
 from lrt.data.run_tokens import RunTokens, recorded
@@ -79,9 +79,8 @@ class Session:
         if self.device.type == "cpu":
             keep_freed_memory()
         bos = prepared.tokenizer.bos
-        self.loader = batches(
-            prepared.train, batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size
-        )
+        shape = BatchShape(batch=t.batch, length=t.length, bos=bos, seed=t.seed, rank=world.rank, world=world.size)
+        self.loader = batches(prepared.train, shape)
         rows = validation_rows(prepared.val, prepared.tokenizer, rows=t.eval_rows, length=t.length)
         tokens = None if started is None else RunTokens.of(started.extra)
         text = held_out_name(config.data, tokens is not None and tokens.changed(config.data))

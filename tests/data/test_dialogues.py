@@ -13,7 +13,7 @@ from test_chat_template import CORE, NAMED, TEMPLATES, TOKENIZER
 
 from lrt.data.answers import DocumentEncoder
 from lrt.data.dialogue import Dialogue, content_text
-from lrt.data.loader import Loader
+from lrt.data.loader import BatchShape, Loader
 from lrt.data.shards import TokenStream, open_split, write_shards
 from lrt.data.sources import documents
 from lrt.data.tokenizer import ByteTokenizer, train_bpe
@@ -291,7 +291,7 @@ def test_shards_keep_what_is_learned_bit_by_bit_and_the_loader_ignores_the_rest(
     ids = stream.read(0, len(stream))
     spelled = bytes(i for i, one in zip(ids, whole, strict=True) if one and i < 256).decode()
     assert spelled.count("\nUSER:") >= 40 and "?" not in spelled and "BOT:" not in spelled
-    batch = Loader(stream, batch=4, length=32, bos=256, seed=0, shuffle=False).batch(1)
+    batch = Loader(stream, BatchShape(batch=4, length=32, bos=256, seed=0), shuffle=False).batch(1)
     kept = batch.targets != IGNORE
     assert 0.1 < kept.float().mean() < 0.9
     assert np.array_equal(kept.flatten().numpy(), whole[4 * 32 + 1 : 8 * 32 + 1])

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.data.loader import Loader, RowSource, prefetch
+from lrt.data.loader import BatchShape, Loader, RowSource, prefetch
 from lrt.data.shards import open_split, write_shards
 from lrt.data.tokenizer import ByteTokenizer
 
 BOS = 0
+ONE = BatchShape(batch=1, length=10, bos=BOS, seed=0)
 
 
 class Counting(RowSource):
@@ -29,8 +30,9 @@ class Counting(RowSource):
         return np.arange(start, stop)
 
 
-def loader(size=101, **options) -> Loader:
-    return Loader(Counting(size), **({"batch": 4, "length": 10, "bos": BOS, "seed": 7} | options))
+def loader(size=101, shuffle=True, **options) -> Loader:
+    shape = BatchShape(**({"batch": 4, "length": 10, "bos": BOS, "seed": 7} | options))
+    return Loader(Counting(size), shape, shuffle=shuffle)
 
 
 def same(a, b) -> bool:
@@ -104,7 +106,7 @@ def test_starts_mark_documents_from_real_shards(tmp_path):
     tokenizer = ByteTokenizer()
     write_shards([f"document {i}" for i in range(40)], tokenizer, tmp_path / "data", validation=0.1)
     stream = open_split(tmp_path / "data", "train")
-    source = Loader(stream, batch=2, length=32, bos=tokenizer.bos, seed=0, shuffle=False)
+    source = Loader(stream, BatchShape(batch=2, length=32, bos=tokenizer.bos, seed=0), shuffle=False)
     batch = source.batch(0)
     assert torch.equal(batch.tokens.flatten(), torch.from_numpy(stream.read(0, 64)))
     assert torch.equal(batch.starts, batch.tokens == tokenizer.bos)
@@ -158,7 +160,7 @@ def test_prefetching_works_ahead_in_the_background_but_not_too_far():
                 fifth.set()
             return super().read(start, stop)
 
-    stream = prefetch(Loader(Watched(1001), batch=1, length=10, bos=BOS, seed=0, shuffle=False), 0, 100)
+    stream = prefetch(Loader(Watched(1001), ONE, shuffle=False), 0, 100)
     next(stream)
     assert fifth.wait(120), "the thread should build four batches beyond the one handed out"
     stream.close()
@@ -181,7 +183,7 @@ def test_errors_come_out_in_order_and_end_the_thread():
                 raise ValueError("shard gone")
             return super().read(start, stop)
 
-    source = Loader(Broken(101), batch=1, length=10, bos=BOS, seed=0, shuffle=False)
+    source = Loader(Broken(101), ONE, shuffle=False)
     stream = prefetch(source, 0, 10)
     assert [int(next(stream).tokens[0, 0]) for _ in range(2)] == [0, 10]
     with pytest.raises(ValueError, match="shard gone"):

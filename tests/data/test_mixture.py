@@ -12,6 +12,7 @@ import torch
 
 from lrt.cli.main import main
 from lrt.config.run import DataConfig
+from lrt.data.loader import BatchShape
 from lrt.data.mixture import PERIOD, Mixture, read_mixture
 from lrt.data.prepare import prepare
 from lrt.data.sources import documents, source_bytes, source_fingerprint
@@ -37,7 +38,7 @@ def letters(tokens: torch.Tensor) -> list[str]:
 
 
 def loader(stream, **options):
-    return batches(stream, **{"batch": 10, "length": 16, "bos": 256, "seed": 3} | options)
+    return batches(stream, BatchShape(**{"batch": 10, "length": 16, "bos": 256, "seed": 3} | options))
 
 
 def test_rows_come_from_each_source_as_often_as_its_weight_says_and_no_source_ends(texts: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers import randomised
 
 from lrt.cli.main import main
 from lrt.config.model import ModelConfig
+from lrt.data.loader import BatchShape
 from lrt.data.recall_tasks import POWER
 from lrt.data.state_tasks import PAD, PERMUTATIONS, QUERY, SWAPS, is_even
 from lrt.data.synthetic import TASKS, TaskLoader, TaskRows, task_rows
@@ -180,11 +182,13 @@ def test_a_wrong_name_is_refused_with_the_right_ones(name: str, message: str):
 @pytest.mark.parametrize("name", TASKS)
 def test_batches_are_functions_of_seed_and_step_shared_out_over_ranks(name: str):
     train, val = task_rows(f"task:{name}", "bytes")
-    whole = TaskLoader(train, 8, 32, seed=1)
-    assert torch.equal(whole.batch(7).tokens, TaskLoader(train, 8, 32, seed=1).batch(7).tokens)
-    others = (TaskLoader(val, 8, 32, 1).batch(7), whole.batch(8), TaskLoader(train, 8, 32, 2).batch(7))
+    shape = BatchShape(batch=8, length=32, bos=256, seed=1)
+    whole = TaskLoader(train, shape)
+    assert torch.equal(whole.batch(7).tokens, TaskLoader(train, shape).batch(7).tokens)
+    reseeded = TaskLoader(train, replace(shape, seed=2))
+    others = (TaskLoader(val, shape).batch(7), whole.batch(8), reseeded.batch(7))
     assert not any(torch.equal(whole.batch(7).tokens, other.tokens) for other in others)
-    parts = [TaskLoader(train, 8, 32, 1, rank, 4).batch(7) for rank in range(4)]
+    parts = [TaskLoader(train, replace(shape, rank=rank, world=4)).batch(7) for rank in range(4)]
     for i in range(3):
         assert torch.equal(torch.cat([part[i] for part in parts]), whole.batch(7)[i])
 

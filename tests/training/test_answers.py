@@ -16,7 +16,7 @@ from helpers import config, near, randomised, tiny
 from lrt.config.decoding import NEXT, TURN, SamplingParams
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import DataConfig
-from lrt.data.loader import Loader
+from lrt.data.loader import BatchShape, Loader
 from lrt.data.prepare import prepare
 from lrt.data.tokenizer import ByteTokenizer
 from lrt.inference.chat import Conversation
@@ -55,7 +55,7 @@ def by_hand(ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("schedule", ["parallel", "settled-1", "interleaved-2"])
 def test_gradients_are_those_of_targets_masked_by_hand(schedule: str, talks: Path, tmp_path: Path):
     data = prepare(DataConfig(source=str(talks), tokenizer="bytes", validation=0.1, folder=str(tmp_path)))
-    batch = Loader(data.train, batch=3, length=60, bos=256, seed=0, shuffle=False).batch(0)
+    batch = Loader(data.train, BatchShape(batch=3, length=60, bos=256, seed=0), shuffle=False).batch(0)
     targets = by_hand(torch.from_numpy(data.train.read(0, len(data.train))))[1:181].view(3, 60)
     assert torch.equal(batch.targets, targets)
     assert 0.2 < (targets == IGNORE).float().mean() < 0.8
