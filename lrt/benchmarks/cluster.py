@@ -62,7 +62,8 @@ def row(config: RunConfig, cluster: Cluster, name: str, mode: Parallelism, resha
     compute = average(lambda passes: step_flops(config, passes, devices, mode)) / cluster.flops / cluster.efficiency
     micro = own // max(rows, 1)
     sent = average(lambda passes: traffic(config.model, passes, devices, mode, reshard, micro=micro))
-    seconds, steps = (compute, compute + sent / cluster.speed), horizon(replace_schedule(config, name))
+    seconds = compute, compute + sent / cluster.speed
+    steps = horizon(replace(config, train=replace(t, schedule=name)))  # of effective compute it depends on that
     tokens = steps * t.batch * t.length
     return {
         "schedule": name, "parallel": mode + (" reshard" if reshard else ""), "fits": rows > 0,
@@ -72,11 +73,6 @@ def row(config: RunConfig, cluster: Cluster, name: str, mode: Parallelism, resha
         "seconds": seconds, "communication_share": sent / cluster.speed / seconds[1],
         "steps": steps, "tokens": tokens, "days": seconds[1] * steps / 86400,
     }  # fmt: skip
-
-
-def replace_schedule(config: RunConfig, name: str) -> RunConfig:
-    """The configuration with another schedule: an effective-compute horizon depends on it."""
-    return replace(config, train=replace(config.train, schedule=name))
 
 
 def width(config: RunConfig) -> int:

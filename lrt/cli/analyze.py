@@ -44,10 +44,10 @@ def main(args: list[str]) -> int:
     from lrt.evaluation.bits_per_byte import Rows
     from lrt.evaluation.held_out import held_out
     from lrt.evaluation.memory_analysis import analyse, heat_map, tables
+    from lrt.evaluation.score_names import share_text
     from lrt.training.checkpoint import load_model
     from lrt.utils.hardware import resolve_device
     from lrt.utils.new_folder import require_makable
-    from lrt.utils.score_names import share_text
 
     require_makable((flags.out or flags.run).parent)
     loaded = load_model(flags.run, resolve_device(flags.device))

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,11 +72,11 @@ def main(args: list[str]) -> int:
     own, mode, sampling = chat_template_of(loaded.tokenizer), flags.decoding.prefill, flags.decoding.sampling
     drafts = flags.decoding.drafts
     if flags.template is None and own is not None:
-        begin = lambda: TemplatedConversation(loaded.model, loaded.tokenizer, mode, drafts, template=own)  # noqa: E731
+        begin = partial(TemplatedConversation, loaded.model, loaded.tokenizer, mode, drafts, template=own)
         sampling = replace(sampling, stop=tuple(stop for stop in sampling.stop if stop != NEXT))
         session = ChatSession(begin, None, sampling)
     else:
-        begin = lambda: Conversation(loaded.model, loaded.tokenizer, mode, drafts)  # noqa: E731
+        begin = partial(Conversation, loaded.model, loaded.tokenizer, mode, drafts)
         session = ChatSession(begin, plain, sampling)
     _tell(GREETING if session.template is None or flags.template else f"{GREETING}\n{UNTAUGHT}")
     for line in _lines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,17 +12,17 @@ import tyro
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
-from lrt.cli.suites import SuiteRequest, score_suite
 from lrt.config.decoding import DEFAULT_MODE, Weights
 from lrt.config.model import MOST, require, require_at_least, require_at_most
 from lrt.config.run import Device
+from lrt.evaluation.score_names import LEGEND, share_text, signed, unit
 from lrt.schedule import Curriculum
 from lrt.utils.files import to_json
-from lrt.utils.score_names import LEGEND, share_text, signed, unit
 from lrt.utils.terminal import show
 
 if TYPE_CHECKING:
     from lrt.evaluation.bits_per_byte import BPB
+    from lrt.evaluation.suite import Suite
     from lrt.inference.loaded import Loaded
 
 
@@ -91,17 +92,19 @@ def main(args: list[str], command: str = "eval") -> int:
 
     from lrt.evaluation.bits_per_byte import evaluate as score_rows
     from lrt.evaluation.held_out import held_out
+    from lrt.evaluation.open_suite import published_suite
     from lrt.inference.weights import with_weights
     from lrt.training.checkpoint import load_model
     from lrt.utils.distributed import join
 
-    request = _request(flags) if flags.suite else None
+    # What is wrong with a suite's files is told before a model is loaded.
+    published = published_suite(flags.suite, flags.suite_data, flags.lengths) if flags.suite else None
     with join(flags.device) as world:  # under torchrun each process scores its share of the rows
         loaded = load_model(flags.run, world.device)
         with_weights(loaded.model, flags.weights)
-        if flags.tasks or request:
+        if flags.tasks or flags.suite:
             require(world.size == 1, "--suite and --tasks are scored by one process; start them without torchrun")
-            print(score_suite(loaded, request, as_json=flags.json) if request else _tasks(flags, loaded))
+            print(score_suite(flags, loaded, published) if flags.suite else _tasks(flags, loaded))
             return 0
         length = loaded.config.train.length if flags.length is None else flags.length
         curriculum = Curriculum.parse(flags.schedule or loaded.config.train.schedule)
@@ -145,16 +148,28 @@ def sweep_lines(bpb: BPB) -> list[str]:
     return lines
 
 
-def _request(f: EvalFlags) -> SuiteRequest:
-    """What is asked of a suite. What is wrong with its files is told here, before a model is loaded."""
-    from lrt.evaluation.open_suite import published_suite
+def score_suite(flags: EvalFlags, loaded: Loaded, published: Suite | None) -> str:
+    """Score a suite, or go on with it, and write its record; returns it as a table or as JSON. Progress on stderr."""
+    from lrt.evaluation.open_suite import default_mode, synthetic_suite
+    from lrt.evaluation.suite import Scorer
+    from lrt.experiments.groups import RunGroup, of_right_kinds
+    from lrt.experiments.suite_run import Place, arm_of, run_suite
+    from lrt.experiments.suite_tables import tables_of
 
-    name = f.suite or ""
-    published = published_suite(name, f.suite_data, f.lengths)
-    return SuiteRequest(
-        name=name, published=published, data=f.suite_data, lengths=f.lengths, mode=f.mode, limit=f.limit, out=f.out,
-        arm=f.arm, normalised=f.normalised,
+    name = flags.suite or ""
+    suite = published or synthetic_suite(name, flags.suite_data, flags.lengths, loaded)
+    scorer = Scorer(
+        model=loaded.model, tokenizer=loaded.tokenizer, mode=flags.mode or default_mode(name), limit=flags.limit,
+        normalised=flags.normalised or loaded.config.data.normalised,
     )  # fmt: skip
+    place = Place(flags.out or loaded.run / "suites", flags.arm or arm_of(loaded.config))
+    record = run_suite(loaded, suite, scorer, place, lambda line: print(line, file=sys.stderr, flush=True))
+    if flags.json:
+        return json.dumps({"run": str(loaded.run), "step": loaded.step} | record)
+    with of_right_kinds(place.folder):  # it may have been written before
+        tables = [table.markdown() for _, table in tables_of([RunGroup(suite.name, "", record["arm"], (record,))])]
+    lost = [f"Of the normalised text: {record['lost']}."] if record.get("lost") else []
+    return "\n\n".join([*lost, *tables])
 
 
 def _tasks(flags: EvalFlags, loaded: Loaded) -> str:

@@ -13,8 +13,8 @@ from tyro.conf import Positional
 from lrt.cli.parse import early_positional, early_value, names_of, parse
 from lrt.config.model import ModelConfig, require, require_at_least
 from lrt.config.recipes import RECIPES, RecipeName, recipe
+from lrt.evaluation.score_names import unit
 from lrt.utils.files import expand_home
-from lrt.utils.score_names import unit
 from lrt.utils.terminal import show
 
 if TYPE_CHECKING:

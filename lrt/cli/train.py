@@ -61,9 +61,9 @@ def main(args: list[str]) -> int:
 
 
 def _train(config: RunConfig, folder: Path, resume: bool | None) -> int:
+    from lrt.evaluation.score_names import signed, unit
     from lrt.training.logging import Jsonl, Live
     from lrt.training.trainer import train
-    from lrt.utils.score_names import signed, unit
 
     with Live() as live:
         result = train(config, folder, resume=resume, sinks=[live, Jsonl(folder / "metrics.jsonl")])

@@ -19,6 +19,7 @@ from lrt.data.mixture import Mixture
 from lrt.data.synthetic import TaskRows, batches
 from lrt.data.tokenizer import Tokenizer
 from lrt.evaluation.contraction import SWEEPS, contraction, exact_states, sweep_errors
+from lrt.evaluation.score_names import ANSWERS
 from lrt.inference.generate import score
 from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
@@ -27,7 +28,6 @@ from lrt.model.shapes import IGNORE, TokensBN
 from lrt.passes import columns, no_grad_pass
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.distributed import World
-from lrt.utils.score_names import ANSWERS
 
 COMPARED = 16
 """Rows whose sweeps are compared with exact decoding."""

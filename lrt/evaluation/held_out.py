@@ -17,8 +17,8 @@ from lrt.data.shards import TokenStream
 from lrt.data.sources import both, documents, is_one_text, source_bytes
 from lrt.data.tokenizer import Tokenizer
 from lrt.evaluation.bits_per_byte import HeldOut, held_out_name, named, of_split, validation_rows
+from lrt.evaluation.score_names import BEGINNING
 from lrt.inference.loaded import Loaded
-from lrt.utils.score_names import BEGINNING
 
 BYTES_PER_TOKEN = 16
 """Text read for a row of another source, per token: more than tokens spell on average."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lrt.config.model import require
 from lrt.evaluation.bits_per_byte import Rows, sweep_residuals
 from lrt.evaluation.contraction import contraction
+from lrt.evaluation.score_names import signed
 from lrt.inference.generate import score
 from lrt.model.blocks import Block, gate_values
 from lrt.model.loss import token_nats
@@ -23,7 +24,6 @@ from lrt.model.parameters import role
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE
 from lrt.schedule import Schedule
-from lrt.utils.score_names import signed
 from lrt.utils.tables import Table
 
 REACH = 16

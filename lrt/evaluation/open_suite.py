@@ -18,14 +18,11 @@ FROM_FILES: dict[str, Callable[[Path], Suite]] = {"core": core_suite, "blimp": b
 """Suites whose items somebody published, by name; they are read from a folder on this disk."""
 
 
-def open_suite(name: str, data: Path | None, lengths: Sequence[int], loaded: Loaded) -> Suite:
-    """The suite called `name`: one of FROM_FILES, or a synthetic task at `lengths` (by default LENGTHS).
+def synthetic_suite(name: str, data: Path | None, lengths: Sequence[int], loaded: Loaded) -> Suite:
+    """The synthetic task called `name` at `lengths`, by default multiples of the trained one by LENGTHS.
 
-    ValueError: no such suite, no data for it, or what is wrong with them.
+    ValueError: no such suite, data where none are read, or lengths that it does not take.
     """
-    published = published_suite(name, data, lengths)
-    if published is not None:
-        return published
     synthetic = name.partition("-")[0] in TASKS
     require(synthetic, f"there is no suite {name!r}; choose {', '.join(FROM_FILES)}, or a task: {', '.join(TASKS)}")
     task_kind(name)

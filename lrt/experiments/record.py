@@ -21,6 +21,7 @@ from lrt.data.synthetic import TaskRows
 from lrt.evaluation.bits_per_byte import bits_per_byte
 from lrt.evaluation.held_out import held_out
 from lrt.evaluation.in_context import in_context_score
+from lrt.evaluation.score_names import read_result, share_text
 from lrt.evaluation.task_accuracy import by_length
 from lrt.inference.generate import generate, score
 from lrt.inference.loaded import Loaded
@@ -29,7 +30,6 @@ from lrt.model.lrt import LRT
 from lrt.model.shapes import IGNORE
 from lrt.training.checkpoint import load_model
 from lrt.utils.hardware import accelerator, resolve_device
-from lrt.utils.score_names import read_result, share_text
 
 LONGER = (2, 4)
 """Multiples of the trained length at which decoded BPB is measured too."""

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrt.evaluation.score_names import signed
 from lrt.experiments.groups import RunGroup, mean_and_deviation
 from lrt.experiments.plots import decoded
-from lrt.utils.score_names import signed
 
 NO_DIFFERENCE = 0.03
 """Bits per byte by which single seeds of the same arm differ."""

@@ -139,7 +139,8 @@ def answer_form(format_: ResponseFormat | None, tools: Sequence[Tool], choice: s
     named = list(tools) if choice in ("auto", "required") else []
     if content is None and not named:
         return None
-    rules = [f"start: {' | '.join([*(f'call{i}' for i in range(len(named))), *_others(content, named, choice)])}"]
+    others = [] if named and choice != "auto" else ["text" if content is None else "content"]
+    rules = [f"start: {' | '.join([*(f'call{i}' for i in range(len(named))), *others])}"]
     for i, tool in enumerate(named):
         head = json.dumps(CALL_HEAD.format(tool.function.name))
         rules += [f'call{i}: {head} arguments{i} "}}"', f"arguments{i}: {_json_rule(tool.function.parameters)}"]
@@ -148,13 +149,6 @@ def answer_form(format_: ResponseFormat | None, tools: Sequence[Tool], choice: s
         raise ValueError(f"the schemas have more than {MOST_SCHEMAS} characters together; give fewer tools")
     _check_sizes([*(tool.function.parameters for tool in named), *([] if content is None else [content])])
     return AnswerForm("\n".join(rules), tuple(t.function.name for t in named))
-
-
-def _others(content: Mapping[str, Any] | None, named: Sequence[Tool], choice: str | None) -> list[str]:
-    """What an answer may be that is no call."""
-    if named and choice != "auto":
-        return []
-    return ["text" if content is None else "content"]
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:

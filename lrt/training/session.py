@@ -22,6 +22,7 @@ from lrt.data.prepare import Prepared
 from lrt.data.run_tokens import RunTokens, recorded
 from lrt.data.synthetic import TaskRows, batches
 from lrt.evaluation.bits_per_byte import BPB, evaluate, held_out_name, of_split, validation_rows
+from lrt.evaluation.score_names import unit
 from lrt.inference.chat import complete
 from lrt.model.flops import parameters_by_group
 from lrt.model.loss import LossOutput, ScheduledLoss, step_plan
@@ -41,7 +42,6 @@ from lrt.utils.distributed import World
 from lrt.utils.dtensor import whole
 from lrt.utils.files import write_json, write_sealed
 from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory
-from lrt.utils.score_names import unit
 
 SAMPLE_TOKENS = 120
 

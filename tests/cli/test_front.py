@@ -25,7 +25,7 @@ from lrt.cli.train import _placed
 from lrt.config.model import ModelConfig
 from lrt.config.recipes import RECIPES, recipe
 from lrt.config.run import DataConfig, RunConfig, expected_vocabulary
-from lrt.utils.score_names import signed
+from lrt.evaluation.score_names import signed
 
 
 def printed(capsys, arguments: list[str]) -> str:

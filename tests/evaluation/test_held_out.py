@@ -19,11 +19,11 @@ from lrt.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from lrt.evaluation import held_out as module
 from lrt.evaluation.bits_per_byte import evaluate
 from lrt.evaluation.held_out import held_out
+from lrt.evaluation.score_names import percent, read_result, share_text, unit
 from lrt.schedule import Schedule
 from lrt.training import checkpoint
 from lrt.training.checkpoint import load_model
 from lrt.training.trainer import train
-from lrt.utils.score_names import percent, read_result, share_text, unit
 
 SMALL = {
     "model.depth": 1, "model.width": 32, "model.heads": 2, "model.context": 32, "train.length": 16, "train.batch": 4,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lrt.config.run import to_dict
+from lrt.evaluation.score_names import checked_figures, read_result, share_text, unit
 from lrt.inference.loaded import Loaded
 from lrt.integrations.hf.fast_tokenizer import with_pad
 from lrt.utils.files import is_there
-from lrt.utils.score_names import checked_figures, read_result, share_text, unit
 
 ENTRY = "lrt.integrations.hf.model"
 NAMES = {
