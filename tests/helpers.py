@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lrt.config.model import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
 from lrt.config.run import RunConfig
+from lrt.inference.generate import generate
 from lrt.model.lrt import LRT
 from lrt.model.reference import Position, _logits, _memories, _token, reference
 from lrt.model.run_passes import run_passes
@@ -191,6 +192,20 @@ def outcome(model: LRT, ids: Tensor, run: Sequence[Pass]) -> Outcome:
     return Outcome(hidden, source, keys, values)
 
 
+def generated(model: LRT, prompts, sampling, **options) -> list[list[tuple[int, float]]]:
+    """Tokens and log-probabilities of every row that `generate` makes."""
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(len(prompts) * options.get("samples", 1))]
+    for made in generate(model, prompts, sampling, **options):
+        for e in made.emissions:
+            rows[e.row].append((e.token, e.logprob))
+    return rows
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def near(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -281,6 +296,20 @@ def tiny(base: RunConfig, source: Path, steps: int = 12, **training) -> RunConfi
     return replace(
         config, data=replace(base.data, source=str(source), tokenizer="bytes", folder=str(source.parent / "data"))
     )
+
+
+class PowerCut(BaseException):
+    """The end of a process that nothing hears of."""
+
+
+def power_cut(step: int) -> Callable[[dict], None]:
+    """A sink that ends a training after a step."""
+
+    def cut(event: dict) -> None:
+        if event["kind"] == "train" and event["step"] == step:
+            raise PowerCut
+
+    return cut
 
 
 def events(run: Path, kind: str) -> list[dict]:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import BELOW, BOTH, SHIFT, VARIANTS, close, config, label, randomised, tokens, truth
+from helpers import BELOW, BOTH, SHIFT, VARIANTS, close, config, generated, label, randomised, tokens, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,15 +187,6 @@ def test_score_with_zero_memory_reads_none(model):
     close(scored.nats, score(plain, rows, targets, mode="exact").nats)
 
 
-def run_text(model: LRT, prompts, sampling, **options) -> list[list[tuple[int, float]]]:
-    """Tokens and log-probabilities of every row."""
-    rows: list[list[tuple[int, float]]] = [[] for _ in range(len(prompts) * options.get("samples", 1))]
-    for made in generate(model, prompts, sampling, **options):
-        for e in made.emissions:
-            rows[e.row].append((e.token, e.logprob))
-    return rows
-
-
 REQUESTS = st.lists(
     st.tuples(
         st.lists(st.integers(0, CFG.vocab_size - 1), min_size=1, max_size=12),
@@ -222,8 +213,8 @@ def test_a_request_gives_the_same_text_alone_and_in_any_batch(requests):
     """Log-probabilities agree to 1e-10 in float64; the tokens are the same."""
     model = randomised(CFG)
     prompts, sampling = [p for p, _ in requests], [s for _, s in requests]
-    for i, row in enumerate(run_text(model, prompts, sampling)):
-        (alone,) = run_text(model, [prompts[i]], [sampling[i]])
+    for i, row in enumerate(generated(model, prompts, sampling)):
+        (alone,) = generated(model, [prompts[i]], [sampling[i]])
         assert [t for t, _ in row] == [t for t, _ in alone]
         close(torch.tensor([x for _, x in row]), torch.tensor([x for _, x in alone]))
 
@@ -231,8 +222,8 @@ def test_a_request_gives_the_same_text_alone_and_in_any_batch(requests):
 def test_at_a_fixed_batch_shape_a_row_is_bitwise_the_same_whatever_the_others(model):
     prompts = tokens(CFG, 5, 9).tolist()
     law = SamplingParams(max_new_tokens=9, stop_tokens=(), seed=4)
-    a = run_text(model, [prompts[0], prompts[1], prompts[2]], law, mode="exact")
-    b = run_text(model, [prompts[0], prompts[3], prompts[4]], law, mode="exact")
+    a = generated(model, [prompts[0], prompts[1], prompts[2]], law, mode="exact")
+    b = generated(model, [prompts[0], prompts[3], prompts[4]], law, mode="exact")
     assert a[0] == b[0]
     assert a[1] != b[1]
 
@@ -246,17 +237,17 @@ def test_rows_that_have_all_stopped_leave_the_step(model):
         rows.append(len(tokens))
         return next_logits(model, tokens, *rest)
 
-    together = run_text(model, prompts, laws, mode="exact", run=counting)
+    together = generated(model, prompts, laws, mode="exact", run=counting)
     assert rows == [5, 4, 4, 4, 2]
     for i, prompt in enumerate(prompts):
-        assert [t for t, _ in together[i]] == [t for t, _ in run_text(model, [prompt], laws[i], mode="exact")[0]]
+        assert [t for t, _ in together[i]] == [t for t, _ in generated(model, [prompt], laws[i], mode="exact")[0]]
 
 
 def test_generation_follows_the_reference(model):
     """Greedy text: every token is the reference's most probable one, its log-probability the reference's."""
     prompt = tokens(CFG, 1, 8)[0].tolist()
     greedy = SamplingParams(temperature=0, max_new_tokens=12, stop_tokens=())
-    (made,) = run_text(model, [prompt], greedy, mode=PrefillOptions.parse("interleaved-8", 1e-12))
+    (made,) = generated(model, [prompt], greedy, mode=PrefillOptions.parse("interleaved-8", 1e-12))
     text = [t for t, _ in made]
     expected = truth(model, torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert expected.argmax(-1).tolist() == text
@@ -265,9 +256,9 @@ def test_generation_follows_the_reference(model):
 
 def test_samples_share_a_prompt_and_differ_by_number_alone(model):
     prompts, law = tokens(CFG, 2, 7).tolist(), SamplingParams(max_new_tokens=6, stop_tokens=(), seed=3)
-    four = run_text(model, prompts, law, samples=2)
+    four = generated(model, prompts, law, samples=2)
     assert four[0] != four[1]
-    assert [t for t, _ in four[2]] == [t for t, _ in run_text(model, prompts[1:], law)[0]]
+    assert [t for t, _ in four[2]] == [t for t, _ in generated(model, prompts[1:], law)[0]]
 
 
 def test_a_kept_state_goes_on_as_if_nothing_had_happened(model):
@@ -277,18 +268,18 @@ def test_a_kept_state_goes_on_as_if_nothing_had_happened(model):
         first += [e.token for e in last.emissions]
     assert last is not None
     said = [first[-1], 3, 5]
-    go_on = run_text(model, [said], law, cache=last.cache, mode="exact")
-    afresh = run_text(model, [prompt[0] + first[:-1] + said], law, mode="exact", capacity=40)
+    go_on = generated(model, [said], law, cache=last.cache, mode="exact")
+    afresh = generated(model, [prompt[0] + first[:-1] + said], law, mode="exact", capacity=40)
     assert [t for t, _ in go_on[0]] == [t for t, _ in afresh[0]]
 
 
 def test_answers_end_at_stop_tokens_stop_texts_length_and_capacity(model):
     prompt = [tokens(CFG, 1, 7)[0].tolist()]
     law = SamplingParams(temperature=0, max_new_tokens=30, stop_tokens=())
-    free = [t for t, _ in run_text(model, prompt, law)[0]]
+    free = [t for t, _ in generated(model, prompt, law)[0]]
     stop = free[2]
     stopped = dataclasses.replace(law, stop_tokens=(stop,))
-    assert [t for t, _ in run_text(model, prompt, stopped)[0]] == free[: free.index(stop) + 1]
+    assert [t for t, _ in generated(model, prompt, stopped)[0]] == free[: free.index(stop) + 1]
 
     def spell(ids):
         return "".join(chr(ord("a") + i) for i in ids).encode()

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from helpers import BELOW, BOTH, SHIFT, VARIANTS, close, config, label, randomised, tokens
+from helpers import BELOW, BOTH, SHIFT, VARIANTS, close, config, generated, label, randomised, tokens
 
 from lrt.config.decoding import PrefillOptions, SamplingParams
 from lrt.inference import generate as module
-from lrt.inference.generate import SHARED_FROM, generate
+from lrt.inference.generate import SHARED_FROM
 
 EXACT = [PrefillOptions.parse("exact"), PrefillOptions.parse("jacobi", 1e-13, max_sweeps=50, chunk=7)]
 NARROW = config(window_pattern="S", last_layer="S", document_attention=True)
 MODELS = [*VARIANTS[::3], SHIFT, BOTH, NARROW, *BELOW]
 LAW = SamplingParams(max_new_tokens=6, stop_tokens=(), seed=1, repetition_penalty=1.3)
-
-
-def answers(model, prompts, **options) -> list[list[tuple[int, float]]]:
-    rows: list[list[tuple[int, float]]] = [[] for _ in range(len(prompts) * options.get("samples", 1))]
-    for made in generate(model, prompts, LAW, **options):
-        for e in made.emissions:
-            rows[e.row].append((e.token, e.logprob))
-    return rows
+answers = partial(generated, sampling=LAW)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import config, label, packed, randomised, slices
+from helpers import config, drawn, label, packed, randomised, slices
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,10 +19,6 @@ from lrt.model.attention import Mask, attend, attention_mask, products, query_bl
 from lrt.model.loss import ScheduledLoss
 from lrt.model.lrt import LRT
 from lrt.schedule import Schedule
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Attended(NamedTuple):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,10 +21,6 @@ PLAIN = {
     relu_squared: lambda x: F.relu(x).square(),
 }
 operations = pytest.mark.parametrize("operation", PLAIN, ids=lambda f: f.__name__)
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @operations

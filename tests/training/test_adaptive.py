@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import events, tiny
+from helpers import PowerCut, events, power_cut, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,12 +125,8 @@ def test_a_resumed_run_chooses_and_computes_what_an_uninterrupted_one_does(sourc
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     straight = train(config, whole, sinks=[Jsonl(whole / "metrics.jsonl")])
 
-    def stop(event: dict) -> None:
-        if event["kind"] == "train" and event["step"] == 7:
-            raise RuntimeError("the power went out")
-
-    with pytest.raises(RuntimeError):
-        train(config, parted, sinks=[stop])
+    with pytest.raises(PowerCut):
+        train(config, parted, sinks=[power_cut(7)])
     resumed = train(config, parted, resume=True, sinks=[Jsonl(parted / "metrics.jsonl")])
     assert ran(parted) == ran(whole)[5:]
     assert len(set(ran(parted))) > 1, "nothing adapted: the test would pass for nothing"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from breaking import places
 from helpers import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,12 +34,6 @@ LEAVES = st.one_of(
     st.sampled_from(["../../etc/passwd", "/etc/passwd", "..", "train_00000.bin/../../x", "\x00", "uint64", "BPE", ""]),
 )  # fmt: skip
 JSON = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))
-
-
-def places(data: Any, at: tuple = ()) -> list[tuple]:
-    """The path of every value in a JSON document."""
-    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    return [at, *(place for key, value in inner for place in places(value, (*at, key)))]
 
 
 def changed(data: Any, place: tuple, how: Callable[[Any], Any]) -> Any:

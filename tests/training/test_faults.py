@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CODE, events, tiny
+from helpers import CODE, PowerCut, events, power_cut, tiny
 from test_distributed import PATIENCE
 
 from lrt.config.recipes import cpu_demo
@@ -67,10 +67,6 @@ def require_equal(run: Path, whole: Path) -> None:
 # Checkpoints: killed while writing, damaged, a full disk, a background write.
 
 
-class Killed(BaseException):
-    """What leaves everything as it stands, like SIGKILL."""
-
-
 @pytest.mark.parametrize("moment", ["half a model", "before the description", "before the rename", "after the rename"])
 def test_killed_while_a_checkpoint_is_written(moment: str, home: Path, tmp_path: Path, monkeypatch):
     """At step 6: the checkpoint of step 3 (or the new one) is whole, and the run goes on to the same end."""
@@ -83,7 +79,7 @@ def test_killed_while_a_checkpoint_is_written(moment: str, home: Path, tmp_path:
                 if name == "write_tensors":
                     real[name](*args)
                     os.truncate(args[1], args[1].stat().st_size // 2)
-                raise Killed
+                raise PowerCut
             return real[name](*args)
 
         return call
@@ -97,13 +93,13 @@ def test_killed_while_a_checkpoint_is_written(moment: str, home: Path, tmp_path:
 
         def rename(a, b):
             if Path(b).name == "step_00000006" and moment == "before the rename":
-                raise Killed
+                raise PowerCut
             replaced(a, b)
             if Path(b).name == "step_00000006":
-                raise Killed
+                raise PowerCut
 
         monkeypatch.setattr(os, "replace", rename)
-    with pytest.raises(Killed):
+    with pytest.raises(PowerCut):
         recorded(small(home), tmp_path / "run")
     monkeypatch.undo()
     assert checkpoint.newest_valid(tmp_path / "run")[0].step == (6 if moment == "after the rename" else 3)
@@ -131,12 +127,8 @@ def test_a_full_disk(home: Path, tmp_path: Path):
     """The system refuses to write more than 100 kB a file: one line, exit code 2, and the old checkpoint stays."""
     run = tmp_path / "run"
 
-    def leave(event: dict) -> None:
-        if event["kind"] == "train" and event["step"] == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        recorded(small(home), run, sinks=[leave])
+    with pytest.raises(PowerCut):
+        recorded(small(home), run, sinks=[power_cut(4)])
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     limited += "from lrt.cli.main import main; sys.exit(main(sys.argv[1:]))"
     ended = command("-c", limited, "train", "--resume", str(run))
@@ -281,12 +273,8 @@ def test_or_resume_begins_goes_on_and_refuses_other_settings(home: Path, tmp_pat
     """What a requeued job runs: the same command again and again."""
     run = tmp_path / "run"
 
-    def leave(event: dict) -> None:
-        if event["kind"] == "train" and event["step"] == 8:
-            raise Killed
-
-    with pytest.raises(Killed):
-        recorded(small(home), run, sinks=[leave], resume=None)
+    with pytest.raises(PowerCut):
+        recorded(small(home), run, sinks=[power_cut(8)], resume=None)
     with pytest.raises(ValueError, match=r"--train\.schedule is parallel.*trained with settled-1\.\.3"):
         recorded(small(home, schedule="parallel"), run, resume=None)
     recorded(small(home), run, resume=None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import events, tiny
+from helpers import PowerCut, events, power_cut, tiny
 
 from lrt.config.recipes import cpu_demo
 from lrt.config.run import TrainConfig
@@ -74,15 +74,8 @@ def stopped_and_resumed(source: Path, run: Path, name: str) -> dict[tuple[str, i
     """A training that is killed at its step 8, and does step 6 again from its checkpoint of step 4; its figures."""
     config = short(source, name, save_every=4, log_every=2)
 
-    class Killed(BaseException):
-        """Nothing ends with it."""
-
-    def kill(event) -> None:
-        if event["kind"] == "train" and event["step"] == 8:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(config, run, sinks=[Jsonl(run / "metrics.jsonl"), kill])
+    with pytest.raises(PowerCut):
+        train(config, run, sinks=[Jsonl(run / "metrics.jsonl"), power_cut(8)])
     train(config, run, resume=True, sinks=[Jsonl(run / "metrics.jsonl")])
     return recorded(run)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CODE, events, tiny
+from helpers import CODE, PowerCut, events, power_cut, tiny
 
 from lrt.config.recipes import cpu_demo, cpu_demo_layerwise, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
@@ -114,12 +114,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(schedule, con
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     straight = train(config, whole, sinks=[Jsonl(whole / "metrics.jsonl")])
 
-    def stop(event: dict) -> None:
-        if event["kind"] == "train" and event["step"] == 7:
-            raise RuntimeError("the power went out")
-
-    with pytest.raises(RuntimeError):
-        train(config, parted, sinks=[stop])
+    with pytest.raises(PowerCut):
+        train(config, parted, sinks=[power_cut(7)])
     assert [p.name for p in checkpoint.checkpoints(parted)] == ["step_00000005"]
     resumed = train(config, parted, resume=True, sinks=[Jsonl(parted / "metrics.jsonl")])
     losses = [[e["loss"] for e in events(run, "train") if e["step"] > 5] for run in (whole, parted)]
