@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrt.cli.bench import FLAGS
+from lrt.cli.parse import parse
 from lrt.config.run import require_sense
 from lrt.experiments.sweep import read_sweep
 from lrt.utils import compiling
@@ -22,16 +25,22 @@ from lrt.utils.hardware import resolve_device, widest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-DEVICES = {"cuda", "mps", "nccl"}
+DEVICE = re.compile(r"(cuda|mps|nccl|triton)(:\d*)?|reduce-overhead|max-autotune.*")
+"""A constant that names a device, what runs on one alone, or a way of compiling that means CUDA graphs there."""
+OF_A_DEVICE = {"cuda", "mps", "is_cuda", "is_mps", "accelerator", "pin_memory", "device_type", "flex_attention"}
 
 
 def asks(node: ast.AST) -> bool:
     """Whether a piece of code depends on which device there is."""
     if isinstance(node, ast.Constant):
-        return node.value in DEVICES
+        return isinstance(node.value, str) and DEVICE.fullmatch(node.value) is not None
+    if isinstance(node, ast.Compare):  # of what was taken from a device before
+        return any(isinstance(x, ast.Constant) and x.value == "cpu" for x in (node.left, *node.comparators))
+    if isinstance(node, ast.Name):
+        return node.id == "flex_attention"
     if not isinstance(node, ast.Attribute):
         return False
-    return node.attr in DEVICES | {"is_cuda"} or (node.attr == "type" and ast.unparse(node.value).endswith("device"))
+    return node.attr in OF_A_DEVICE or (node.attr == "type" and ast.unparse(node.value).endswith("device"))
 
 
 def places(tree: ast.AST, inside: str = "module") -> Iterator[str]:
@@ -67,8 +76,21 @@ def test_every_branch_on_the_device_is_listed_with_its_test():
 
 
 def test_branches_are_found_where_they_are():
-    code = "A = 'cuda'\ndef f(x):\n    'On cuda.'\n    return x.is_cuda\ndef g(d):\n    return d.type, d.device.type"
-    assert list(places(ast.parse(code))) == ["module", "f", "g"]
+    code = """
+A = 'cuda:0'
+def f(x):
+    'On cuda.'
+    return x.is_cuda
+def g(d):
+    return d.device.type
+def h(kind):
+    return kind == 'cpu', 'on cuda'
+def i(x):
+    return x.pin_memory()
+def j(x):
+    return compile(x, mode='reduce-overhead')
+"""
+    assert list(places(ast.parse(code))) == ["module", "f", "g", "h", "i", "j"]
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_line():
@@ -100,15 +122,24 @@ def launched(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def test_rehearsal_leaves_what_half_an_hour_would(tmp_path: Path):
     done = launched("60", "--rehearse", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    machine, *stages = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    machine, *stages = noted(tmp_path)
     assert machine["device"] == "cpu"
-    assert [s["stage"] for s in stages] == ["tests", "bench_train", "bench_decode", "sweep", "collect", "prefill"]
+    timed = [f"bench_train_{schedule}" for schedule in ("interleaved-2", "settled-1", "settled-2")]
+    assert [s["stage"] for s in stages] == ["tests", *timed, "bench_decode", "sweep", "collect", "prefill"]
     assert all(s["ended"] == "by itself" and s["code"] == 0 for s in stages), stages
     records = [json.loads(line) for line in (tmp_path / "runs/results.jsonl").read_text().splitlines()]
     assert [r["arm"] for r in records] == ["plain", "default", "shift", "paper"]
-    assert json.loads((tmp_path / "bench_train.log").read_text().splitlines()[-1])["rows"][0]["mfu"] > 0
+    for name in timed:
+        assert json.loads((tmp_path / f"{name}.log").read_text().splitlines()[-1])["rows"][0]["mfu"] > 0
     assert "passed" in (tmp_path / "tests.log").read_text()
     assert "x exact" in (tmp_path / "prefill.log").read_text()
+    assert launched("60", "--rehearse", "--out", str(tmp_path)).returncode == 0
+    assert [s["stage"] for s in noted(tmp_path)[len(stages) + 2 :]] == ["collect", "prefill"]
+
+
+def noted(out: Path) -> list[dict]:
+    """The lines of stages.jsonl."""
+    return [json.loads(line) for line in (out / "stages.jsonl").read_text().splitlines()]
 
 
 DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(900)"
@@ -119,13 +150,77 @@ def test_a_stage_is_ended_at_its_time_and_what_it_wrote_stays(tmp_path: Path, mo
     monkeypatch.setattr(gpu, "GRACE", 0.2)
     process = gpu.started([sys.executable, "-c", DEAF], subprocess.PIPE)
     assert process.stdout.readline() == b"begun\n"
-    assert gpu.stopped(process) == "at its time"
+    assert gpu.stopped(process, "at its time") == "at its time"
     assert process.returncode < 0
     process.stdout.close()
     assert gpu.run(gpu.Stage("late", ["true"]), tmp_path, 0.0) == {"stage": "late", "ended": "no time was left"}
     done = gpu.run(gpu.Stage("short", [sys.executable, "-c", "print(7)"]), tmp_path, float("inf"))
     assert (done["ended"], done["code"]) == ("by itself", 0)
     assert (tmp_path / "short.log").read_text() == "7\n"
+
+
+def given_again(gpu, out: Path) -> tuple[int, list[dict]]:
+    """A call of three stages; its code, and its lines."""
+    before = len(noted(out)) if (out / "stages.jsonl").exists() else 0
+    flags = gpu.parsed(["5", "--rehearse", "--out", str(out)])
+    return gpu.carried_out(flags, {"device": "cpu"}, float("inf")), noted(out)[before + 1 :]
+
+
+def three_stages(gpu, monkeypatch) -> None:
+    says = [sys.executable, "-c", "print('said')"]
+    faulty = [sys.executable, "-c", "raise SystemExit(3)"]
+    stages = [gpu.Stage("good", says), gpu.Stage("faulty", faulty), gpu.Stage("last", says, again=True)]
+    monkeypatch.setattr(gpu, "stages", lambda flags, sweep: stages)
+
+
+def test_given_again_it_goes_on_and_keeps_what_was_written(tmp_path: Path, monkeypatch):
+    gpu = loaded_tool()
+    three_stages(gpu, monkeypatch)
+    assert [(s["stage"], s["code"]) for s in given_again(gpu, tmp_path)[1]] == [("good", 0), ("faulty", 3), ("last", 0)]
+    code, stages = given_again(gpu, tmp_path)
+    assert code == 1 and [(s["stage"], s["code"]) for s in stages] == [("faulty", 3), ("last", 0)]
+    assert [(tmp_path / f"{name}.log").read_text() for name in ("good", "last")] == ["said\n", "said\nsaid\n"]
+
+
+def test_an_interruption_ends_the_stage_and_is_noted(tmp_path: Path, monkeypatch):
+    gpu = loaded_tool()
+    three_stages(gpu, monkeypatch)
+    waits = iter([KeyboardInterrupt, None])
+
+    def waited(process: subprocess.Popen, seconds: float) -> bool:
+        process.wait()
+        if next(waits) is not None:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(gpu, "waited", waited)
+    code, (stage,) = given_again(gpu, tmp_path)
+    assert code == 130 and (stage["stage"], stage["ended"]) == ("good", "interrupted")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((ROOT / "wheels").exists(), reason="tools/gpu.sh would install what was collected")
+def test_a_closed_connection_ends_it_as_ctrl_c_does(tmp_path: Path):
+    command = ["bash", str(ROOT / "tools/gpu.sh"), "60", "--rehearse", "--out", str(tmp_path)]
+    settings = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None and b"cpu" in process.stdout.readline()
+        while not (tmp_path / "tests.log").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        process.communicate()
+    assert process.returncode == 130
+    assert [(s["stage"], s["ended"]) for s in noted(tmp_path)[1:]] == [("tests", "interrupted")]
+
+
+def test_the_commands_of_half_an_hour_are_ones_that_lrt_takes(tmp_path: Path):
+    """The rehearsal has commands of its own, so those for a GPU would first be read on one."""
+    gpu = loaded_tool()
+    flags = gpu.parsed(["30", "--out", str(tmp_path)])
+    benches = [s.command[4:] for s in gpu.stages(flags, tmp_path) if s.command[3:4] == ["bench"]]
+    for kind, *arguments in benches:
+        assert parse(FLAGS[kind], arguments, f"bench {kind}").settings.device == "cuda"
+    assert [kind for kind, *_ in benches] == [*["train"] * 3, "decode", "train"]
 
 
 def loaded_tool():

@@ -2,6 +2,7 @@
 
 Each stage is a process with a log of its own in the folder of results. One that reaches its share of the time, or the
 deadline, is asked to end (SIGINT, then SIGTERM), and what it has written stays. A stage that fails stops no other.
+Given again with the same folder it goes on: stages that ended well are left out, and nothing is written over.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON, LRT = sys.executable, [sys.executable, "-m", "lrt"]
-GRACE = 20.0
+GRACE = 30.0
 """Seconds that a stage has to end once it was asked to; kept free before the deadline."""
+INTERRUPTED = "interrupted"
+WELL = {"ended": "by itself", "code": 0}
+SETTINGS = os.environ | {"PYTHONUNBUFFERED": "1"}
+"""A stage's environment: a line is in its log as soon as it is said."""
 
 
 class Stage(NamedTuple):
@@ -30,10 +35,14 @@ class Stage(NamedTuple):
     command: list[str]
     share: float = 1.0
     """The most of the time that is left when it begins."""
+    again: bool = False
+    """Whether it runs anew though it ended well before: it reads what another stage has gone on with."""
 
 
-TESTS = "-m pytest tests/test_cuda.py -q -o addopts=--strict-markers"
+TESTS = "-m pytest tests/test_cuda.py -v -W default -o addopts=--strict-markers --timeout 180"
 STEPS = "bench train --device cuda --recipe d12 --batch 16 --compile --repeats 10 --json --schedules"
+SCHEDULES = ("interleaved-2", "settled-1", "settled-2")
+"""Each timed beside the plain step in a process of its own, so that what is cut off or fails takes no other along."""
 DECODING = "bench decode --device cuda --recipe d12 --batches 1 8 32 --contexts 128 1024 4096 --json"
 TINY_STEPS = "bench train --device cpu --depth 1 --width 32 --vocab-size 64 --batch 2 --length 16 --repeats 1"
 TINY_DECODING = "bench decode --device cpu --recipe cpu_demo --batches 1 --contexts 16 --steps 1 --no-compile --json"
@@ -44,16 +53,16 @@ def stages(flags: argparse.Namespace, sweep: Path) -> list[Stage]:
     tests, runs = [PYTHON, *TESTS.split()], flags.out / "runs"
     tests += ["-m", "not slow", "-k", "cpu and (test_ops or test_head_loss)"] if flags.rehearse else ["-m", "cuda"]
     timed = [*LRT, *(f"{TINY_STEPS} --no-memory --json --schedules" if flags.rehearse else STEPS).split()]
-    flexible = Stage("bench_train_flex", [*timed, "interleaved-2", "--attention", "flex"], 0.15)  # trains on cuda alone
     device = "cpu" if flags.rehearse else "cuda"
+    flexible = Stage("bench_train_flex", [*timed, "interleaved-2", "--attention", "flex"], 0.15)  # trains on cuda alone
     return [
         Stage("tests", tests, 0.25),
-        Stage("bench_train", [*timed, "interleaved-2", "settled-1", "settled-2"], 0.25),
+        *(Stage(f"bench_train_{schedule}", [*timed, schedule], 0.15) for schedule in SCHEDULES),
         Stage("bench_decode", [*LRT, *(TINY_DECODING if flags.rehearse else DECODING).split()], 0.25),
         *([] if flags.rehearse else [flexible]),
         Stage("sweep", [*LRT, "sweep", str(sweep), "--out", str(runs), "--jobs", "1"], 0.9),
-        Stage("collect", [PYTHON, __file__, "--collect", str(sweep), "--out", str(runs)]),
-        Stage("prefill", [PYTHON, __file__, "--prefill", str(runs), "--device", device]),
+        Stage("collect", [PYTHON, __file__, "--collect", str(sweep), "--out", str(runs)], again=True),
+        Stage("prefill", [PYTHON, __file__, "--prefill", str(runs), "--device", device], again=True),
     ]
 
 
@@ -88,18 +97,21 @@ def run(stage: Stage, out: Path, deadline: float) -> dict[str, object]:
     left = deadline - begun - GRACE
     if left <= 0:
         return {"stage": stage.name, "ended": "no time was left"}
-    with open(out / f"{stage.name}.log", "wb") as log:
-        process = subprocess.Popen(
-            stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        ended = "by itself" if waited(process, left * stage.share) else stopped(process)
+    with open(out / f"{stage.name}.log", "ab") as log:
+        process = started(stage.command, log)
+        try:
+            ended = "by itself" if waited(process, left * stage.share) else stopped(process, "at its time")
+        except KeyboardInterrupt:
+            ended = stopped(process, INTERRUPTED)
     seconds = round(time.monotonic() - begun, 1)
     return {"stage": stage.name, "ended": ended, "code": process.returncode, "seconds": seconds}
 
 
 def started(command: list[str], log: Any) -> subprocess.Popen[bytes]:
     """A process in a group of its own, which writes to `log`."""
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=SETTINGS
+    )
 
 
 def waited(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -111,15 +123,21 @@ def waited(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def stopped(process: subprocess.Popen[bytes]) -> str:
-    """Ask the stage's first process to end, then all of them, then end them."""
+def stopped(process: subprocess.Popen[bytes], why: str) -> str:
+    """Ask the stage's first process to end, then all of them, then end them; `why`."""
     process.send_signal(signal.SIGINT)
     for how in (signal.SIGTERM, signal.SIGKILL):
         if waited(process, GRACE / 2):
             break
         os.killpg(process.pid, how)
     process.wait()
-    return "at its time"
+    return why
+
+
+def ended_well(log: Path) -> set[str]:
+    """The stages that have ended by themselves and without a fault, in earlier calls with this folder."""
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    return {line["stage"] for line in lines if WELL.items() <= line.items()}
 
 
 def collect(sweep: Path, out: Path) -> None:
@@ -162,7 +180,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """All stages; 0 unless one that ended by itself failed."""
+    """All stages; 0 unless one that ended by itself failed, 130 if they were interrupted."""
     flags, begun = parsed(arguments), time.monotonic()
     if flags.collect or flags.prefill:
         return prefill(flags.prefill, flags.device) if flags.prefill else collect(flags.collect, flags.out) or 0
@@ -170,14 +188,26 @@ def main(arguments: list[str]) -> int:
     flags.out.mkdir(parents=True, exist_ok=True)
     found = check("cpu" if flags.rehearse else "cuda")
     print(json.dumps(found), flush=True)
-    failed = 0
-    with open(flags.out / "stages.jsonl", "w", encoding="utf-8") as log:
+    for how in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the stage is ended and noted
+        signal.signal(how, signal.default_int_handler)
+    return carried_out(flags, found, deadline)
+
+
+def carried_out(flags: argparse.Namespace, found: dict[str, object], deadline: float) -> int:
+    """Run the stages that have not ended well yet, and note what came of each as it ends; the exit code."""
+    failed, before = 0, ended_well(flags.out / "stages.jsonl")
+    with open(flags.out / "stages.jsonl", "a", encoding="utf-8") as log:
         print(json.dumps(found), file=log, flush=True)
         for stage in stages(flags, sweep_file(flags)):
+            if stage.name in before and not stage.again:
+                print(f"{stage.name} has ended well before: see {flags.out / stage.name}.log", flush=True)
+                continue
             result = run(stage, flags.out, deadline)
-            failed += result["ended"] == "by itself" and result["code"] != 0
+            failed += result["ended"] == WELL["ended"] and result["code"] != WELL["code"]
             for to in (log, sys.stdout):
                 print(json.dumps(result), file=to, flush=True)
+            if result["ended"] == INTERRUPTED:
+                return 130
     return int(failed > 0)
 
 

@@ -7,9 +7,16 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 if [ -d wheels ]; then
-    [ -x .venv-gpu/bin/python ] || "$python" -m venv --system-site-packages .venv-gpu
-    python=$PWD/.venv-gpu/bin/python
-    "$python" -m pip install -q --no-index --find-links wheels -r tools/gpu_requirements.txt
+    venv=$PWD/.venv-gpu
+    if [ ! -e "$venv/made" ]; then # on top of the image's Python, which may be a venv itself, or lack pip and ensurepip
+        "$python" -m venv --clear --without-pip "$venv"
+        place=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        "$python" -c 'import sys; print(*(f"import site; site.addsitedir({p!r})" for p in sys.path if p.endswith("-packages")), sep="\n")' > "$place/image.pth"
+        pip=(wheels/pip-*.whl)
+        "$venv/bin/python" "${pip[0]}/pip" install -q --no-index --find-links wheels -r tools/gpu_requirements.txt
+        touch "$venv/made"
+    fi
+    python=$venv/bin/python
 elif [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
     python=$PWD/.venv/bin/python
 fi

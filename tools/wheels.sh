@@ -10,7 +10,7 @@ mkdir -p "$folder"
 "${pip[@]}" download -q --only-binary :all: --python-version "$version" --implementation cp \
     --platform manylinux_2_35_x86_64 --platform manylinux_2_34_x86_64 --platform manylinux_2_31_x86_64 \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
-    -r tools/gpu_requirements.txt -d "$folder"
+    -r tools/gpu_requirements.txt pip -d "$folder"
 if ls "$folder" | grep -qiE '^(torch|triton|nvidia)'; then
     echo "tools/wheels.sh: a requirement brings torch along; take it out of tools/gpu_requirements.txt" >&2
     exit 1

@@ -22,7 +22,7 @@ from lrt.model.recurrence import (
 )
 from lrt.model.shapes import TokensBN
 from lrt.model.transformer import Transformer
-from lrt.utils.compiling import graph_of, mark_dynamic
+from lrt.utils.compiling import graph_of, mark_dynamic, mark_in_place
 
 
 class Prefill(NamedTuple):
@@ -101,17 +101,21 @@ def compiled() -> OneToken:
     """`next_logits` compiled as one graph whose numbers of rows and of visible slots are dynamic: none per token.
 
     One row and several make two graphs, and so do part of the slots and all of them. The first call takes as long as
-    compiling does. Untested on CUDA, where it asks for CUDA graphs.
+    compiling does. Untested on CUDA, where it asks for CUDA graphs. Such a graph fills keys and values where they lie,
+    which must be said. Its results are overwritten by the next call and may not be read by it, so they are copied.
     """
-    run = graph_of(next_logits, fullgraph=True, mode="reduce-overhead" if torch.cuda.is_available() else None)
+    graphs = torch.cuda.is_available()
+    run = graph_of(next_logits, fullgraph=True, mode="reduce-overhead" if graphs else None)
 
     def marked(model: Transformer, tokens: Tensor, view: KVCache, active: Tensor | None) -> tuple[Tensor, PerRow]:
         for x in (*view.keys, *view.values):
             mark_dynamic(x, 2)
+            mark_in_place(x)
         rows = (tokens, *view.keys, *view.values, *view.per_row(), *(() if active is None else (active,)))
         for x in rows if len(tokens) > 1 else ():
             mark_dynamic(x, 0)
-        return run(model, tokens, view, active)
+        logits, new = run(model, tokens, view, active)
+        return (logits.clone(), PerRow(*(x.clone() for x in new))) if graphs else (logits, new)
 
     return marked
 

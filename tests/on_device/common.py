@@ -16,7 +16,10 @@ from lrt.model.lrt import LRT
 CONFIG = config(projection="shared", width=64, window=9, window_pattern="SL")
 DOCUMENTS = replace(CONFIG, document_attention=True)
 FLOATS = {"float32": (torch.float32, 2e-4), "bfloat16": (torch.bfloat16, 6e-2)}
-"""Number types, and the relative error of a tensor as a whole against float64 that rounding explains."""
+"""Number types, and the relative error of a tensor as a whole against float64 that rounding explains.
+
+On a CPU the gradient of any schedule is off by 7e-7 and 2e-2; that of another schedule by 0.4 at least.
+"""
 floats = pytest.mark.parametrize("kind", FLOATS)
 ACCELERATORS = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
 GPUS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ACCELERATORS]

@@ -118,9 +118,9 @@ def loss_and_gradients(model: LRT, schedule: str, number: torch.dtype) -> dict[s
 
 
 def require_same_step(got: dict[str, Tensor], expected: dict[str, Tensor], error: float) -> None:
-    """Loss, and all gradients as one vector, so that small ones may be coarse."""
+    """All gradients as one vector, so that small ones may be coarse, and the loss, in which schedules differ less."""
     assert got.keys() == expected.keys()
-    require_near(got["loss"], expected["loss"], error, "loss")
+    require_near(got["loss"], expected["loss"], error / 10, "loss")
     flat = [torch.cat([x[name].cpu().double().flatten() for name in x if name != "loss"]) for x in (got, expected)]
     require_near(flat[0], flat[1], error, "the gradient")
 
@@ -132,7 +132,7 @@ def test_schedules(schedule: str, kind: str, device: torch.device):
     number, error = FLOATS[kind]
     expected = loss_and_gradients(small(), schedule, torch.float64)
     model = small().float().to(device)
-    require_same_step(loss_and_gradients(model, schedule, number), expected, 3 * error)
+    require_same_step(loss_and_gradients(model, schedule, number), expected, error)
 
 
 @pytest.mark.parametrize("cfg", [CONFIG, DOCUMENTS], ids=["rows", "documents"])
@@ -147,16 +147,18 @@ def test_executions(how: dict, cfg: ModelConfig, device: torch.device):
     require_same_step(loss_and_gradients(model, "interleaved-2", torch.float32), expected, 1e-3)
 
 
+@floats
 @pytest.mark.parametrize("attention", ["auto", "flex"])
 @pytest.mark.parametrize("schedule", ["interleaved-2", "settled-1"])
-def test_compiled_blocks(schedule: str, attention: str, compiling: torch.device):
+def test_compiled_blocks(schedule: str, attention: str, kind: str, compiling: torch.device):
     """`train.compile` changes nothing, with either attention."""
     if attention == "flex" and compiling.type != "cuda":
         pytest.skip("FlexAttention has no gradient here")
     expected = loss_and_gradients(small(DOCUMENTS), schedule, torch.float64)
     model = small(DOCUMENTS).float().to(compiling)
     model.execution = Execution(attention=attention, compile=True)
-    require_same_step(loss_and_gradients(model, schedule, torch.float32), expected, 1e-3)
+    number, error = FLOATS[kind]
+    require_same_step(loss_and_gradients(model, schedule, number), expected, error)
 
 
 def test_optimizer(device: torch.device):
