@@ -10,8 +10,27 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from lrt.passes import Pass, Passes, check, effective_cost, no_grad_pass, rewriting, token_forwards
+from lrt.passes import (
+    NO_GRAD_COST,
+    Pass,
+    Passes,
+    check,
+    effective_cost,
+    exact_prefix,
+    intersect,
+    memory_only,
+    no_grad_pass,
+    rewriting,
+    subtract,
+    token_forwards,
+)
 from lrt.span import MOST_SIZES, NONE, SPAN_OPTIONS, Span, numbers, slashed
+
+__all__ = [
+    "KINDS", "NO_GRAD_COST", "Curriculum", "Pass", "Passes", "Schedule", "Span", "check", "effective_forwards",
+    "exact_prefix", "intersect", "memory_only", "raw_forwards", "subtract", "token_forwards",
+]  # fmt: skip
+"""What users import from here, passes included; within the package these come from their own modules."""
 
 KINDS = {
     "parallel": "one pass over everything: the plain transformer, or an LRT with zero memory",
