@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from lrt.cli.main import main
 from lrt.config.model import MEMORY_OFF, BackboneConfig, MemoryConfig, ModelConfig, RopeScaling
 from lrt.config.run import RunConfig
 from lrt.inference.generate import generate
@@ -352,6 +353,16 @@ def truth(model: LRT, rows: Tensor) -> Tensor:
 def close(a: Tensor, b: Tensor) -> None:
     """`near`, as an assertion that says where they differ."""
     torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def refusal(capsys, arguments: list[str]) -> str:
+    """The one line with which a command refuses; it prints nothing else, and ends with 2."""
+    capsys.readouterr()  # what was said before
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert captured.out == "" and line.startswith("lrt")
+    return line
 
 
 def free_port() -> int:

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import refusal
 from serving import make_run
 
 from lrt.cli.chat import ChatSession
-from lrt.cli.main import main
 from lrt.config.decoding import SamplingParams
 
 
@@ -109,14 +109,13 @@ def test_forgotten_turns_are_told(session: ChatSession, capsys):
 def test_piped_input_is_answered_line_by_line(random_run: Path):
     command = [sys.executable, "-m", "lrt", "chat", str(random_run), "--max-new-tokens", "4", "--template", "{}"]
     done = subprocess.run(command, input="one\n\n/seed 3\ntwo\n", text=True, capture_output=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.returncode == 0 and "Traceback" not in done.stderr and len(done.stdout.splitlines()) >= 2
     wrong = subprocess.run(command, input="/nonsense\n", text=True, capture_output=True)
     assert wrong.returncode == 2 and "there is no /nonsense" in wrong.stderr
 
 
 def test_a_template_needs_a_place_for_the_text(capsys):
-    assert main(["chat", "RUN", "--template", "nothing"]) == 2
-    assert "--template" in capsys.readouterr().err
+    assert "--template" in refusal(capsys, ["chat", "RUN", "--template", "nothing"])
 
 
 def test_what_was_changed_is_said(session: ChatSession, capsys):

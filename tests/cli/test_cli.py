@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import refusal
 
-from lrt.cli.main import COMMANDS, main
+from lrt.cli.main import main
 from lrt.evaluation.bits_per_byte import bits_per_byte
 from lrt.evaluation.held_out import held_out
 from lrt.inference.generate import score
@@ -35,31 +34,11 @@ def run(tmp_path_factory) -> Path:
 
 
 def fails(capsys, command: str, *parts: str) -> str:
-    """Run a command that must end with one line on standard error and exit code 2; return the line."""
-    assert main(shlex.split(command)) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert captured.out == ""
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("lrt")
+    """Run a command that must be refused with all these words; return the line."""
+    line = refusal(capsys, shlex.split(command))
     for part in parts:
-        assert part in lines[0]
-    return lines[0]
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "bench"])
-def test_help_of_every_command(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    assert end.value.code == 0
-    assert len(capsys.readouterr().out) > 200
-
-
-def test_overview_names_every_command(capsys):
-    assert main([]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in COMMANDS)
-    assert main(["--version"]) == 0
+        assert part in line
+    return line
 
 
 BAD = [
@@ -85,10 +64,8 @@ BAD = [
     ("train --init-from /no/such/run", "/no/such/run"),
     ("train --resume . --or-resume --train.batch", "--train.batch"),
     ("tokenize --validation 2", "validation is 2"),
-    ("eval /no/such/run --rows 0", "--rows is 0"),
     ("plan --cluster.devices 3", "batch 8", "3 devices"),
     ("schedule sideways-3", "sideways-3", "interleaved"),
-    ("schedule interleaved-2 --length 0", "--length is 0"),
     ("info --recipe nothing", "nothing"),
     ("eval /no/such/run", "/no/such/run"),
     ("sample /no/such/run", "/no/such/run"),
@@ -246,26 +223,6 @@ def test_train_refuses_to_overwrite_and_resumes_to_nothing_left(run, capsys):
     assert "--resume" in line
     assert main(["train", "--resume", str(run)]) == 0
     assert "decoded BPB" in capsys.readouterr().out
-
-
-def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path):
-    import shutil
-
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    weights = next(copy.rglob("model.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-100])
-    fails(capsys, f"sample {copy}", "model.safetensors", "checksum")
-    fails(capsys, f"train --resume {copy}", "checksum")
-
-
-def test_chat_keeps_its_state_between_turns(run):
-    talk = subprocess.run(
-        [sys.executable, "-m", "lrt", "chat", str(run), "--max-new-tokens", "5", "--template", "{}"],
-        input="the\nquick\n", text=True, capture_output=True, check=True,
-    )  # fmt: skip
-    assert len(talk.stdout.splitlines()) >= 2
-    assert "Traceback" not in talk.stderr
 
 
 def test_tokenize_prints_the_folder(run, capsys):

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from helpers import refusal
 
 from lrt.cli.bench import KINDS
 from lrt.cli.info import InfoFlags
@@ -39,13 +40,6 @@ def printed(capsys, arguments: list[str]) -> str:
     return capsys.readouterr().out
 
 
-def failure(capsys, arguments: list[str]) -> str:
-    """The one line with which a command fails."""
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 # Help.
 
 ALL = [*COMMANDS, *(f"bench {kind}" for kind in KINDS)]
@@ -69,15 +63,18 @@ def test_help_fits_a_narrow_screen_and_flows(command: str, capsys, monkeypatch):
     assert not [after for line, after in pairwise(described) if not line.endswith(")") and after[:1].islower()]
 
 
-def test_the_overview_fits_a_small_terminal(capsys):
-    lines = printed(capsys, ["--help"]).splitlines()
+def test_the_overview_names_every_command_and_fits_a_small_terminal(capsys):
+    text = printed(capsys, ["--help"])
+    lines = text.splitlines()
     assert len(lines) <= 23 and max(map(len, lines)) <= 80
+    assert text == printed(capsys, []) and all(name in text for name in COMMANDS)
+    assert printed(capsys, ["--version"])
 
 
 def test_an_optional_flag_takes_none_and_its_own_type_alone(capsys):
     assert parse(InfoFlags, ["--length", "None"], "info", default=InfoFlags(ModelConfig())).length is None
     assert parse(InfoFlags, ["--length", "7"], "info", default=InfoFlags(ModelConfig())).length == 7
-    assert "length" in failure(capsys, ["info", "--length", "seven"])
+    assert "length" in refusal(capsys, ["info", "--length", "seven"])
     parsed = parse(SampleFlags, ["run", "--stop-tokens", "1", "2"], "sample")
     assert parsed.decoding.sampling.stop_tokens == (1, 2)
 
@@ -122,16 +119,16 @@ def test_arguments_told_by_place_are_called_by_name_and_nothing_is_no_default(ca
 )
 def test_errors_say_the_same_on_a_terminal_that_has_colours(arguments: str, capsys, monkeypatch):
     """tyro paints its message boxes where standard output is a terminal."""
-    plain = failure(capsys, arguments.split())
+    plain = refusal(capsys, arguments.split())
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert failure(capsys, arguments.split()) == plain and plain.isprintable()
+    assert refusal(capsys, arguments.split()) == plain and plain.isprintable()
 
 
 def test_what_is_missing_is_named(capsys):
-    assert "RUN is missing: Run folder, or one of its checkpoints; see lrt sample --help" in failure(capsys, ["sample"])
-    assert "--out PATH is missing: Folder of the new run" in failure(capsys, ["convert", "x"])
-    assert "bash, zsh or fish" in failure(capsys, ["completion"])
+    assert "RUN is missing: Run folder, or one of its checkpoints; see lrt sample --help" in refusal(capsys, ["sample"])
+    assert "--out PATH is missing: Folder of the new run" in refusal(capsys, ["convert", "x"])
+    assert "bash, zsh or fish" in refusal(capsys, ["completion"])
 
 
 def test_a_run_says_how_far_it_has_come(random_run: Path, capsys):
@@ -145,12 +142,12 @@ def test_a_folder_that_is_no_run_leads_to_those_it_holds(random_run: Path, tmp_p
     monkeypatch.chdir(tmp_path)
     shutil.copytree(random_run, "runs/demo/lrt")
     for command in ("info", "eval", "sample", "chat", "serve", "analyze"):
-        assert "runs/demo holds the run runs/demo/lrt; choose one" in failure(capsys, [command, "runs/demo"])
-    assert "runs holds the run runs/demo/lrt; choose one" in failure(capsys, ["chat", "runs"])
-    assert "did you mean runs/demo/lrt?" in failure(capsys, ["chat", "demo/lrt"])
-    assert "did you mean runs/demo/lrt?" in failure(capsys, ["chat", "runs/demo/ltr"])
-    assert failure(capsys, ["chat", "nothing"]).startswith("lrt chat: nothing does not exist; give")
-    assert "did you mean" not in failure(capsys, ["chat", "nothing"])
+        assert "runs/demo holds the run runs/demo/lrt; choose one" in refusal(capsys, [command, "runs/demo"])
+    assert "runs holds the run runs/demo/lrt; choose one" in refusal(capsys, ["chat", "runs"])
+    assert "did you mean runs/demo/lrt?" in refusal(capsys, ["chat", "demo/lrt"])
+    assert "did you mean runs/demo/lrt?" in refusal(capsys, ["chat", "runs/demo/ltr"])
+    assert refusal(capsys, ["chat", "nothing"]).startswith("lrt chat: nothing does not exist; give")
+    assert "did you mean" not in refusal(capsys, ["chat", "nothing"])
 
 
 SLIPS = [
@@ -171,7 +168,7 @@ SLIPS = [
 def test_slips_of_the_first_minute_are_answered_by_what_was_meant(command, answer, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("a book", encoding="utf-8")
-    assert answer in failure(capsys, command.split())
+    assert answer in refusal(capsys, command.split())
 
 
 def test_report_of_a_folder_leads_to_its_records(tmp_path: Path, monkeypatch, capsys):
@@ -179,17 +176,16 @@ def test_report_of_a_folder_leads_to_its_records(tmp_path: Path, monkeypatch, ca
     for name in ("runs/mine/metrics.jsonl", "runs/sweep/results.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}\n", encoding="utf-8")
-    assert "runs is a folder, not a file of records; give runs/sweep/results.jsonl" in failure(
-        capsys, ["report", "runs"]
-    )
-    assert "of one run lrt eval gives scores" in failure(capsys, ["report", "runs/mine"])
+    said = refusal(capsys, ["report", "runs"])
+    assert "runs is a folder, not a file of records; give runs/sweep/results.jsonl" in said
+    assert "of one run lrt eval gives scores" in refusal(capsys, ["report", "runs/mine"])
 
 
 def test_a_run_in_a_folder_whose_name_has_spaces(random_run: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(random_run, "my runs/a b")
     assert printed(capsys, ["info", "my runs/a b"]).startswith("trained 1 steps")
-    assert "my runs holds the run my runs/a b; choose one" in failure(capsys, ["info", "my runs"])
+    assert "my runs holds the run my runs/a b; choose one" in refusal(capsys, ["info", "my runs"])
 
 
 # The shells' completion.
@@ -279,7 +275,7 @@ def test_arguments_are_read_early_as_tyro_reads_them():
     ],
 )
 def test_resuming_drops_no_flag(flags: list[str], culprit: str, capsys):
-    assert culprit in failure(capsys, ["train", *flags])
+    assert culprit in refusal(capsys, ["train", *flags])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +289,7 @@ def test_resuming_drops_no_flag(flags: list[str], culprit: str, capsys):
 )  # fmt: skip
 def test_zero_is_a_number_and_not_the_default(arguments: str, capsys):
     *_, flag, value = arguments.split()
-    line = failure(capsys, arguments.split())
+    line = refusal(capsys, arguments.split())
     assert flag in line and value in line, line
 
 
@@ -334,7 +330,7 @@ def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[by
 def test_errors_are_short_and_hold_no_control_characters(capsys):
     for hostile in ("\x1b[31mred\x1b[0m\x07", "x" * 5000, "a\nb\tc", "\u202egnp", "\udcff"):
         for arguments in (["info", f"--{hostile}"], [hostile], ["info", "--recipe", hostile], ["sample", hostile]):
-            line = failure(capsys, arguments)
+            line = refusal(capsys, arguments)
             assert len(line) <= 300 and line.isprintable(), line
     done = shell("\x1b[31mred\x1b[0m\udcff")
     (line,) = done.stderr.decode().splitlines()
@@ -373,20 +369,20 @@ def test_numbers_that_no_machine_holds_are_refused(capsys):
         ["convert", "X", "--out", "Y", "--memory", "shared", "--start", "small", "--seed", "9223372036854775808"],
         ["info", "--length", str(10**30)],
     ):  # fmt: skip
-        line = failure(capsys, arguments)
+        line = refusal(capsys, arguments)
         assert "seed" in line or "length" in line
         assert "64 bits" in line or "at most" in line
-    assert "temperature" in failure(capsys, ["sample", "RUN", "--temperature", "nan"])
+    assert "temperature" in refusal(capsys, ["sample", "RUN", "--temperature", "nan"])
 
 
 def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for arguments in (["sample", "~/none"], ["info", "~/none"], ["train", "--resume=~/none"]):
-        assert str(tmp_path / "none") in failure(capsys, arguments)
+        assert str(tmp_path / "none") in refusal(capsys, arguments)
     for arguments in (
         ["sample", "~nobody-of-this-name/run"], ["info", "~nobody-of-this-name"],
         ["train", "--data.source", "~nobody-of-this-name"], ["train", "--data.tokenizer", "~nobody-of-this-name/x"],
         ["tokenize", "--source", "~nobody-of-this-name"], ["train", "--init-from=~nobody-of-this-name"],
     ):  # fmt: skip
-        assert "~nobody-of-this-name" in failure(capsys, arguments)
+        assert "~nobody-of-this-name" in refusal(capsys, arguments)

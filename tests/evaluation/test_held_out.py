@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from helpers import config, lossy_tokenizer, randomised, tiny
+from helpers import config, lossy_tokenizer, randomised, refusal, tiny
 from pyarrow import parquet
 
 from lrt.cli.main import main
@@ -147,11 +147,10 @@ def test_text_that_has_changed_is_not_called_validation(folder: Path, tmp_path: 
     (folder / "runs").rename(folder / "away")
     monkeypatch.chdir("moved")
     try:
-        assert main(["eval", "run", "--device", "cpu"]) == 2
-        assert "the text of text.txt has changed since run was trained" in capsys.readouterr().err
+        error = refusal(capsys, ["eval", "run", "--device", "cpu"])
+        assert "the text of text.txt has changed since run was trained" in error
         Path("text.txt").unlink()
-        assert main(["eval", "run", "--device", "cpu"]) == 2
-        error = capsys.readouterr().err
+        error = refusal(capsys, ["eval", "run", "--device", "cpu"])
         assert "no token shards of run in run/data or where they were (--source TEXT" in error
         assert "and text.txt: no such" in error
     finally:
@@ -165,8 +164,7 @@ def test_token_shards_that_were_altered_are_not_scored(folder: Path, tmp_path: P
     content = bytearray(shard.read_bytes())
     content[10] ^= 1
     shard.write_bytes(content)
-    assert main(["eval", "run", "--device", "cpu"]) == 2
-    assert "val_00000.bin: its checksum is not the manifest's" in capsys.readouterr().err
+    assert "val_00000.bin: its checksum is not the manifest's" in refusal(capsys, ["eval", "run", "--device", "cpu"])
 
 
 def test_a_model_that_does_not_know_its_text_is_scored_on_none_unasked(
@@ -174,10 +172,8 @@ def test_a_model_that_does_not_know_its_text_is_scored_on_none_unasked(
 ):
     ByteTokenizer().save(tmp_path / "run" / "tokenizer")
     run = saved(tmp_path / "run", ByteTokenizer())
-    assert main(["eval", str(run), "--device", "cpu"]) == 2
-    assert "does not say what text it was trained on (a converted model?); name one with --source" in (
-        capsys.readouterr().err
-    )
+    said = refusal(capsys, ["eval", str(run), "--device", "cpu"])
+    assert "does not say what text it was trained on (a converted model?); name one with --source" in said
     for command in (["analyze", str(run), "--rows", "2"], ["eval", str(run), "--rows", "2"]):
         assert main([*command, "--source", str(folder / "text.txt"), "--device", "cpu", "--json"]) == 0
         assert str(folder / "text.txt") in capsys.readouterr().out
@@ -188,8 +184,7 @@ def test_scores_of_a_lossy_tokenizer_say_so_everywhere(tmp_path: Path, monkeypat
     Path("text.txt").write_text(LINES)
     words = lossy_tokenizer(tmp_path / "words", "Lowercase", [LINES])
     train = [*TRAIN, "--data.tokenizer", str(words), "--data.source", "text.txt", "--out", "run"]
-    assert main(train) == 2
-    assert "the tokenizer loses text" in capsys.readouterr().err and not Path("run").exists()
+    assert "the tokenizer loses text" in refusal(capsys, train) and not Path("run").exists()
     assert main([*train, "--data.normalised"]) == 0
     shown = capsys.readouterr()
     assert "decoded BPB of the normalised text" in shown.out + shown.err

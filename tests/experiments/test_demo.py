@@ -8,6 +8,7 @@ import json
 import shlex
 
 import pytest
+from helpers import refusal
 
 from lrt.cli.main import main
 from lrt.config.recipes import LRT_SCHEDULE
@@ -87,5 +88,4 @@ def test_pages_and_pictures(demo):
 
 
 def test_a_second_demo_does_not_overwrite_the_first(demo, capsys):
-    assert main(["demo", "--out", str(demo)]) == 2
-    assert "exists; remove it or choose another --out" in capsys.readouterr().err
+    assert "exists; remove it or choose another --out" in refusal(capsys, ["demo", "--out", str(demo)])

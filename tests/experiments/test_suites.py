@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import config, lossy_tokenizer, randomised
+from helpers import config, lossy_tokenizer, randomised, refusal
 
 from lrt.cli.main import main
 from lrt.config.run import DataConfig, RunConfig, TrainConfig
@@ -198,8 +198,7 @@ def test_arms_of_other_lengths_and_parts_stand_in_one_table():
 
 def test_a_line_that_is_no_record_of_a_suite_is_named(place, capsys):
     (place / "bad.jsonl").write_text(json.dumps({"arm": "a", "grid": {}, "seed": 1, "suite": "blimp"}) + "\n")
-    assert main(["report", "bad.jsonl", "--out", "report"]) == 2
-    assert "bad.jsonl:1 is not the record of a run" in capsys.readouterr().err
+    assert "bad.jsonl:1 is not the record of a run" in refusal(capsys, ["report", "bad.jsonl", "--out", "report"])
 
 
 def test_a_suite_of_texts_that_the_tokens_lose_is_refused_or_says_so(place, capsys):
