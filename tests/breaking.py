@@ -9,7 +9,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from serving import make_run
 
 from lrt.cli.main import main
 
@@ -29,6 +32,23 @@ RAW = [
     b"{", b'"', b"\r\n", b"\n\n", b",", b"1e999", b"NaN", b"-", b"\xef\xbb\xbf", b"'"
 ]  # fmt: skip
 """Bytes that are put into a file, or stand in place of some of it."""
+
+SMALL = (
+    "--model.depth 1 --model.width 16 --model.heads 2 --model.context 32 --train.length 16 --train.batch 2 "
+    "--train.eval-every 2 --train.eval-rows 2 --train.device cpu --train.threads 1 --train.save-every 2 "
+    "--data.source text.txt --data.tokenizer bytes"
+)
+"""Flags of a training that lasts a moment."""
+
+
+def leave_inputs(home: Path, sweep: str) -> None:
+    """All that commands read: a run, a text, a sweep, and the records of one."""
+    make_run(home / "run", context=64)
+    (home / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(4000)))
+    (home / "sweep.toml").write_text(sweep)
+    line = {"arm": "plain", "grid": {}, "seed": 0, "suite": "core", "parts": {}, "mode": "exact"}
+    whole = {"whole": False, "centred": 0.1, "centred_error": 0.1}
+    (home / "results.jsonl").write_text(json.dumps(line | {"whole": whole}) + "\n")
 
 
 def places(data: Any, path: tuple = ()) -> list[tuple]:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaking import ends_plainly
-from serving import make_run
+from breaking import SMALL, ends_plainly, leave_inputs
 
 from lrt.cli.main import main
 from lrt.training.checkpoint import load_model
 
 SIZES = (4, 24, 60, 120, 200, 320)
 """Kilobytes that are left."""
-SMALL = (
-    "--model.depth 1 --model.width 16 --model.heads 2 --model.context 32 --train.length 16 --train.batch 2 "
-    "--train.eval-every 2 --train.eval-rows 2 --train.device cpu --train.threads 1 --train.save-every 2 "
-    "--data.source text.txt --data.tokenizer bytes"
-)
+SWEEP = """
+[base]
+data = { source = "text.txt", tokenizer = "bytes", folder = "data" }
+model = { depth = 1, width = 16, heads = 2, context = 32 }
+train = { length = 16, batch = 2, horizon = "steps=2", eval_every = 0, eval_rows = 1 }
+"""
 COMMANDS = {
     "tokenize": "tokenize --source text.txt --tokenizer bpe --vocab-size 300 --folder full/new",
     "train": f"train {SMALL} --train.horizon steps=6 --data.folder data --out full/new --or-resume",
@@ -42,15 +41,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("disk")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        make_run(home / "run", context=64)
-        Path("text.txt").write_text("".join(f"line {i} of a text\n" for i in range(4000)))
-        data = 'data = { source = "text.txt", tokenizer = "bytes", folder = "data" }'
-        model = "model = { depth = 1, width = 16, heads = 2, context = 32 }"
-        train = 'train = { length = 16, batch = 2, horizon = "steps=2", eval_every = 0, eval_rows = 1 }'
-        Path("sweep.toml").write_text(f"[base]\n{data}\n{model}\n{train}\n")
-        line = {"arm": "plain", "grid": {}, "seed": 0, "suite": "core", "parts": {}, "mode": "exact"}
-        whole = {"whole": False, "centred": 0.1, "centred_error": 0.1}
-        Path("results.jsonl").write_text(json.dumps(line | {"whole": whole}) + "\n")
+        leave_inputs(home, SWEEP)
         assert main([*f"train {SMALL} --train.horizon steps=6 --data.folder data --out kept".split()]) == 0
         for file in ("kept/checkpoints/step_00000006", "kept/result.json"):
             shutil.rmtree(file) if Path(file).is_dir() else Path(file).unlink()

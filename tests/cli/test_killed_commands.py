@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -15,19 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from breaking import SEED
-from serving import make_run
+from breaking import SEED, SMALL, leave_inputs
 
 from lrt.utils.checksums import file_hash
 
 KILLS = int(os.environ.get("LRT_TEST_KILLS", "2"))
 """Of each signal, per command."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SMALL = (
-    "--model.depth 1 --model.width 16 --model.heads 2 --model.context 32 --train.length 16 --train.batch 2 "
-    "--train.eval-every 2 --train.eval-rows 2 --train.device cpu --train.horizon steps=6 --train.threads 1 "
-    "--train.save-every 2 --data.source text.txt --data.tokenizer bytes --data.folder data"
-)
+TRAIN = f"train {SMALL} --train.horizon steps=6 --data.folder data"
 SWEEP = """
 seeds = [0, 1]
 [base]
@@ -49,7 +43,7 @@ class Killed(NamedTuple):
 
 COMMANDS = {
     "tokenize": Killed("tokenize --source text.txt --tokenizer bpe --vocab-size 300 --folder data", ("data",)),
-    "train": Killed(f"train {SMALL} --out new --or-resume", ("new", "data"), r"metrics|result\.json|SHA256|meta"),
+    "train": Killed(f"{TRAIN} --out new --or-resume", ("new", "data"), r"metrics|result\.json|SHA256|meta"),
     "sweep": Killed("sweep sweep.toml --out new --jobs 1", ("new", "data"), r"metrics|result|record\.json|SHA256|meta"),
     "report": Killed("report results.jsonl --out new", ("new",)),
     "export": Killed("export run new", ("new",)),
@@ -61,12 +55,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("killed")
-    make_run(home / "run", context=64)
-    (home / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(4000)))
-    (home / "sweep.toml").write_text(SWEEP)
-    line = {"arm": "plain", "grid": {}, "seed": 0, "suite": "core", "parts": {}, "mode": "exact"}
-    whole = {"whole": False, "centred": 0.1, "centred_error": 0.1}
-    (home / "results.jsonl").write_text(json.dumps(line | {"whole": whole}) + "\n")
+    leave_inputs(home, SWEEP)
     return home
 
 

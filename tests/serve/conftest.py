@@ -1,5 +1,6 @@
-"""A tiny run and a server for it, one a file of tests."""
+"""A tiny run, a server for it, and a client of that; one a file of tests."""
 
+import openai
 import pytest
 from serving import Server, make_run
 
@@ -13,3 +14,9 @@ def run(tmp_path_factory):
 def server(run):
     with Server(run) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 
 import httpx
-import openai
 import pytest
 import schemathesis
 import torch
@@ -24,12 +23,6 @@ from lrt.config.decoding import SamplingParams
 from lrt.inference.generate import generate, score
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the clients' and the server's libraries
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def alone(server: Server, prompt: list[int], **law) -> tuple[list[int], str]:

@@ -6,9 +6,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import openai
 import pytest
-from serving import Server, make_run
+from serving import Server, make_run, post
 
 from lrt.serve.grammar import CallReader, GrammarConstraint
 from lrt.serve.schemas import NEUTRAL, CompletionRequest, Unused
@@ -26,16 +25,6 @@ LAW = {"max_tokens": 60, "seed": 1}
 def server(tmp_path_factory):
     with Server(make_run(tmp_path_factory.mktemp("forms") / "tiny", context=768)) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-def post(server: Server, path: str, body) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=60)
 
 
 def text(server: Server, **body) -> str:
