@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from lrt.config.benchmarks import Cluster
-from lrt.config.model import ModelConfig, require
+from lrt.config.model import ModelConfig
 from lrt.config.run import Parallelism, RunConfig
 from lrt.model.flops import BACKWARD, cache_bytes_per_token, memory_bytes, parameters_by_group, passes_flops
 from lrt.passes import Pass, Passes
 from lrt.schedule import Curriculum
 from lrt.training.budget import horizon
 from lrt.training.optimizer import Muon
+from lrt.utils.require import require
 
 SCHEDULES = ("parallel", "interleaved-2", "interleaved-4", "refinement-1", "settled-1..3")
 WIDTHS = 13.15

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from lrt.config.model import ModelConfig, require
+from lrt.config.model import ModelConfig
+from lrt.utils.require import require
 
 PEER = "transformers"
 

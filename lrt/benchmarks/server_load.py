@@ -24,7 +24,7 @@ from statistics import median
 from typing import IO, Any, NamedTuple
 
 from lrt.config.benchmarks import LoadBenchmark
-from lrt.config.model import require
+from lrt.utils.require import require
 
 PROMPTS = (
     "def area(self, width, height):\n", "class Reader:\n    def __init__(self", "import os\nimport sys\n\n",

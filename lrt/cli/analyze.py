@@ -10,8 +10,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
-from lrt.config.model import require_at_least
 from lrt.config.run import Device
+from lrt.utils.require import require_at_least
 from lrt.utils.terminal import show
 
 

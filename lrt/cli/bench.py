@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.benchmarks import DecodingBenchmark, LoadBenchmark, StepBenchmark
-from lrt.config.model import require
+from lrt.utils.require import require
 from lrt.utils.terminal import show
 
 KINDS = {

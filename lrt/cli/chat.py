@@ -20,8 +20,8 @@ from tyro.conf import Positional
 from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
 from lrt.config.decoding import NEXT, TURN, SamplingParams
-from lrt.config.model import require
 from lrt.utils.files import expand_home, one_line, write_text
+from lrt.utils.require import require
 from lrt.utils.terminal import WordByWord
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 from lrt.config.decoding import DEFAULT_MODE, Weights
-from lrt.config.model import MOST, require, require_at_least, require_at_most
+from lrt.config.model import MOST
 from lrt.config.run import Device
 from lrt.evaluation.score_names import LEGEND, share_text, signed, unit
 from lrt.schedule import Curriculum
 from lrt.utils.files import to_json
+from lrt.utils.require import require, require_at_least, require_at_most
 from lrt.utils.terminal import show
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lrt.cli.parse import names_of, parse
-from lrt.config.model import require
+from lrt.utils.require import require
 from lrt.utils.terminal import show
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from lrt.cli.parse import early_positional, early_value, names_of, parse
-from lrt.config.model import ModelConfig, require, require_at_least
+from lrt.config.model import ModelConfig
 from lrt.config.recipes import RECIPES, RecipeName, recipe
 from lrt.evaluation.score_names import unit
 from lrt.utils.files import expand_home
+from lrt.utils.require import require, require_at_least
 from lrt.utils.terminal import show
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import tyro
 
 from lrt.cli.parse import early_value, names_of, parse
 from lrt.config.benchmarks import Cluster
-from lrt.config.model import require
 from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig, with_vocabulary
+from lrt.utils.require import require
 from lrt.utils.terminal import show
 
 Units: TypeAlias = tuple[tuple[float, str], ...]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from lrt.cli.parse import names_of, parse
-from lrt.config.model import require
 from lrt.utils.files import one_line
+from lrt.utils.require import require
 from lrt.utils.terminal import show
 
 if TYPE_CHECKING:

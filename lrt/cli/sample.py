@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from lrt.cli.decoding import DecodingFlags
 from lrt.cli.parse import parse
-from lrt.config.model import require_at_least, require_at_most
+from lrt.utils.require import require_at_least, require_at_most
 from lrt.utils.terminal import WordByWord
 
 MOST_SAMPLES = 100_000

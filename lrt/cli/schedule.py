@@ -9,8 +9,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
-from lrt.config.model import require
 from lrt.schedule import Curriculum
+from lrt.utils.require import require
 from lrt.utils.terminal import show
 
 

@@ -15,9 +15,9 @@ import tyro
 
 from lrt.cli.parse import parse
 from lrt.config.decoding import Weights
-from lrt.config.model import require, require_at_least
 from lrt.config.run import Device
 from lrt.serve.settings import Settings
+from lrt.utils.require import require, require_at_least
 
 SWITCH_INTERVAL = 5e-4
 """Seconds a thread may hold the interpreter while the other waits: the step must not wait 5 ms for the web side."""

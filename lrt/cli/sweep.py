@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
-from lrt.config.model import require, require_at_least
+from lrt.utils.require import require, require_at_least
 from lrt.utils.terminal import show
 
 

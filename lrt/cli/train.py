@@ -13,11 +13,11 @@ import tyro
 
 from lrt.cli.parse import early_value, names_of, parse, tell_unread
 from lrt.cli.plan import planned
-from lrt.config.model import require
 from lrt.config.recipes import RecipeName, recipe
 from lrt.config.run import RunConfig
 from lrt.schedule import Curriculum
 from lrt.utils.files import expand_home
+from lrt.utils.require import require
 from lrt.utils.terminal import command_name, show
 
 ON_RESUME = ("--resume", "--train.device", "--data.folder")

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrt.config.decoding import PrefillOptions
-from lrt.config.model import MOST, Backend, require, require_at_least, require_at_most
+from lrt.config.model import MOST, Backend
 from lrt.config.recipes import RecipeName
 from lrt.config.run import Device, Dtype
 from lrt.schedule import Schedule
+from lrt.utils.require import require, require_at_least, require_at_most
 
 TIMED_SCHEDULES = (
     "interleaved-2", "interleaved-4", "interleaved-8", "refinement-1", "refinement-3",

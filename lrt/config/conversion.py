@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lrt.config.model import require, require_seed
+from lrt.utils.require import require, require_seed
 
 AddedMemory = Literal["keep", "none", "residual", "shared", "layerwise", "recirculation"]
 Start = Literal["zero", "small", "copy"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrt.config.model import require, require_seed
+from lrt.utils.require import require, require_seed
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from lrt.config.model import (
-    MOST,
-    Backend,
-    Execution,
-    ModelConfig,
-    require,
-    require_choice,
-    require_seed,
-)
+from lrt.config.model import MOST, Backend, Execution, ModelConfig
 from lrt.config.typed_fields import check_fields, field_value, hints_of
 from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
 from lrt.utils.files import SURROGATE, one_line, require_name
+from lrt.utils.require import require, require_choice, require_seed
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]

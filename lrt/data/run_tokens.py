@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from lrt.config.model import require
 from lrt.config.run import TASK, DataConfig
 from lrt.data.prepare import Prepared, ReportProgress, data_fingerprint, prepare, reopen, shards_of
 from lrt.data.synthetic import TaskRows
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.require import require
 
 RECORDED = ("data", "shards")
 """What `recorded` names."""

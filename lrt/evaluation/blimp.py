@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lrt.config.model import require
 from lrt.data.rows import rows_of
 from lrt.evaluation.likelihood import Candidate
 from lrt.evaluation.suite import Scorer, Scores, Suite, fingerprint, mean_of, share
 from lrt.utils.files import read_jsonl, require_fields
+from lrt.utils.require import require
 
 FIELDS: dict[str, type] = dict.fromkeys(("UID", "field", "linguistics_term", "sentence_good", "sentence_bad"), str)
 MOST_PAIRS = 1_000_000

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lrt.config.model import require
 from lrt.evaluation.likelihood import Candidate, Likelihood
 from lrt.evaluation.suite import Scorer, Scores, Suite, fingerprint, mean_of, share
 from lrt.utils.files import read_csv, read_jsonl, read_yaml, require_fields, require_kind
+from lrt.utils.require import require
 from lrt.utils.sequences import common_beginning
 
 KINDS: dict[str, dict[str, type]] = {

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE
-from lrt.config.model import require
 from lrt.inference.sampling import token_logprobs
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import states
+from lrt.utils.require import require
 
 POSITIONS = 8192
 """Positions of a batch, padding counted."""

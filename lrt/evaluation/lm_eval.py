@@ -12,13 +12,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lrt.config.decoding import DEFAULT_MODE, SamplingParams
-from lrt.config.model import require
 from lrt.data.normalised import Spelling
 from lrt.evaluation.likelihood import Candidate, likelihoods, of_like_length
 from lrt.inference.generate import generate
 from lrt.inference.loaded import Loaded
 from lrt.model.recurrence import mode_name
 from lrt.utils.files import one_line
+from lrt.utils.require import require
 
 Pair = tuple[Any, list[int], list[int]]
 """Something to tell it by, and the tokens of context and continuation."""

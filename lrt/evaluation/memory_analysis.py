@@ -12,7 +12,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from lrt.config.model import require
 from lrt.evaluation.bits_per_byte import Rows, sweep_residuals
 from lrt.evaluation.contraction import contraction
 from lrt.evaluation.score_names import signed
@@ -24,6 +23,7 @@ from lrt.model.parameters import role
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE
 from lrt.schedule import Schedule
+from lrt.utils.require import require
 from lrt.utils.tables import Table
 
 REACH = 16

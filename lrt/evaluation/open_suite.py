@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lrt.config.decoding import DEFAULT_MODE
-from lrt.config.model import require
 from lrt.data.synthetic import TASKS, TaskRows, task_kind
 from lrt.evaluation.blimp import blimp_suite
 from lrt.evaluation.core import core_suite
 from lrt.evaluation.suite import Suite
 from lrt.evaluation.task_accuracy import LENGTHS, task_suite
 from lrt.inference.loaded import Loaded
+from lrt.utils.require import require
 
 FROM_FILES: dict[str, Callable[[Path], Suite]] = {"core": core_suite, "blimp": blimp_suite}
 """Suites whose items somebody published, by name; they are read from a folder on this disk."""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt.config.model import require
 from lrt.data.synthetic import TaskRows
 from lrt.evaluation.likelihood import require_finite
 from lrt.evaluation.suite import Scorer, Scores, Suite, share
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import states
 from lrt.model.shapes import IGNORE
+from lrt.utils.require import require
 
 LENGTHS = (1, 2, 4, 8)
 """Multiples of the trained length."""

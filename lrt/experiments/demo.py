@@ -14,7 +14,6 @@ from typing import Any
 
 from lrt.config.decoding import SamplingParams
 from lrt.config.experiments import DemoConfig
-from lrt.config.model import require
 from lrt.config.recipes import cpu_demo, cpu_demo_paper, cpu_demo_plain, cpu_demo_shift
 from lrt.config.run import RunConfig
 from lrt.evaluation.score_names import LEGEND, signed
@@ -32,6 +31,7 @@ from lrt.training.trainer import prepare_data, train
 from lrt.utils.files import write_sealed, write_text
 from lrt.utils.hardware import resolve_device
 from lrt.utils.new_folder import require_makable
+from lrt.utils.require import require
 from lrt.utils.tables import Table
 from lrt.utils.terminal import command_name
 

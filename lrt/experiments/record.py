@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lrt import __version__
 from lrt.config.decoding import SamplingParams
-from lrt.config.model import require
 from lrt.config.run import TASK, RunConfig, to_dict
 from lrt.data.synthetic import TaskRows
 from lrt.evaluation.bits_per_byte import bits_per_byte
@@ -30,6 +29,7 @@ from lrt.model.lrt import LRT
 from lrt.model.shapes import IGNORE
 from lrt.training.checkpoint import load_model
 from lrt.utils.hardware import accelerator, resolve_device
+from lrt.utils.require import require
 
 LONGER = (2, 4)
 """Multiples of the trained length at which decoded BPB is measured too."""

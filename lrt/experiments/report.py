@@ -8,7 +8,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lrt.config.model import require
 from lrt.evaluation.score_names import signed
 from lrt.experiments import plots
 from lrt.experiments.groups import Measure, RunGroup, mean_and_deviation
@@ -17,6 +16,7 @@ from lrt.experiments.plots import MOST_ARMS, arm_colours, decoded
 from lrt.experiments.suite_tables import length_table, suite_tables
 from lrt.experiments.verdict import baseline_of, next_commands, report_verdict
 from lrt.utils.files import printable, read_text, write_text
+from lrt.utils.require import require
 from lrt.utils.tables import Table
 
 HEADER = (

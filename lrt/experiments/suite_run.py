@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lrt.config.model import require
 from lrt.config.run import RunConfig
 from lrt.evaluation.open_suite import FROM_FILES
 from lrt.evaluation.suite import Scorer, Scores, Suite
@@ -19,6 +18,7 @@ from lrt.experiments.record import origin
 from lrt.inference.loaded import Loaded
 from lrt.model.recurrence import mode_name
 from lrt.utils.files import is_there, read_jsonl, require_fields, sealed, write_jsonl
+from lrt.utils.require import require
 
 Tell = Callable[[str], None]
 PART: dict[str, type] = {"part": str, "scores": dict, "cpu_seconds": float, "lost": str}

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt.config.model import require
 from lrt.config.recipes import recipe
 from lrt.config.run import RunConfig, from_dict, merged, to_dict
 from lrt.experiments.record import record
@@ -35,6 +34,7 @@ from lrt.utils.dotted import leaves, nested
 from lrt.utils.file_lock import LOCK
 from lrt.utils.files import is_there, read_json, read_toml, require_fields, sealed, write_jsonl, write_sealed
 from lrt.utils.new_folder import require_makable
+from lrt.utils.require import require
 
 RECORD = "record.json"
 KEYS: dict[str, type] = {"recipe": str, "seeds": list, "base": dict, "grid": dict, "arms": dict, "cluster": dict}

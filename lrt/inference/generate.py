@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions, SamplingParams
-from lrt.config.model import require
 from lrt.inference.batch import Emission, Request, RunningBatch
 from lrt.inference.prefill import Prefill, next_logits, prefill
 from lrt.inference.streaming import DecodeBytes, TextStream
@@ -19,6 +18,7 @@ from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import Effort, OneToken, check_tokens, mode_name, states, total
 from lrt.model.shapes import StreamBND, TokensBN
+from lrt.utils.require import require
 
 SHARED_FROM = 16
 """Tokens from which a shared beginning has a prefill of its own."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config.decoding import Weights
-from lrt.config.model import require_choice
 from lrt.model.lrt import LRT
 from lrt.utils.compiling import int8_matmul
+from lrt.utils.require import require_choice
 
 LEAST = 2**17
 """Numbers of the smallest matrix that is worth it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.conversion import AddedMemory, Conversion, Start
-from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig, require
+from lrt.config.model import MEMORY_OFF, MemoryConfig, ModelConfig
 from lrt.config.run import DataConfig, RunConfig, TrainConfig, from_dict, to_dict
 from lrt.data.run_tokens import of_another
 from lrt.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,6 +24,7 @@ from lrt.training import checkpoint
 from lrt.utils.checksums import require_sums
 from lrt.utils.files import is_there, one_line, read_json, require_kind, write_json
 from lrt.utils.new_folder import new_folder
+from lrt.utils.require import require
 from lrt.utils.tensor_files import read_tensors, write_tensors
 
 UNCHANGED = Conversion()

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from lrt.config.model import require
 from lrt.inference.prefill import next_logits
 from lrt.model.kv_cache import KVCache, PerRow
 from lrt.model.lrt import LRT
+from lrt.utils.require import require
 
 StepState = list[Tensor]
 """Keys of every layer, then their values, [B, K, R, E] each; then memory [B, D], length, last token and document start

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lrt.config.model import MEMORY_OFF, BackboneConfig, Biases, ModelConfig, RopeScaling, require
+from lrt.config.model import MEMORY_OFF, BackboneConfig, Biases, ModelConfig, RopeScaling
 from lrt.config.run import to_dict
 from lrt.utils.files import require_fields, require_kind
+from lrt.utils.require import require
 
 Facts = Mapping[str, Any]
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt.config.model import RopeScaling, require
+from lrt.config.model import RopeScaling
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference.loaded import Loaded
 from lrt.integrations.convert import family_checkpoint
 from lrt.model.attention import slowed
+from lrt.utils.require import require
 
 FILE = "model.gguf"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

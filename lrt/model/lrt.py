@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
-from lrt.config.model import require
 from lrt.model.recurrence import check_tokens, states
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import StreamBND, TokensBN
@@ -15,6 +14,7 @@ from lrt.model.state import PassInput
 from lrt.model.transformer import Transformer
 from lrt.schedule import Schedule
 from lrt.utils.compiling import outside_graphs
+from lrt.utils.require import require
 
 
 class LRT(Transformer):

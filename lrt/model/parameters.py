@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lrt.config.model import ModelConfig, require_seed
+from lrt.config.model import ModelConfig
 from lrt.utils.dtensor import fill, is_sharded
+from lrt.utils.require import require_seed
 
 Role = Literal[
     "embedding", "value embedding", "head", "matrix", "bias", "norm", "scalar", "gate", "memory matrix", "gamma"

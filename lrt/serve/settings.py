@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
-from lrt.config.model import require
+from lrt.utils.require import require
 
 DAY = 86_400.0
 """Seconds."""

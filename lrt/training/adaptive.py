@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lrt.config.model import require
 from lrt.schedule import Curriculum, Schedule
 from lrt.span import Span
+from lrt.utils.require import require
 
 
 @dataclass(frozen=True)

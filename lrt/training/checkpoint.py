@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt.config.model import require
 from lrt.config.run import RunConfig, from_dict, to_dict
 from lrt.data.run_tokens import without_places
 from lrt.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,6 +45,7 @@ from lrt.utils.files import (
     write_json,
     write_text,
 )
+from lrt.utils.require import require
 from lrt.utils.tensor_files import read_tensors, write_tensors
 
 FORMAT, BEFORE = 2, 1

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from lrt.config.model import require
 from lrt.evaluation.score_names import LEGEND, signed, unit
 from lrt.utils.files import parse_json, printable, to_json, write_whole
+from lrt.utils.require import require
 from lrt.utils.terminal import fitted
 
 Event = dict[str, Any]

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lrt.config.model import require
 from lrt.model.loss import ScheduledLoss
 from lrt.model.parameters import initialise
 from lrt.utils.distributed import World
 from lrt.utils.dtensor import is_sharded
+from lrt.utils.require import require
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule

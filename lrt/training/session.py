@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import SamplingParams
-from lrt.config.model import require
 from lrt.config.run import RunConfig, to_dict
 from lrt.data.loader import Batch, BatchShape, prefetch
 from lrt.data.mixture import Mixture
@@ -42,6 +41,7 @@ from lrt.utils.distributed import World
 from lrt.utils.dtensor import whole
 from lrt.utils.files import write_json, write_sealed
 from lrt.utils.hardware import keep_freed_memory, peak_flops, peak_memory
+from lrt.utils.require import require
 
 SAMPLE_TOKENS = 120
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from lrt.config.model import require
 from lrt.config.run import DataConfig, RunConfig, from_dict, require_sense
 from lrt.data.prepare import Prepared, ReportProgress, prepare
 from lrt.data.run_tokens import RunTokens
@@ -23,6 +22,7 @@ from lrt.utils.distributed import World, join
 from lrt.utils.files import read_json
 from lrt.utils.hardware import resolve_device, resolve_dtype
 from lrt.utils.new_folder import require_makable
+from lrt.utils.require import require
 from lrt.utils.threads import ThreadChoice, choose_threads, threads
 
 

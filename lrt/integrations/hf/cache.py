@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from lrt.config.model import require
 from lrt.integrations.hf.config import MEMORY_LAYER
 from lrt.integrations.hf.documents import DocumentRows, order, pick
 from lrt.model.kv_cache import KVCache
 from lrt.model.lrt import LRT
 from lrt.model.shapes import HeadsBKNE, PositionsN
 from lrt.utils.compiling import mark_in_place
+from lrt.utils.require import require
 
 BUILD = (
     "build it from the model's own config, DynamicCache(config=model.config) or StaticCache(config=model.config, "

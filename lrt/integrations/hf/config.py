@@ -9,9 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
-from lrt.config.model import ModelConfig, require
+from lrt.config.model import ModelConfig
 from lrt.config.run import from_dict, to_dict
 from lrt.schedule import Curriculum
+from lrt.utils.require import require
 
 MEMORY_LAYER = "lrt_full_attention"
 """Type of the cache layer that holds the memory beside keys and values: the last one."""

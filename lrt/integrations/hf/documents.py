@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.config.model import require
 from lrt.model.kv_cache import FUTURE
 from lrt.model.shapes import IGNORE, PositionsN, TokensBN, next_tokens
 from lrt.utils.hardware import widest
+from lrt.utils.require import require
 
 
 class DocumentRows(NamedTuple):

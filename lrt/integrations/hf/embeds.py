@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrt.config.model import require
 from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
+from lrt.utils.require import require
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from lrt.config.decoding import PrefillOptions
-from lrt.config.model import require
 from lrt.integrations.hf.cache import Gained, Layer, RowState, memory_layer, require_goes_on, state_of, store
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.documents import DocumentRows, pick, places, require_mask, require_positions, rows_of, unpacked
@@ -23,6 +22,7 @@ from lrt.model.shapes import StreamBND, TokensBN
 from lrt.model.state import PassInput
 from lrt.passes import Pass, Passes, memory_in_loss
 from lrt.schedule import Curriculum
+from lrt.utils.require import require
 
 FOLLOWING = "position_ids must go on from the cache's; begin another document without a cache"
 PACKED = "rows that hold several documents have no {}; give them as rows of their own"

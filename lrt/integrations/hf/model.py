@@ -18,7 +18,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.logging import get_logger
 
-from lrt.config.model import require
 from lrt.integrations.hf.cache import require_goes_on
 from lrt.integrations.hf.config import LRTConfig
 from lrt.integrations.hf.documents import require_open_end
@@ -31,6 +30,7 @@ from lrt.model.lrt import LRT
 from lrt.model.recurrence import check_tokens
 from lrt.model.shapes import StreamBND, TokensBN
 from lrt.utils.compiling import being_exported, outside_graphs
+from lrt.utils.require import require
 
 OUTSIDE = ("labels", "shift_labels", "output_hidden_states", "output_attentions", "inputs_embeds")
 """Arguments of a forward that no graph takes in."""

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.logging import get_logger
 
-from lrt.config.model import require
 from lrt.integrations.hf.documents import DocumentRows
 from lrt.integrations.hf.fold import ScoredPass
 from lrt.model.loss import summed_nats
@@ -25,6 +24,7 @@ from lrt.model.shapes import IGNORE, TokensBN
 from lrt.passes import Passes, columns
 from lrt.schedule import Schedule
 from lrt.utils.hardware import widest
+from lrt.utils.require import require
 
 CONTIGUOUS = ("chunked", "sequential")
 """Schedules whose passes follow one another: the longer the row, the more there are."""
