@@ -37,6 +37,8 @@ CACHE_GIB = 6.0
 """Cells of the latency grid with a larger cache are left out, aloud."""
 GREEDY = 64
 """Greedy tokens that are compared after each prompt."""
+WARM = 3
+"""Steps before those that count: they compile, and fill caches."""
 TIMED, GROUP = 4, 8
 """Prompts whose prefill is timed, and prompts that are compared at once."""
 DECODE_LINE = "batch {batch:3d}  context {context:5d}  {ms:8.2f} ms  plain {plain_ms:8.2f} ms  {overhead:+.1%}"
@@ -66,8 +68,7 @@ def run(settings: DecodingBenchmark, tell: Callable[[str], None] = lambda line: 
         "recipe": str(settings.checkpoint or settings.recipe), "depth": config.depth, "width": config.d,
         "projection": config.memory.projection,
     }  # fmt: skip
-    grid = settings.batches, settings.contexts
-    for cell in latencies(config, device, *grid, steps=settings.steps, compile=settings.compile):
+    for cell in latencies(config, device, settings):
         result["decode" if "ms" in cell else "left_out"].append(cell)
         tell((DECODE_LINE if "ms" in cell else LEFT_OUT_LINE).format(**cell))
     if result["decode"]:
@@ -129,31 +130,22 @@ def against_transformers(
 
 
 @torch.no_grad()
-def latencies(
-    config: ModelConfig,
-    device: torch.device,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    *,
-    steps: int,
-    compile: bool,
-    cache_gib: float = CACHE_GIB,
-) -> Iterator[dict[str, Any]]:
+def latencies(config: ModelConfig, device: torch.device, settings: DecodingBenchmark) -> Iterator[dict[str, Any]]:
     """Milliseconds per step with memory and without, and the median overhead of pairs taken in turns; cell by cell.
 
-    Of a cell whose cache is larger than `cache_gib` only its size is said.
+    Of a cell whose cache is larger than `CACHE_GIB` only its size is said.
     """
     models = [LRT(c, device) for c in (config, replace(config, memory=MEMORY_OFF))]
-    runs = [compiled() if compile else next_logits for _ in models]
-    for batch, context in itertools.product(batches, contexts):
+    runs = [compiled() if settings.compile else next_logits for _ in models]
+    for batch, context in itertools.product(settings.batches, settings.contexts):
         size = 4 * batch * context * cache_bytes_per_token(config, 1) / 2**30
-        if size > cache_gib:
+        if size > CACHE_GIB:
             yield {"batch": batch, "context": context, "cache_gib": size}
             continue
         cache = _filled(models[0], batch, context)
         tokens = torch.ones(batch, dtype=torch.int64, device=device)
         works = [partial(advance, model, tokens, cache, None, run) for model, run in zip(models, runs, strict=True)]
-        times = [[_timed(device, work)[1] for work in works] for _ in range(steps + 3)][3:]  # 3 to compile and warm up
+        times = [[_timed(device, work)[1] for work in works] for _ in range(WARM + settings.steps)][WARM:]
         yield {
             "batch": batch,
             "context": context,

@@ -14,6 +14,7 @@ from lrt.benchmarks import convergence
 from lrt.benchmarks import latency as bench
 from lrt.cli.bench import main as run_bench
 from lrt.cli.main import main
+from lrt.config.benchmarks import DecodingBenchmark
 from lrt.config.model import MEMORY_OFF
 from lrt.evaluation.contraction import exact_states
 
@@ -31,12 +32,11 @@ def test_the_bench_prints_each_figure_and_ends_in_json(capsys):
 def test_the_bench_measures_every_part(tmp_path):
     model = randomised(config(vocab_size=64), seed=2, scale=0.2).float()
     prompts = tokens(model.config, 2, 20)
-    cells = list(
-        bench.latencies(model.config, torch.device("cpu"), [1, 2], [8, 10**9], steps=1, compile=False, cache_gib=0.01)
-    )
+    settings = DecodingBenchmark(batches=(1, 10**7), contexts=(8, 16), steps=1, compile=False)
+    cells = list(bench.latencies(model.config, torch.device("cpu"), settings))
     prefills = bench.prefill_times(model, prompts, ["jacobi", "interleaved-4"])
     assert [(c["batch"], c["context"], "ms" in c) for c in cells] == [
-        (1, 8, True), (1, 10**9, False), (2, 8, True), (2, 10**9, False)
+        (1, 8, True), (1, 16, True), (10**7, 8, False), (10**7, 16, False)
     ]  # fmt: skip
     assert bench.score_times(model, prompts)["max_nats_diff"] < 1e-2
     assert all(c["max_logit_diff"] < 1e-2 and c["greedy_agree"] > 0.9 for c in prefills)

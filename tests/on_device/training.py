@@ -18,7 +18,7 @@ import lrt.training.session
 from lrt.benchmarks.latency import latencies
 from lrt.benchmarks.profile import parts
 from lrt.benchmarks.training_step import SteppedModel, measure
-from lrt.config.benchmarks import StepBenchmark
+from lrt.config.benchmarks import DecodingBenchmark, StepBenchmark
 from lrt.config.recipes import cpu_demo
 from lrt.experiments.runner import at_once
 from lrt.training import checkpoint
@@ -146,5 +146,6 @@ def test_benchmarks(device: torch.device):
     if device.type != "mps":
         stepped = SteppedModel(tiny_step, "interleaved-2")
         assert parts(stepped.step, stepped.model)["attention"] > 0
-    (cell,) = latencies(replace(CONFIG, context=64), device, [2], [16], steps=2, compile=False)
+    settings = DecodingBenchmark(batches=(2,), contexts=(16,), steps=2, compile=False)
+    (cell,) = latencies(replace(CONFIG, context=64), device, settings)
     assert cell["ms"] > 0
