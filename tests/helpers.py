@@ -344,6 +344,18 @@ def lossy_tokenizer(folder: Path, kind: str, texts: list[str]) -> Path:
     return folder
 
 
+def byte_bpe(texts: list[str], *specials: str, size: int = 300, prefix: bool = False) -> tokenizers.Tokenizer:
+    """A byte-level BPE of another library; with `prefix` it puts a space in front."""
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[*specials], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(texts, trainer)
+    return core
+
+
 def truth(model: LRT, rows: Tensor) -> Tensor:
     """The reference loop's logits, [B, T, V]."""
     weights = dict(model.state_dict())

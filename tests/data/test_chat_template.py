@@ -9,10 +9,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import tokenizers
+from helpers import byte_bpe
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lrt.data import chat_template as module
 from lrt.data.chat_template import ChatTemplate, TemplateRenderer, _line, chat_template_of
@@ -68,17 +67,9 @@ TEMPLATES = {
 }
 
 
-def build() -> tuple[BPETokenizer, tokenizers.Tokenizer]:
-    core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=NAMES, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(["the quick brown fox jumps over the lazy dog im_start user assistant </s> "] * 9, trainer)
-    return BPETokenizer(core, "<s>"), core
-
-
-TOKENIZER, CORE = build()
+WORDS = "the quick brown fox jumps over the lazy dog im_start user assistant </s> "
+CORE = byte_bpe([WORDS] * 9, *NAMES, size=340)
+TOKENIZER = BPETokenizer(CORE, "<s>")
 
 
 def made(template: str | dict[str, str], renderer: TemplateRenderer | None = None) -> ChatTemplate:
@@ -125,7 +116,7 @@ def test_every_special_token_of_a_tokenizer_has_its_name(tmp_path):
     assert config.others == {"cls_token": "<s>", "mask_token": "</s>"}
     config.write(tmp_path / "again", None)
     assert read_tokenizer_config(tmp_path / "again", {"<s>": 0, "</s>": 1}, NAMES).others == config.others
-    named, _ = build()
+    named = BPETokenizer(CORE, "<s>")
     named.config = replace(config, chat_templates={"default": "{{ cls_token }}{{ mask_token }}{{ sep_token }}"})
     assert chat_template_of(named).encode(TALK) == [TOKENIZER.specials["<s>"], TOKENIZER.specials["</s>"]]
 

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from helpers import byte_bpe
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, load_tokenizer, train_bpe
 
@@ -32,18 +33,6 @@ HARD = [
 BPE = train_bpe(CORPUS, 300)
 OURS = [ByteTokenizer(), BPE]
 each_of_ours = pytest.mark.parametrize("tokenizer", OURS, ids=["bytes", "bpe"])
-
-
-def byte_level(*specials: str, texts: list[str] = CORPUS) -> tokenizers.Tokenizer:
-    core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
-    return core
 
 
 def sentencepiece_like(*, prepend: str = "always") -> tokenizers.Tokenizer:
@@ -159,7 +148,7 @@ def test_a_vocabulary_below_the_bytes_is_refused():
     ],
 )
 def test_foreign_tokenizers_open_documents_with_what_they_have(tmp_path, specials, config, expected):
-    core = byte_level(*specials)
+    core = byte_bpe(CORPUS, *specials)
     core.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
@@ -172,7 +161,7 @@ def test_foreign_tokenizers_open_documents_with_what_they_have(tmp_path, special
 
 
 def test_foreign_settings_that_add_or_drop_tokens_are_off():
-    core = byte_level("<s>")
+    core = byte_bpe(CORPUS, "<s>")
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     core.enable_truncation(4)
     core.enable_padding(length=50)
@@ -180,7 +169,7 @@ def test_foreign_settings_that_add_or_drop_tokens_are_off():
 
 
 def test_added_words_count_their_own_bytes():
-    core = byte_level("<s>")
+    core = byte_bpe(CORPUS, "<s>")
     core.add_tokens(["é é"])
     tokenizer = BPETokenizer(core, "<s>")
     check_round_trip(tokenizer, "xé éy")
@@ -213,11 +202,11 @@ def test_an_id_beyond_all_bounds_is_refused_before_anything_is_built(tmp_path):
 
 
 def test_foreign_tokenizers_that_cannot_serve_are_refused(tmp_path):
-    byte_level("<pad>").save(str(tmp_path / "none.json"))
+    byte_bpe(CORPUS, "<pad>").save(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none\.json: no BOS token and no document separator .*: name one"):
         load_tokenizer(tmp_path / "none.json")
     with pytest.raises(ValueError, match="no token '<x>'"):
-        BPETokenizer(byte_level("<s>"), "<x>")
+        BPETokenizer(byte_bpe(CORPUS, "<s>"), "<x>")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,8 @@ import math
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from helpers import CORNERS, SCHEDULES, config, fixed, label, outcome, packed, passes
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from helpers import CORNERS, SCHEDULES, byte_bpe, config, fixed, label, outcome, packed, passes
 from torch import Tensor
 
 from lrt.data.shards import open_split, write_shards
@@ -230,15 +228,7 @@ def test_validation_rows_are_fixed_and_know_their_bytes(tmp_path, monkeypatch):
 
 
 def test_a_space_that_a_tokenizer_puts_in_front_is_no_byte_of_a_document(tmp_path):
-    core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-    core.train_from_iterator(
-        ["one two"] * 9,
-        trainers.BpeTrainer(
-            special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
-    )
-    tokenizer = BPETokenizer(core, "<s>")
+    tokenizer = BPETokenizer(byte_bpe(["one two"] * 9, "<s>", prefix=True), "<s>")
     assert tokenizer.space_in_front and tokenizer.decode_bytes(tokenizer.encode("one")) == b" one"
     write_shards(
         [" ".join(["one"] * (1 + i) + ["two"]) for i in range(60)], tokenizer, tmp_path / "shards", validation=0.5

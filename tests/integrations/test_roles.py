@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from helpers import byte_bpe
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from lrt.cli.main import main
 from lrt.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
@@ -25,15 +26,7 @@ GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
 
 
 def core_of(*specials: str) -> Tokenizer:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(specials), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    core.train_from_iterator(["the quick brown fox "] * 50, trainer)
-    return core
+    return byte_bpe(["the quick brown fox "] * 50, *specials)
 
 
 def foreign(folder: Path, eos: str, answer: str | None = None, templates=CHAT) -> Path:
