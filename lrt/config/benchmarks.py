@@ -9,6 +9,7 @@ from lrt.config.decoding import PrefillOptions
 from lrt.config.model import MOST, Backend
 from lrt.config.recipes import RecipeName
 from lrt.config.run import Device, Dtype
+from lrt.config.typed_fields import named
 from lrt.schedule import Schedule
 from lrt.utils.require import require, require_at_least, require_at_most
 
@@ -167,8 +168,8 @@ class Cluster:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             require(0 < value < MOST_POWER, f"--cluster.{name} is {value}; give more than 0, less than {MOST_POWER:g}")
-        for name in ("memory", "flops", "within", "across"):
-            require(getattr(self, name) >= 1, f"--cluster.{name} is {getattr(self, name)}; give at least 1")
+        for name, value in named(self, "memory", "flops", "within", "across").items():
+            require(value >= 1, f"--cluster.{name} is {value}; give at least 1")
         require(self.efficiency <= 1, f"--cluster.efficiency is {self.efficiency}; it is a share, at most 1")
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from lrt.config.model import MOST, Backend, Execution, ModelConfig
-from lrt.config.typed_fields import check_fields, field_value, hints_of
+from lrt.config.typed_fields import check_fields, field_value, hints_of, named
 from lrt.passes import rewriting, token_forwards
 from lrt.schedule import Curriculum
 from lrt.utils.files import SURROGATE, one_line, require_name
@@ -104,16 +104,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
-        shares = ("warmup", "decay", "final", "memory_warmup")
-        rates = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay")
-        for name, value in ((name, getattr(self, name)) for name in rates):
+        for name, value in named(self, "matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay").items():
             require(0 <= value < math.inf, f"optim.{name} is {value}; it must be at least 0")
-        for name, value in ((name, getattr(self, name)) for name in ("alpha_lr", "beta_lr", "gamma_lr", "memory_lr")):
+        for name, value in named(self, "alpha_lr", "beta_lr", "gamma_lr", "memory_lr").items():
             require(value is None or 0 <= value < math.inf, f"optim.{name} is {value}; it must be at least 0, or none")
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; it must be at least 0 and below 1")
         fine = all(0 <= beta < 1 for beta in self.betas)
         require(fine, f"optim.betas are {self.betas}; give two numbers, at least 0 and below 1")
-        for name, share in ((name, getattr(self, name)) for name in shares):
+        for name, share in named(self, "warmup", "decay", "final", "memory_warmup").items():
             require(0 <= share <= 1, f"optim.{name} is {share}; it is a share and must lie between 0 and 1")
         require(self.warmup + self.decay <= 1, f"optim.warmup {self.warmup} + decay {self.decay} exceed 1")
         clips = self.clip is None or 0 < self.clip < math.inf
@@ -191,12 +189,12 @@ class TrainConfig:
             if drawn.weights:
                 drawn.passes(self.length)  # raises now, not at the step that draws fewer passes than weights
         require(1 <= self.batch <= MOST, f"train.batch is {self.batch}; it must be at least 1, and at most {MOST:,}")
-        require(self.eval_rows >= 1, f"train.eval_rows is {self.eval_rows}; it must be at least 1")
+        for name, value in named(self, "eval_rows", "log_every", "max_skipped").items():
+            require(value >= 1, f"train.{name} is {value}; it must be at least 1")
         require(self.keep >= 1, f"train.keep is {self.keep}; at least 1 checkpoint must be kept")
-        require(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
         minutes = self.save_minutes
         require(0 <= minutes < math.inf, f"train.save_minutes is {minutes}; give minutes, or 0 for none")
-        for name, value in (("eval_every", self.eval_every), ("save_every", self.save_every)):
+        for name, value in named(self, "eval_every", "save_every").items():
             require(value >= 0, f"train.{name} is {value}; it must be at least 0")
         require_seed("train.seed", self.seed)
         threads = self.threads
@@ -205,7 +203,6 @@ class TrainConfig:
         )
         gap = self.gap_warning
         require(0 <= gap < math.inf, f"train.gap_warning is {gap}; give bits per byte, at least 0")
-        require(self.max_skipped >= 1, f"train.max_skipped is {self.max_skipped}; it must be at least 1")
         require_choice("train.dtype", self.dtype, Dtype)
         require_choice("train.parallel", self.parallel, Parallelism)
         for name in self.trackers:

@@ -26,6 +26,11 @@ def check_fields(config: Any, part: str) -> None:
             object.__setattr__(config, name, typed)
 
 
+def named(config: Any, *names: str) -> dict[str, Any]:
+    """Some fields of `config`."""
+    return {name: getattr(config, name) for name in names}
+
+
 @cache
 def hints_of(cls: type) -> dict[str, tuple[Any, str]]:
     """Each field's type, and as it is written."""

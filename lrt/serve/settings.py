@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
-from lrt.utils.require import require
+from lrt.config.typed_fields import named
+from lrt.utils.require import require, require_at_least, require_at_most
 
 DAY = 86_400.0
 """Seconds."""
@@ -55,15 +56,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         PrefillOptions.parse(self.prefill, self.tolerance, 1, self.chunk)
-        for name in ("rows", "queue", "max_choices", "max_body", "sweep_from", "connections", "connections_per_peer"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
-        require(self.rows <= MOST_ROWS, f"--rows is {self.rows}; give at most {MOST_ROWS:,}")
-        for name in ("max_prompt", "max_output"):
-            limit = getattr(self, name)
+        counts = ("rows", "queue", "max_choices", "max_body", "sweep_from", "connections", "connections_per_peer")
+        require_at_least(1, **named(self, *counts))
+        require_at_most(MOST_ROWS, rows=self.rows)
+        for name, limit in named(self, "max_prompt", "max_output").items():
             require(limit is None or limit >= 1, f"--{name.replace('_', '-')} is {limit}; give at least 1, or none")
         require(self.keep_mb >= 0, f"--keep-mb is {self.keep_mb}; give at least 0, which keeps nothing")
-        for name in ("deadline", "header_seconds", "body_seconds"):
-            seconds = getattr(self, name)
+        for name, seconds in named(self, "deadline", "header_seconds", "body_seconds").items():
             fine = 0 < seconds <= DAY
             require(fine, f"--{name.replace('_', '-')} is {seconds}; give some seconds, at most a day")
         wrong = [x for x in self.allow_origin if not x.startswith(("http://", "https://")) or x.count("/") != 2]
