@@ -1,6 +1,6 @@
 """Text to tokens to batches: the names that users import. Within the package each is imported from its own module."""
 
-from lrt.data.loader import Batch, Loader, RowSource, prefetch
+from lrt.data.loader import Batch, BatchShape, Loader, RowSource, prefetch
 from lrt.data.manifest import Manifest, Shard
 from lrt.data.mixture import Mixture
 from lrt.data.prepare import Prepared, prepare, reopen
@@ -12,6 +12,7 @@ from lrt.data.tokenizer import BPETokenizer, ByteTokenizer, PausingTokenizer, To
 __all__ = [
     "BPETokenizer",
     "Batch",
+    "BatchShape",
     "ByteTokenizer",
     "Loader",
     "Manifest",
