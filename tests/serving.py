@@ -18,6 +18,7 @@ from lrt.config.model import MemoryConfig, ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data.tokenizer import Tokenizer, train_bpe
 from lrt.inference.generate import generate
+from lrt.inference.prefill import compiled, next_logits
 from lrt.inference.weights import with_weights
 from lrt.model.lrt import LRT
 from lrt.serve.keys import ApiKeys, HostNames
@@ -52,11 +53,12 @@ class Server:
 
     def __init__(
         self, run: Path, *api_keys: str, hosts: tuple[str, ...] = (), drain: float = 30, device: str = "cpu",
-        weights: Weights = "full", **settings,
+        weights: Weights = "full", compile: bool = False, **settings,
     ):  # fmt: skip
         self.loaded = checkpoint.load_model(run, device)
         with_weights(self.loaded.model, weights)
-        self.served = Served(self.loaded, replace(Settings(), **settings))
+        run_step = compiled() if compile else next_logits
+        self.served = Served(self.loaded, replace(Settings(), **settings), run=run_step)
         self.served.intake.seconds = 240.0  # a busy machine takes its time
         names = HostNames("127.0.0.1", hosts)
         self.server = DrainingServer(self.served, ApiKeys(api_keys), names, drain)

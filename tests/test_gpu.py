@@ -10,18 +10,21 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 
 from lrt.cli.bench import FLAGS
 from lrt.cli.parse import parse
 from lrt.config.run import require_sense
 from lrt.experiments.sweep import read_sweep
 from lrt.utils import compiling
-from lrt.utils.hardware import resolve_device, widest
+from lrt.utils.hardware import data_sheet, resolve_device, widest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
@@ -99,6 +102,25 @@ def test_a_device_that_is_not_there_is_refused_in_one_line():
             with pytest.raises(ValueError, match=f"device '{name}' is not available here; use cpu"):
                 resolve_device(name)
     assert widest(torch.device("cpu")) == torch.float64 and widest(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("card", "sheet"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_card_has_the_peak_of_its_own_data_sheet(card: str, sheet: str | None):
+    assert data_sheet(card) == sheet
 
 
 def resolve_or_none(name: str) -> torch.device | None:
@@ -205,8 +227,10 @@ def test_a_closed_connection_ends_it_as_ctrl_c_does(tmp_path: Path):
     settings = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None and b"cpu" in process.stdout.readline()
-        while not (tmp_path / "tests.log").exists():
+        log = tmp_path / "tests.log"
+        while not (log.exists() and log.stat().st_size):  # the stage runs, and is waited for
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGHUP)
         process.communicate()
     assert process.returncode == 130
@@ -286,7 +310,7 @@ def test_the_wheels_are_what_the_metadata_asks_for():
 
 
 def test_private_calls_of_torch_stand_in_one_module():
-    private = re.compile(r"\btorch(?:\.\w+)*\._(?!_)")
+    private = re.compile(r"\btorch(?:\.\w+)*\._(?!_)|from torch\b.* import .*\b_(?!_)\w")
     found = {str(f.relative_to(ROOT)) for f in (ROOT / "lrt").rglob("*.py") if private.search(f.read_text("utf-8"))}
     assert found == {"lrt/utils/compiling.py"}
 
@@ -309,10 +333,19 @@ def test_a_marked_axis_stays_symbolic():
     torch._dynamo.reset()
 
 
-def test_a_tensor_marked_in_place_is_written_where_it_lies():
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_tensor_marked_in_place_is_told_to_stay(marked: bool):
+    staying = []
+
+    def seen(graph, _):
+        context = TracingContext.get()
+        staying.extend(context.fw_metadata.static_input_indices)
+        return graph
+
     x = torch.zeros(3)
-    compiling.mark_in_place(x)
+    if marked:
+        compiling.mark_in_place(x)
     torch._dynamo.reset()
-    torch.compile(lambda y: y.add_(1), backend="eager", fullgraph=True)(x)
+    torch.compile(lambda y: y.add_(1), backend=aot_autograd(fw_compiler=seen), fullgraph=True)(x)
     torch._dynamo.reset()
-    assert x.tolist() == [1, 1, 1]
+    assert x.tolist() == [1, 1, 1] and staying == ([0] if marked else [])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import resource
 import sys
 import time
 
 import torch
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-"""Dense bfloat16 peak by name part, FLOP/s, from the vendors' data sheets."""
+PEAKS = {
+    "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+}  # fmt: skip
+"""Dense bfloat16 peak by whole words of a card's name, FLOP/s, from the vendors' data sheets; the first that fits."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -47,14 +51,19 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOP/s of matrix products, and where the figure comes from: a data sheet, or a measurement made now."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if part in name:
-                return peak, f"{part} data sheet, dense bfloat16"
+        sheet = data_sheet(torch.cuda.get_device_name(device))
+        if sheet is not None:
+            return PEAKS[sheet], f"{sheet} data sheet, dense bfloat16"
     size = 8192 if device.type == "cuda" else 768
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = min(_timed_product(a) for _ in range(5))
     return 2 * size**3 / best, f"best of 5 products of {size} x {size} matrices"
+
+
+def data_sheet(card: str) -> str | None:
+    """Which of `PEAKS` a card is; None for one that is none of them, as a laptop's of the same name."""
+    words = (rf"(?<!\w){re.escape(part)}(?!\w)(?! D\b| Laptop)" for part in PEAKS)
+    return next((part for part, pattern in zip(PEAKS, words, strict=True) if re.search(pattern, card)), None)
 
 
 def _timed_product(a: torch.Tensor) -> float:

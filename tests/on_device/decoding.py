@@ -127,17 +127,24 @@ def test_state_travels_between_devices(device: torch.device, tmp_path: Path):
         require_near(mine, theirs, 1e-5)
 
 
-def test_server(device: torch.device, random_run: Path):
-    """Greedy answers of a server on the device are those of one on the CPU."""
-    pytest.importorskip("fastapi")
+def answered(run: Path, device: torch.device, compile: bool = False) -> str:
+    """A greedy answer of a server on the device."""
     from serving import Server, post
 
-    texts = []
-    for on in ("cpu", str(device)):
-        with Server(random_run, device=on) as server:
-            body = {"prompt": "def area(", "max_tokens": 12, "temperature": 0}
-            texts.append(post(server, "/v1/completions", body).json()["choices"][0]["text"])
-    assert texts[0] == texts[1]
+    with Server(run, device=str(device), compile=compile) as server:
+        body = {"prompt": "def area(", "max_tokens": 12, "temperature": 0}
+        return post(server, "/v1/completions", body).json()["choices"][0]["text"]
+
+
+def test_server(device: torch.device, random_run: Path):
+    pytest.importorskip("fastapi")
+    assert answered(random_run, device) == answered(random_run, torch.device("cpu"))
+
+
+def test_compiled_server(compiling: torch.device, random_run: Path):
+    """Its steps are compiled, and recorded as CUDA graphs there, in a thread of their own."""
+    pytest.importorskip("fastapi")
+    assert answered(random_run, compiling, compile=True) == answered(random_run, torch.device("cpu"))
 
 
 def test_transformers_generate(device: torch.device):
