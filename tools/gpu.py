@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> int:
     flags.out.mkdir(parents=True, exist_ok=True)
     found = check("cpu" if flags.rehearse else "cuda")
     print(json.dumps(found), flush=True)
-    for how in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the stage is ended and noted
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: what & has started would ignore it
         signal.signal(how, signal.default_int_handler)
     return carried_out(flags, found, deadline)
 
