@@ -26,6 +26,8 @@ class Pass:
 
     def __post_init__(self) -> None:
         positions = self.positions
+        if not isinstance(positions, range):
+            raise ValueError(f"a pass over {positions!r:.60}: give a range of positions, such as range(0, 32, 2)")
         if len(positions) == 0 or positions.start < 0 or positions.step < 1:
             raise ValueError(
                 f"a pass over {positions} has no positions, or they do not rise from 0; use start:stop:step"

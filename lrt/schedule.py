@@ -65,6 +65,12 @@ class Schedule:
     detach: bool = False
     """Cut the gradient between passes."""
 
+    def __post_init__(self) -> None:
+        """ValueError: a kind that there is not, or a size where it has none, or none where it has one."""
+        kind, size = self.kind, self.size
+        if kind not in KINDS or (size is None) == (kind in _SIZED):
+            raise ValueError(f"no schedule is of kind {kind!r} and size {size}: use Schedule.parse('settled-1..3')")
+
     @staticmethod
     def parse(text: str) -> Schedule:
         """Read `KIND[-SIZE][:weights=a/b/..][:settle=r][:detach]`; options of a range (`Span`) stand right after it."""

@@ -9,6 +9,7 @@ Prints a mermaid graph of rooms and one line of figures. Imports are read from t
 from __future__ import annotations
 
 import ast
+import signal
 import statistics
 import sys
 from collections.abc import Iterator
@@ -148,4 +149,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, without a word
     sys.exit(main(sys.argv[1:]))

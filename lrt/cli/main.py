@@ -31,6 +31,11 @@ COMMANDS = {
 }
 """Each command and its line in the overview; the module of its name in this folder is imported only when it runs."""
 HELP = ("-h", "--help", "help")
+NO_MEMORY = (
+    "out of memory", "allocate memory", "not enough memory", "Storage size calculation overflowed", "bad_alloc",
+    "failed to map segment",
+)  # fmt: skip
+"""What torch says where there is none, on any device, and the system of a library that does not fit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,20 +107,21 @@ def _run(label: str, work: Callable[[], int], show_traceback: bool) -> int:
         return 0
     except KeyboardInterrupt:
         return _fail(label, "interrupted", 130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if show_traceback or (isinstance(error, RuntimeError) and not _is_of_memory(error)):
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        if show_traceback or (isinstance(error, RuntimeError | ImportError) and not _is_of_memory(error)):
             raise
         return _fail(label, _reason(error))
 
 
 def _is_of_memory(error: Exception) -> bool:
     """Whether an error says that there is not enough memory, as Python or torch does on any device."""
-    phrases = ("out of memory", "allocate memory", "not enough memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(part in str(error) for part in phrases)
+    return isinstance(error, MemoryError) or any(part in str(error) for part in NO_MEMORY)
 
 
 def _reason(error: Exception) -> object:
     """What the system says of a file, with the file first and a remedy; of other errors, the error."""
+    if isinstance(error, ImportError):
+        return "not enough memory to load what it needs; raise the limit of this shell (ulimit -v) to 2 GB or more"
     if isinstance(error, (MemoryError, RuntimeError)):
         return "not enough memory; use fewer rows, a shorter length, or a smaller model"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

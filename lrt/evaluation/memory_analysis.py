@@ -23,6 +23,7 @@ from lrt.model.parameters import role
 from lrt.model.run_passes import run_passes
 from lrt.model.shapes import IGNORE
 from lrt.schedule import Schedule
+from lrt.utils.hooks import while_hooked
 from lrt.utils.require import require
 from lrt.utils.tables import Table
 
@@ -109,9 +110,8 @@ def gates(model: LRT, rows: Rows) -> list[dict[str, list[float]]]:
         for block, outputs in zip(_blocks(model), seen, strict=True)
         if block.attention.gate is not None
     ]
-    score(model, rows.tokens, rows.targets, mode="exact")  # a pass a position, so that each counts once
-    for hook in hooks:
-        hook.remove()
+    with while_hooked(hooks):
+        score(model, rows.tokens, rows.targets, mode="exact")  # a pass a position, so that each counts once
     names = ("local", "memory", "value")
     return [
         dict(zip(names, torch.stack(outputs).mean(0).view(-1, model.config.k).tolist(), strict=False))
@@ -162,10 +162,10 @@ def norms(model: LRT, rows: Rows) -> dict[str, float]:
     streams: list[Tensor] = []
     hook = model.blocks[block].register_forward_hook(lambda module, inputs, out: streams.append(out[0]))
     written = []
-    for _ in run_passes(model, rows.tokens, passes, model.starts(rows.tokens)):
-        written.append(streams[loop].pow(2).mean(dim=-1).sqrt().mean())
-        streams.clear()
-    hook.remove()
+    with while_hooked([hook]):
+        for _ in run_passes(model, rows.tokens, passes, model.starts(rows.tokens)):
+            written.append(streams[loop].pow(2).mean(dim=-1).sqrt().mean())
+            streams.clear()
     values = torch.stack(written)
     edges = [1 << i for i in range(length.bit_length()) if 1 << i <= length]
     return {str(low): float(values[low - 1 : 2 * low - 1].mean()) for low in edges}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from lrt.model.kv_cache import KVCache
 from lrt.model.loss import token_nats
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import Effort, OneToken, check_tokens, mode_name, states, total
-from lrt.model.shapes import StreamBND, TokensBN
+from lrt.model.shapes import StreamBND, TokensBN, check_targets
 from lrt.utils.require import require
 
 SHARED_FROM = 16
@@ -42,7 +42,11 @@ def score(model: LRT, tokens: TokensBN, targets: TokensBN, *, mode: str | Prefil
 
     `tokens` and `targets` are int64 [B, T]; targets may be IGNORE. The mode is one of `prefill`'s, or `zero_memory`:
     one parallel pass without memory. There is no limit to T but memory.
+    ValueError: tokens or targets that the model does not have, or not one target for each token.
     """
+    check_tokens(model, tokens)
+    check_targets(tokens, targets)
+    targets = targets.long()
     nats, parts = [], []
     for first, hidden, effort in states(model, tokens, mode):
         n = hidden.shape[1]
@@ -94,7 +98,7 @@ def generate(
             are not finite.
     """
     all_params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-    _check_requests(all_params, len(prompts), samples, decode_bytes)
+    _check_requests(prompts, all_params, samples, decode_bytes)
     require(drafts >= 0, f"drafts is {drafts}; give the most tokens to guess ahead, or 0 for none")
     if cache is None and capacity is None:
         needed = max(len(p) + s.max_new_tokens for p, s in zip(prompts, all_params, strict=True))
@@ -164,14 +168,21 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tok
     return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
 
 
+def _is_list(prompt: object) -> bool:
+    """Whether it may be a list of tokens: no token, no text, no table."""
+    flat = not isinstance(prompt, Tensor) or prompt.dim() == 1
+    return isinstance(prompt, Sized) and not isinstance(prompt, str) and flat
+
+
 def _check_requests(
-    all_params: list[SamplingParams], prompts: int, samples: int, decode_bytes: DecodeBytes | None
+    prompts: Sequence[Sequence[int]], all_params: list[SamplingParams], samples: int, decode_bytes: DecodeBytes | None
 ) -> None:
-    if prompts == 0:
+    require(all(map(_is_list, prompts)), "prompts are lists of token ids, one a row: [[1, 2, 3]] is one prompt")
+    if len(prompts) == 0:
         raise ValueError("there are no prompts: give at least one list of token ids")
-    if len(all_params) != prompts or samples < 1:
+    if len(all_params) != len(prompts) or samples < 1:
         raise ValueError(
-            f"{len(all_params)} samplings, {samples} samples for {prompts} prompts: give one sampling a prompt"
+            f"{len(all_params)} samplings, {samples} samples for {len(prompts)} prompts: give one sampling a prompt"
         )
     if decode_bytes is None and any(params.stop for params in all_params):
         raise ValueError("stop texts need decode_bytes: pass the tokenizer's, or stop at stop_tokens")

@@ -14,15 +14,17 @@ from lrt.model.recurrence import (
     Effort,
     OneToken,
     advance,
+    check_known,
     check_tokens,
     one_token,
     prefill_options,
     solve,
     total,
 )
-from lrt.model.shapes import TokensBN
+from lrt.model.shapes import TokensBN, require_ids
 from lrt.model.transformer import Transformer
 from lrt.utils.compiling import graph_of, mark_dynamic, mark_in_place
+from lrt.utils.require import require
 
 
 class Prefill(NamedTuple):
@@ -61,8 +63,9 @@ def prefill(
     """
     plan = prefill_options(model, mode)
     check_tokens(model, tokens)
-    lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens.device)
-    cache = KVCache.empty(model, len(tokens), capacity or model.config.context) if cache is None else cache
+    tokens, room = tokens.long(), model.config.context if capacity is None else capacity
+    lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else _lengths(lengths, tokens)
+    cache = KVCache.empty(model, len(tokens), room) if cache is None else cache
     _check_fit(cache, lengths, tokens.shape[1])
     last, parts = torch.empty_like(cache.memory), []
     for first, solved in solve(model, tokens, lengths, cache, plan):
@@ -85,8 +88,17 @@ def decode_step(model: LRT, tokens: Tensor, cache: KVCache, active: Tensor | Non
 
     Returns:
         Next-token logits [B, V], and the state after.
+
+    Raises:
+        ValueError: not one token, a whole number, for each row of the state; on a CPU also one that the model lacks.
     """
-    return advance(model, tokens, cache, active, next_logits)
+    require_ids("tokens", tokens)
+    rows = (cache.rows,)
+    require(tokens.shape == rows, f"tokens of shape {tuple(tokens.shape)} for {cache.rows} rows: give one a row")
+    check_known(model, tokens[None])
+    fine = active is None or (active.dtype == torch.bool and active.shape == rows)
+    require(fine, "active must be True or False for each row of the state")
+    return advance(model, tokens.long(), cache, active, next_logits)
 
 
 def next_logits(
@@ -118,6 +130,13 @@ def compiled() -> OneToken:
         return (logits.clone(), PerRow(*(x.clone() for x in new))) if graphs else (logits, new)
 
     return marked
+
+
+def _lengths(lengths: Tensor, tokens: TokensBN) -> Tensor:
+    """The lengths of each row, where the tokens are. ValueError: not a whole number for each."""
+    require_ids("lengths", lengths)
+    require(lengths.dim() == 1, f"lengths of shape {tuple(lengths.shape)}: give one a row, [B]")
+    return lengths.to(tokens.device, torch.int64)
 
 
 def _check_fit(cache: KVCache, lengths: Tensor, columns: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from lrt.model.cross_entropy import head_loss, require_targets, unknown_targets
 from lrt.model.lrt import LRT
+from lrt.model.recurrence import check_known
 from lrt.model.run_passes import run_passes
-from lrt.model.shapes import IGNORE, StreamBND, TokensBN, check_rows
+from lrt.model.shapes import IGNORE, StreamBND, TokensBN, check_starts, check_targets, require_ids
 from lrt.model.state import Buffer
 from lrt.passes import Passes, columns, memory_in_loss, rewriting
 from lrt.schedule import Curriculum, Schedule
 from lrt.utils.dtensor import is_sharded
 from lrt.utils.hardware import widest
+from lrt.utils.require import require
 
 
 class LossOutput(NamedTuple):
@@ -83,6 +86,9 @@ class ScheduledLoss(nn.Module):
         super().__init__()
         self.schedule = Curriculum.parse(schedule) if isinstance(schedule, str) else schedule
         self.model, self.seed, self.consistency = model, seed, consistency
+        named = isinstance(self.schedule, Schedule | Curriculum)
+        require(named, f"the schedule is a {type(schedule).__name__}; give its name, such as settled-1..3")
+        require(0 <= consistency < math.inf, f"consistency is {consistency}; it must be at least 0")
 
     def passes(self, step: int, length: int) -> Passes:
         """The passes of optimizer step `step` over rows of `length` positions."""
@@ -107,12 +113,14 @@ class ScheduledLoss(nn.Module):
                 passes of `step`, their means over this batch.
 
         Raises:
-            ValueError: tokens that are not whole numbers [B, T], targets of another shape, a target that is no token.
+            ValueError: tokens that are not whole numbers [B, T], targets or starts that do not fit them; on a CPU also
+                a token or a target that the model does not have.
         """
-        check_rows(tokens)
-        if targets.shape != tokens.shape:
-            shapes = f"targets of shape {tuple(targets.shape)}, tokens of {tuple(tokens.shape)}"
-            raise ValueError(f"{shapes}: give one target for each token, {IGNORE} where there is none")
+        require_ids("tokens", tokens)
+        check_known(self.model, tokens)
+        check_targets(tokens, targets)
+        check_starts(tokens, starts)
+        targets = targets.long()
         starts = self.model.starts(tokens) if starts is None else starts
         if plan is None:
             plan = step_plan(targets, starts, self.passes(step, tokens.shape[1]))

@@ -40,9 +40,38 @@ def next_tokens(tokens: TokensBN) -> TokensBN:
 
 
 def check_rows(tokens: TokensBN) -> None:
-    """ValueError unless these are whole numbers [B, T]: what an embedding would not say."""
-    shape, kind = tuple(tokens.shape), str(tokens.dtype).removeprefix("torch.")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"tokens of type {kind}: give token ids, as torch.int64")
+    """ValueError unless these are whole numbers [B, T], at least one: what an embedding would not say."""
+    require_ids("tokens", tokens)
+    shape = tuple(tokens.shape)
     if tokens.dim() != 2:
         raise ValueError(f"tokens of shape {shape}: give rows of tokens, [B, T]; one row is tokens[None]")
+    if tokens.numel() == 0:
+        raise ValueError(f"tokens of shape {shape}: a prompt needs at least 1 token (BOS opens a text)")
+
+
+def check_targets(tokens: TokensBN, targets: TokensBN) -> None:
+    """ValueError unless there is a target, a whole number, for each of the tokens."""
+    require_ids("targets", targets)
+    if targets.shape != tokens.shape:
+        shapes = f"targets of shape {tuple(targets.shape)}, tokens of {tuple(tokens.shape)}"
+        raise ValueError(f"{shapes}: give one target for each token, {IGNORE} where there is none")
+
+
+def check_starts(tokens: TokensBN, starts: Tensor | None) -> None:
+    """ValueError unless there is a truth value for each of the tokens, or nothing."""
+    fine = isinstance(starts, Tensor) and starts.dtype == torch.bool and starts.shape == tokens.shape
+    if starts is not None and not fine:
+        raise ValueError(f"starts are {_kind(starts)}: give True or False for each token, such as tokens == bos")
+
+
+def require_ids(name: str, ids: Tensor) -> None:
+    """ValueError unless `ids` are a tensor of whole numbers."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} {_kind(ids)}: give token ids, a tensor of torch.int64")
+
+
+def _kind(x: object) -> str:
+    """What something is that should be a tensor of another kind."""
+    if not isinstance(x, Tensor):
+        return f"of type {type(x).__name__}"
+    return f"of type {str(x.dtype).removeprefix('torch.')} and shape {tuple(x.shape)}"

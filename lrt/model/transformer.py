@@ -20,10 +20,11 @@ from lrt.model.blocks import Block, BlockContext, Memories, projected, projectio
 from lrt.model.flex import block_mask
 from lrt.model.ops import rms_norm
 from lrt.model.parameters import MEMORY, initialise, role
-from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN
+from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN, check_rows, check_starts
 from lrt.model.state import Buffer, LayerKV, PassInput, PassOutput, Segments, State
 from lrt.utils.compiling import graph_of
 from lrt.utils.dtensor import is_sharded
+from lrt.utils.require import require
 
 BlockOutput = tuple[StreamBND, HeadsBKNE, HeadsBKNE]
 
@@ -44,6 +45,7 @@ class Transformer(nn.Module):
         the class of the blocks, where a library wants one of its own.
         """
         super().__init__()
+        require(isinstance(config, ModelConfig), f"the model's config is a {type(config).__name__}; give a ModelConfig")
         self.config, self.execution = config, Execution()
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.device("meta"):  # so that nothing is allocated or drawn twice
@@ -73,7 +75,12 @@ class Transformer(nn.Module):
             state: what earlier passes have left, a `Buffer` or a `KVCache` (then N = 1); by default nothing.
             starts: boolean [B, N], True at the first token of a document, where the memory is reset; none by default.
             top: whether the blocks above the source block run; without them there is no `hidden`.
+
+        Raises:
+            ValueError: tokens that are not whole numbers [B, N], starts that do not fit them.
         """
+        check_rows(tokens)
+        check_starts(tokens, starts)
         read, rest = (Buffer() if state is None else state).open(positions, tokens, self.config.blocks_run(top=top))
         written = self.forward_pass(tokens, read, starts, top=top)
         return written, rest.write(positions, written)

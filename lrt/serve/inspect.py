@@ -20,6 +20,7 @@ from lrt.model.recurrence import states
 from lrt.schedule import Curriculum
 from lrt.serve.engine import Lane
 from lrt.serve.text import Vocabulary
+from lrt.utils.hooks import while_hooked
 
 KINDS = ("residual", "key", "value")
 
@@ -43,11 +44,8 @@ class Strengths:
         for layer, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
             hooks += [part.register_forward_pre_hook(self._seen(layer)) for part in (block.injection, block.attention)]
-        try:
+        with while_hooked(hooks):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _seen(self, layer: int):
         def hook(part: nn.Module, inputs: tuple[Tensor, BlockContext]) -> None:

@@ -95,3 +95,6 @@ def require_makable(folder: Path) -> None:
         raise ValueError(f"{place} is no folder, so {folder} cannot be made; remove it, or choose another")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{folder} cannot be written into ({place} forbids it); choose another")
+    os.umask(mask := os.umask(0))  # there is no other way to read it
+    if mask & 0o700 and os.geteuid():
+        raise ValueError(f"{folder} would forbid its own owner (umask {mask:03o}); set another first: umask 022")

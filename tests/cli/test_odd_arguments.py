@@ -133,16 +133,24 @@ def test_a_result_that_has_no_place_is_told_before_the_work(line: str, place: st
     assert Path("file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("std::bad_alloc"), ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+)  # fmt: skip
 def test_what_does_not_fit_into_memory_is_one_line(error: Exception, refusal, monkeypatch):
     def work(*_: object) -> None:
         raise error
 
     monkeypatch.setattr("lrt.cli.report.main", work)
-    assert "lrt report: not enough memory; use fewer rows" in refusal("report a.jsonl")
-    monkeypatch.setattr("lrt.cli.report.main", lambda _: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
-    with pytest.raises(RuntimeError, match="of ours"):
-        main(["report", "a.jsonl"])
+    remedy = " to load what it needs; raise the limit" if isinstance(error, ImportError) else "; use fewer rows"
+    assert f"lrt report: not enough memory{remedy}" in refusal("report a.jsonl")
+    for fault in (RuntimeError("a fault of ours"), ImportError("a fault of ours")):
+        monkeypatch.setattr("lrt.cli.report.main", lambda _, fault=fault: (_ for _ in ()).throw(fault))
+        with pytest.raises(type(fault), match="of ours"):
+            main(["report", "a.jsonl"])
 
 
 @pytest.mark.parametrize("columns", ["1", "0", "-5", "abc"])

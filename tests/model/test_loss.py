@@ -187,24 +187,6 @@ def test_targets_that_are_no_tokens_are_refused(text: str, wrong: int):
         score(MODEL, IDS, targets)
 
 
-@pytest.mark.parametrize(
-    ("tokens_", "targets", "said"),
-    [
-        (IDS.float(), IDS, "tokens of type float32: give token ids"),
-        (IDS.bool(), IDS, "tokens of type bool"),
-        (IDS[0], IDS[0], "give rows of tokens"),
-        (IDS, IDS[:, 1:], "one target for each token"),
-    ],
-    ids=["float", "bool", "one row", "shifted targets"],
-)
-def test_what_is_no_batch_is_refused(tokens_: Tensor, targets: Tensor, said: str):
-    with pytest.raises(ValueError, match=said):
-        ScheduledLoss(MODEL, "parallel")(tokens_, targets)
-    if targets is IDS:
-        with pytest.raises(ValueError, match=said):
-            MODEL(tokens_)
-
-
 def test_a_schedule_may_be_given_by_its_name_but_stages_need_the_number_of_steps():
     text = "parallel@0.5,settled-1..3"
     by_name, parsed = (ScheduledLoss(MODEL, s) for s in ("settled-1..3", Schedule.parse("settled-1..3")))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lrt.utils.file_lock import LOCK, FileLock
-from lrt.utils.new_folder import folder_aside, new_folder
+from lrt.utils.new_folder import folder_aside, new_folder, require_makable
 
 
 def test_a_killed_writer_leaves_no_half_of_a_folder_and_the_next_one_cleans_up(tmp_path: Path):
@@ -66,3 +66,18 @@ def test_a_writer_that_has_made_its_lock_and_not_taken_it_yet_keeps_its_folder(t
         lock.release()
     with new_folder(tmp_path / "third"):
         assert not begun.exists()  # it had a holder, who has ended
+
+
+@pytest.mark.parametrize("mask", [0o777, 0o277, 0o177])
+def test_a_umask_that_forbids_the_owner_is_told_before_anything_is_made(mask: int, tmp_path: Path, monkeypatch):
+    """An administrator may write all the same."""
+    before = os.umask(mask)
+    try:
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        with pytest.raises(ValueError, match=rf"its own owner \(umask {mask:03o}\); set another"):
+            require_makable(tmp_path / "run")
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        require_makable(tmp_path / "run")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)

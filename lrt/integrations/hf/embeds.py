@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrt.model.lrt import LRT
 from lrt.model.shapes import StreamBND, TokensBN
+from lrt.utils.hooks import in_this_thread, while_hooked
 from lrt.utils.require import require
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,11 +33,8 @@ def as_tokens(core: LRT, vectors: StreamBND) -> Iterator[TokensBN]:
     ids = known_tokens(weight.detach(), table.detach().to(weight.dtype))
     tokens = torch.where(ids < 0, size + torch.arange(len(ids), device=ids.device), ids)
     swaps = [_Swap(core.embedding, table, size), *(_Swap(module, None, size) for module in valued)]
-    try:
+    with while_hooked(handle for swap in swaps for handle in swap.handles):
         yield tokens.view(vectors.shape[:2])
-    finally:
-        for swap in swaps:
-            swap.remove()
 
 
 def _recomputed(core: LRT) -> bool:
@@ -69,8 +67,8 @@ class _Swap:
     def __init__(self, module: nn.Embedding, table: Tensor | None, size: int):
         self.table, self.size = table, size
         self._ids: list[Tensor] = []
-        before, after = module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)
-        self._handles = (before, after)
+        before, after = in_this_thread(self._before), in_this_thread(self._after)
+        self.handles = (module.register_forward_pre_hook(before), module.register_forward_hook(after))
 
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
         self._ids.append(inputs[0])
@@ -82,8 +80,3 @@ class _Swap:
         if self.table is None:
             return output.masked_fill(beyond, 0)
         return torch.where(beyond, self.table[(ids - self.size).clamp(min=0)].to(output.dtype), output)
-
-    def remove(self) -> None:
-        """The embedding as it was."""
-        for handle in self._handles:
-            handle.remove()

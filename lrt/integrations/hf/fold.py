@@ -20,6 +20,7 @@ from lrt.model.run_passes import run_passes
 from lrt.model.shapes import PositionsN, StreamBND, TokensBN
 from lrt.model.state import Buffer
 from lrt.passes import Pass
+from lrt.utils.hooks import in_this_thread, while_hooked
 
 
 class Wanted(NamedTuple):
@@ -191,15 +192,14 @@ def recording(core: LRT, wanted: Wanted) -> Iterator[Recorder]:
         return
     execution, handles = core.execution, []
     core.execution = replace(execution, attention="masked", compile=False)
+    before, after = in_this_thread(recorder.before), in_this_thread(recorder.after)
     for block in core.blocks:
-        handles += [block.register_forward_pre_hook(recorder.before), block.register_forward_hook(recorder.after)]
+        handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
     try:
-        with recorder:
+        with while_hooked(handles), recorder:
             yield recorder
     finally:
         core.execution = execution
-        for handle in handles:
-            handle.remove()
 
 
 def weighed(
