@@ -32,31 +32,28 @@ def cpu_demo() -> RunConfig:
 
 def cpu_demo_layerwise() -> RunConfig:
     """The demo model of the first round, at equal effective compute: a projection per layer, no shift, 1..3 sweeps."""
-    base = cpu_demo()
-    model = replace(base.model, memory=MemoryConfig(projection="layerwise"))
-    train = replace(base.train, schedule="settled-1..3", horizon="compute=9")
-    return replace(base, name="cpu_demo_layerwise", model=model, train=train)
+    memory = MemoryConfig(projection="layerwise")
+    return _demo("cpu_demo_layerwise", memory, schedule="settled-1..3", horizon="compute=9")
 
 
 def cpu_demo_paper() -> RunConfig:
     """The demo model by the paper's recipe: shared projections, interleaved S = 2."""
-    base = cpu_demo()
-    train = replace(base.train, schedule="interleaved-2")
-    return replace(base, name="cpu_demo_paper", model=replace(base.model, memory=PAPER_MEMORY), train=train)
+    return _demo("cpu_demo_paper", PAPER_MEMORY, schedule="interleaved-2")
 
 
 def cpu_demo_shift() -> RunConfig:
     """The demo model with a token shift in place of the recurrence: one pass, ordinary cost."""
-    base = cpu_demo()
-    model = replace(base.model, memory=SHIFT_MEMORY)
-    return replace(base, name="cpu_demo_shift", model=model, train=replace(base.train, schedule="parallel"))
+    return _demo("cpu_demo_shift", SHIFT_MEMORY, schedule="parallel")
 
 
 def cpu_demo_plain() -> RunConfig:
     """The demo model without memory."""
+    return _demo("cpu_demo_plain", MEMORY_OFF, schedule="parallel")
+
+
+def _demo(name: str, memory: MemoryConfig, **train: str) -> RunConfig:
     base = cpu_demo()
-    train = replace(base.train, schedule="parallel")
-    return replace(base, name="cpu_demo_plain", model=replace(base.model, memory=MEMORY_OFF), train=train)
+    return replace(base, name=name, model=replace(base.model, memory=memory), train=replace(base.train, **train))
 
 
 def _depth(depth: int, name: str, rows: int) -> RunConfig:

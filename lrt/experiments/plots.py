@@ -94,10 +94,8 @@ def bars(groups: Sequence[RunGroup], baseline: RunGroup, colours: Colours) -> Fi
 
 def positions(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Decoded BPB by the target's position in the row."""
-    figure = _lines(groups, lambda r: _without_lone_end(r["bpb_by_position"]), colours)
-    figure.axes[0].set_xlabel("position in the row")
-    figure.axes[0].set_ylabel("decoded bits per byte, lower is better")
-    return figure
+    titles = "position in the row", "decoded bits per byte, lower is better"
+    return _lines(groups, lambda r: _without_lone_end(r["bpb_by_position"]), colours, titles)
 
 
 def _without_lone_end(by_position: dict[str, float]) -> dict[str, float]:
@@ -110,24 +108,25 @@ def convergence(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Largest relative change of any memory vector in each Jacobi sweep from zero memory."""
     swept = [g for g in groups if g.records[0]["sweep_residuals"]]
     moves = any(x > 0 for g in swept for r in g.records for x in r["sweep_residuals"])
-    figure = _lines(swept, lambda r: {str(k): x for k, x in enumerate(r["sweep_residuals"], 1)}, colours)
+    titles = "sweep", "largest relative change of the memory"
+    figure = _lines(swept, lambda r: {str(k): x for k, x in enumerate(r["sweep_residuals"], 1)}, colours, titles)
     figure.axes[0].set_yscale("log" if moves else "linear")  # which a memory that does not move has no place on
-    figure.axes[0].set_xlabel("sweep")
-    figure.axes[0].set_ylabel("largest relative change of the memory")
     return figure
 
 
 def lengths(groups: Sequence[RunGroup], colours: Colours) -> Figure:
     """Accuracy of synthetic tasks by length, decoded with memory."""
-    figure = _lines(groups, lambda r: {n: shares["all"] for n, shares in r["accuracy"].items()}, colours)
-    figure.axes[0].set_xlabel("length; the first is the one trained with")
-    figure.axes[0].set_ylabel("share of answers right, higher is better")
+    titles = "length; the first is the one trained with", "share of answers right, higher is better"
+    figure = _lines(groups, lambda r: {n: shares["all"] for n, shares in r["accuracy"].items()}, colours, titles)
     figure.axes[0].set_ylim(0, 1.03)
     return figure
 
 
 def _lines(
-    groups: Sequence[RunGroup], values: Callable[[dict[str, Any]], dict[str, float]], colours: Colours
+    groups: Sequence[RunGroup],
+    values: Callable[[dict[str, Any]], dict[str, float]],
+    colours: Colours,
+    titles: tuple[str, str],
 ) -> Figure:
     """A line per arm through labelled values; labels that only some records have are left out."""
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
@@ -136,6 +135,8 @@ def _lines(
     labels = [label for label in records[0] if all(label in r for r in records)]
     for g in groups:
         _band(axes, labels, [[values(r)[label] for r in g.records] for label in labels], g.arm, colours)
+    axes.set_xlabel(titles[0])
+    axes.set_ylabel(titles[1])
     plain_axes(axes)
     _legend(figure)
     return figure
