@@ -6,8 +6,9 @@ from serving import Server, make_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("serve") / "tiny")
+def run(tmp_path_factory, request):
+    """Of the context that the file of tests asks for by its `CONTEXT`."""
+    return make_run(tmp_path_factory.mktemp("serve") / "tiny", context=getattr(request.module, "CONTEXT", 256))
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from serving import Server, make_run, opened, spelled
+from serving import Server, opened, spelled
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+CONTEXT = 768
 TALK: list[Any] = [{"role": "user", "content": "def"}]
 PROMPT = "USER: def\nBOT:"
 """The conversation as the model reads it."""
@@ -31,12 +32,6 @@ class Short(BaseModel, extra="forbid"):
 
 
 TOOL: Any = {"type": "function", "function": {"name": "area", "parameters": Short.model_json_schema()}}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(make_run(tmp_path_factory.mktemp("clients") / "tiny", context=768)) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

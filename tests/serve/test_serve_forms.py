@@ -7,24 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from serving import Server, make_run, post
+from serving import Server, post
 
 from lrt.serve.grammar import CallReader, GrammarConstraint
 from lrt.serve.schemas import NEUTRAL, CompletionRequest, Unused
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+CONTEXT = 768
 TALK = [{"role": "user", "content": "the quick"}]
 DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
 SHORT = {"type": "object", "properties": {"n": DIGIT, "b": {"enum": ["x", "yy"]}},
          "required": ["n", "b"], "additionalProperties": False}  # fmt: skip
 TOOL = {"type": "function", "function": {"name": "area", "description": "of a box", "parameters": SHORT}}
 LAW = {"max_tokens": 60, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(make_run(tmp_path_factory.mktemp("forms") / "tiny", context=768)) as running:
-        yield running
 
 
 def text(server: Server, **body) -> str:

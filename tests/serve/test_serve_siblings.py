@@ -7,13 +7,14 @@ import random
 
 import httpx
 import pytest
-from serving import Server, make_run, post
+from serving import Server, post
 
 from lrt.data.tokenizer import ByteTokenizer
 from lrt.serve.grammar import GrammarConstraint, Grammars, answer_form
 from lrt.serve.messages import ResponseFormat
 from lrt.serve.schemas import NEUTRAL, ChatRequest
 
+CONTEXT = 768
 TALK = [{"role": "user", "content": "the quick"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "area", "arguments": "{}"}}
 
@@ -26,12 +27,6 @@ def tool(name: str) -> dict:
 
 TOOLS = [tool("area"), tool("edge")]
 SHORT = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(make_run(tmp_path_factory.mktemp("siblings") / "tiny", context=768)) as running:
-        yield running
 
 
 def chat(server: Server, **body) -> httpx.Response:
