@@ -95,13 +95,6 @@ def test_a_state_survives_json():
 # In training.
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "text.py"
-    path.write_text("".join(f"def f{i}(x, y):\n    return x * {i} + y\n\n" for i in range(400)), encoding="utf-8")
-    return path
-
-
 def ran(run: Path) -> list[int]:
     return [sum("no grad" in p for p in e["passes"]) for e in events(run, "train")]
 
