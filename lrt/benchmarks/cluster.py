@@ -119,7 +119,6 @@ def states(config: RunConfig, shards: int, mode: Parallelism, reshard: bool, bac
 def activations(model: ModelConfig, passes: Passes, recompute: bool) -> float:
     """Numbers kept of one row for the backward pass, and the keys and values of the passes without gradient."""
     d, kv, total = model.d, model.k * model.e, 0.0
-    gated = model.memory.projection != "none"
     length = max(p.positions[-1] + 1 for p in passes)
     for i, p in enumerate(passes):
         n, alone = len(p.positions), causal(p)
@@ -128,7 +127,7 @@ def activations(model: ModelConfig, passes: Passes, recompute: bool) -> float:
         pairs = (model.memory.recurrent and i > 0) + model.memory.shifted
         pair = 2 * kv * pairs if model.memory.projection == "layerwise" else 0
         keys = n if alone else min(length, p.positions[-1] + 1)  # a strided pass joins its keys with the buffer's
-        block = n * (WIDTHS * d + GATED * kv * gated + pair) + 2 * kv * keys
+        block = n * (WIDTHS * d + GATED * kv * model.memory.gated + pair) + 2 * kv * keys
         total += model.depth * (n * (d + 2 * kv) if recompute else block) + EDGES * d * n
         total += block if recompute else 0  # of the block at work
     return total + 2 * kv * model.depth * length * any(not p.grad for p in passes)

@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
     scored = share_text({"rows": len(rows.tokens), "text": of.name, "share": of.share})
     findings = analyse(loaded.model, Rows(*(x.to(loaded.model.device) for x in rows)))
     picture = flags.out or loaded.run / "analysis.png"
-    drawn = loaded.config.model.memory.projection != "none"
+    drawn = loaded.config.model.memory.gated
     if drawn:
         heat_map(findings).savefig(picture, dpi=130)
     text = "\n\n".join([scored, *(f"{heading}\n\n{table.markdown()}" for heading, table in tables(findings))])

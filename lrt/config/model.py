@@ -61,9 +61,19 @@ class MemoryConfig:
         )
 
     @property
+    def gated(self) -> bool:
+        """Whether attention has gates."""
+        return self.projection != "none"
+
+    @property
+    def projected(self) -> bool:
+        """Whether a W_K and W_V make keys and values of memory."""
+        return self.projection in ("shared", "layerwise")
+
+    @property
     def on(self) -> bool:
         """Whether the model reads any memory at all."""
-        return self.projection in ("shared", "layerwise") or self.residual
+        return self.projected or self.residual
 
     @property
     def recurrent(self) -> bool:

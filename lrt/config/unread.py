@@ -8,6 +8,7 @@ from lrt.config.run import PAUSES, TASK, RunConfig
 
 Rule = tuple[str, bool, str]
 """Fields of one part, whether they are looked at, and what says otherwise."""
+OF_PROJECTIONS = "it is for W_K and W_V, and model.memory.projection is {}"
 
 
 def unread(config: RunConfig, flags: Iterable[str], columns: bool = True) -> list[str]:
@@ -49,9 +50,8 @@ def _of_model(config: RunConfig) -> Iterator[Rule]:
     yield "model.memory.shift", memory.source != 0, "model.memory.source is 0, which is that shift"
     reads = memory.on or memory.projection == "gates"
     yield "model.memory.blocks", reads, "model.memory reads nothing"
-    yield "model.memory.gate_width", memory.projection != "none", "it is for gates, and model.memory.projection is none"
-    matrices = memory.projection in ("shared", "layerwise")
-    yield "model.memory.start", matrices, f"it is for W_K and W_V, and model.memory.projection is {memory.projection}"
+    yield "model.memory.gate_width", memory.gated, "it is for gates, and model.memory.projection is none"
+    yield "model.memory.start", memory.projected, OF_PROJECTIONS.format(memory.projection)
     inside = "model.backbone.rope."
     yield f"{inside}factor", rope.kind != "none", f"{inside}kind is none"
     bounds = " ".join(inside + name for name in ("low", "high", "original"))
@@ -60,8 +60,7 @@ def _of_model(config: RunConfig) -> Iterator[Rule]:
 
 def _of_training(config: RunConfig) -> Iterator[Rule]:
     model, memory, optim, train = config.model, config.model.memory, config.optim, config.train
-    matrices = memory.projection in ("shared", "layerwise")
-    yield "optim.memory_lr", matrices, f"it is for W_K and W_V, and model.memory.projection is {memory.projection}"
+    yield "optim.memory_lr", memory.projected, OF_PROJECTIONS.format(memory.projection)
     yield "optim.memory_warmup", memory.on, "model.memory reads nothing"
     yield "optim.gamma_lr", memory.residual, "model.memory.residual is off"
     yield "optim.alpha_lr optim.beta_lr", model.residual_scalars, "model.residual_scalars is off"

@@ -151,8 +151,8 @@ class Attention(nn.Module):
         embedded = config.has_value_embedding(layer)
         self.value_embedding = nn.Embedding(config.vocab_size, kv) if embedded else None
         rows = 3 if embedded else 2  # local, memory, and the value embedding's
-        gated, reads = memory.projection != "none", config.reads_memory(layer)
-        self.gate = nn.Linear(config.gate_width, rows * config.k, bias=False) if gated and reads else None
+        reads = config.reads_memory(layer)
+        self.gate = nn.Linear(config.gate_width, rows * config.k, bias=False) if memory.gated and reads else None
         self.projection, self.shift_projection = projections(config, memory.projection == "layerwise" and reads)
 
     def forward(self, a: StreamBND, context: BlockContext) -> tuple[StreamBND, HeadsBKNE, HeadsBKNE]:

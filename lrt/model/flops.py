@@ -72,13 +72,12 @@ def forward_flops(
     blocks = config.blocks_run() if blocks is None else blocks
     inner, hidden = config.h * config.e, config.mlp_width * (3 if config.backbone.mlp == "swiglu" else 2)
     weights = len(blocks) * d * (2 * inner + 2 * kv + hidden)
-    projection = config.memory.projection
-    if projection != "none":
+    if config.memory.gated:
         reading = [i % config.depth for i in blocks if config.reads_memory(i % config.depth)]
         rows = sum(3 if config.has_value_embedding(i) else 2 for i in reading)
         weights += rows * config.k * config.gate_width
         read = (memory and config.memory.recurrent) + config.memory.shifted
-        pairs = {"gates": 0, "shared": 1, "layerwise": len(reading)}[projection]
+        pairs = {"gates": 0, "shared": 1, "layerwise": len(reading)}[config.memory.projection]
         weights += 2 * d * kv * pairs * read
     weights += d * config.vocab_size if head else 0
     windows = config.windows()
