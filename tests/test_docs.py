@@ -229,6 +229,13 @@ def test_flags_and_figures_stay_whole_on_the_site():
     assert ".whole" in (DOCS / "extra.css").read_text(encoding="utf-8")
 
 
+def test_links_of_the_site_are_underlined_and_what_scrolls_takes_the_keyboard():
+    """What axe-core calls serious otherwise, on every page."""
+    assert re.search(r"a:not\([^{]*\{\s*text-decoration: underline", (DOCS / "extra.css").read_text(encoding="utf-8"))
+    assert "tabIndex = 0" in (DOCS / "extra.js").read_text(encoding="utf-8")
+    assert "extra_javascript: [extra.js]" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path):
     """The reference pages, made from docstrings, among its pages."""

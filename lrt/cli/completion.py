@@ -1,22 +1,78 @@
-"""`lrt completion`: a script that teaches a shell the commands, flags and choices."""
+"""`lrt completion`: a script that teaches a shell the commands, flags, choices and paths."""
 
 from __future__ import annotations
 
-import importlib
+import shlex
+import sys
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Literal
 
-import tyro
 from tyro.conf import Positional
 
 from lrt.cli.parse import parse
 
-
-@dataclass(frozen=True)
-class HelpFlags:
-    """`lrt help COMMAND`: for the completion alone, since it takes no flags."""
+ASK = "--words"
+"""How a shell's script asks what may come next; the words typed so far follow."""
+SCRIPTS = {
+    "bash": """\
+_lrt() {
+    local word current=${COMP_WORDS[COMP_CWORD]}
+    [[ $current == = ]] && current=
+    COMPREPLY=()
+    while IFS=$'\\t' read -r word _; do
+        if [[ $word == :paths ]]; then
+            compopt -o filenames -o default 2>/dev/null
+            while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen -f -- "$current")
+        else
+            COMPREPLY+=("$word")
+        fi
+    done < <(LRT ASK "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -F _lrt lrt
+""",
+    "zsh": """\
+#compdef lrt
+_lrt() {
+    local line about paths
+    local -a found
+    for line in ${(f)"$(LRT ASK "${(Q@)words[2,CURRENT]}" 2>/dev/null)"}; do
+        if [[ $line == :paths* ]]; then
+            paths=1
+        else
+            about=${line#*$'\\t'}
+            found+=("${${line%%$'\\t'*}//:/\\\\:}${about:+:$about}")
+        fi
+    done
+    [[ $PREFIX == --*=* ]] && compset -P '*='
+    if (( $#found )); then _describe lrt found; fi
+    if [[ -n $paths ]]; then _files; fi
+}
+if [[ $funcstack[1] == _lrt ]]; then
+    _lrt "$@"
+else
+    compdef _lrt lrt
+fi
+""",
+    "fish": """\
+function __lrt
+    set -l last (commandline -ct)
+    set -l plain (string unescape -- $last); and set last $plain
+    set -l flag (string match -r -- '^--[^=]+=' $last)
+    for line in (LRT ASK (commandline -opc)[2..] "$last" 2>/dev/null)
+        if string match -q ':paths*' -- $line
+            for path in (__fish_complete_path (string replace -- "$flag" '' $last))
+                echo "$flag$path"
+            end
+        else
+            echo "$flag$line"
+        end
+    end
+end
+complete -c lrt -f -a '(__lrt)'
+""",
+}
+"""LRT and ASK stand for what the script runs. In bash a path with blanks is left to readline, which can quote."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +99,19 @@ FLAGS = CompletionFlags
 
 def main(args: list[str]) -> int:
     """Run the command; returns the exit code."""
+    if args[:1] == [ASK]:
+        from lrt.cli.words import next_words
+
+        print("\n".join(f"{word.text}\t{word.about}" for word in next_words(args[1:])))
+        return 0
     shell = parse(CompletionFlags, args, "completion").shell
-    try:
-        tyro.cli(all_commands(), prog="lrt", args=["--tyro-print-completion", shell])
-    except SystemExit as end:
-        return int(end.code or 0)
+    print(SCRIPTS[shell].replace("LRT ASK", f"{_this_program()} completion {ASK}"), end="")
     return 0
 
 
-def all_commands() -> Any:
-    """The flags of every command as one type, a command each."""
-    from lrt.cli.main import COMMANDS
-
-    return _one_of({name: _flags(name) for name in COMMANDS} | {"help": _one_of(dict.fromkeys(COMMANDS, HelpFlags))})
-
-
-def _flags(command: str) -> Any:
-    flags = importlib.import_module(f"lrt.cli.{command}").FLAGS
-    return _one_of(flags) if isinstance(flags, dict) else flags
-
-
-def _one_of(types: dict[str, Any]) -> Any:
-    named = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in types.items()]
-    return reduce(or_, named)
+def _this_program() -> str:
+    """This very installation, so that aliases and other folders find it."""
+    started = Path(sys.argv[0]).absolute()
+    if started.name == "lrt" and started.is_file():
+        return shlex.quote(str(started))
+    return f"{shlex.quote(sys.executable)} -m lrt"

@@ -188,46 +188,9 @@ def test_a_run_in_a_folder_whose_name_has_spaces(random_run: Path, tmp_path: Pat
     assert "my runs holds the run my runs/a b; choose one" in refusal(capsys, ["info", "my runs"])
 
 
-# The shells' completion.
-
-BASH = """
-source /dev/stdin
-COMP_WORDS=({words}); COMP_CWORD={last}; COMP_LINE="{words}"; COMP_POINT=${{#COMP_LINE}}
-_tyro_lrt
-printf '%s\\n' "${{COMPREPLY[@]}}"
-"""
-
-
-def completed(script: str, words: str) -> set[str]:
-    """What bash offers for the last of the words."""
-    ask = BASH.format(words=words, last=len(words.split(" ")) - 1)
-    run = subprocess.run(["bash", "-c", ask], input=script, capture_output=True, text=True, check=True)
-    return {line.strip() for line in run.stdout.splitlines() if line.strip()}
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_commands_flags_and_choices(capsys):
-    script = printed(capsys, ["completion", "bash"])
-    assert set(COMMANDS) <= completed(script, "lrt ")
-    assert completed(script, "lrt tra") == {"train"}
-    assert {"train", "decode", "serve"} <= completed(script, "lrt bench ")
-    assert set(COMMANDS) <= completed(script, "lrt help ")
-    assert "--max-new-tokens" in completed(script, "lrt sample --")
-    assert set(RECIPES) <= completed(script, "lrt train --recipe ")
-    assert completed(script, "lrt export --to ") == {"gguf", "hf", "llama", "mistral", "qwen2", "qwen3", "run"}
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_get_a_script_that_their_shell_reads(shell: str, capsys):
-    script = printed(capsys, ["completion", shell])
-    assert all(command in script for command in COMMANDS)
-    if shutil.which(shell) is not None:
-        subprocess.run([shell, "-n", "/dev/stdin"], input=script, text=True, check=True)
-
-
 def test_completion_and_help_of_any_command_need_no_torch():
     code = "import sys; from lrt.cli.main import COMMANDS, main\n"
-    code += "from lrt.cli.completion import all_commands; all_commands()\n"
+    code += "import lrt.cli.words\n"
     code += "for command in COMMANDS:\n    try: main([command, '--help'])\n    except SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
