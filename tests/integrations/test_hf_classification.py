@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import config
 from test_hf_training import FULL, SHIFT, close, ids_of, wrapped
 
 transformers = pytest.importorskip("transformers")
@@ -43,3 +44,16 @@ def test_a_language_model_becomes_one_and_is_kept(tmp_path):
     fresh.save_pretrained(tmp_path / "scores")
     again = auto.from_pretrained(tmp_path / "scores")
     assert torch.equal(again(ids).logits, fresh(ids).logits)
+
+
+def test_an_end_that_opens_another_document_is_no_score_of_this_one():
+    """Where documents are apart it sees nothing of its row: all rows had one score, and nothing was learned."""
+    model = wrapped(config(document_attention=True, window_pattern="L"), LRTForSequenceClassification, num_labels=1)
+    ids, columns = ids_of(2, 7).clamp(min=2), torch.arange(7)
+    alone = torch.cat([model(row).logits for row in (ids[:1], ids[1:, :4])])
+    length = torch.tensor([[7], [4]])
+    closed = torch.nn.functional.pad(torch.where(columns < length, ids, 1), (0, 1), value=1)
+    closed[torch.arange(2), length[:, 0]] = 0
+    close(model(closed, (closed != 1).long()).logits, alone)
+    close(model(input_ids=closed).logits, alone)
+    assert (alone[0] - alone[1]).abs() > 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -36,6 +37,8 @@ class LRTConfig(PreTrainedConfig):
 
     model_type = "lrt"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - a list, which the Trainer adds to
+    auto_map = {}  # noqa: RUF012 - a plain dictionary, as the library has it
+    """What code a folder brings; none unless an export says it. TRL asks every model that is not the library's own."""
 
     lrt: dict | None = None
     """`ModelConfig` as plain data; none means its defaults."""
@@ -68,12 +71,36 @@ class LRTConfig(PreTrainedConfig):
     """What caps logits, by the name that others read who compute them from the head's input, as TRL does."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        model = self.model_config()
-        self.lrt = to_dict(model)
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.d, model.layers
-        self.num_attention_heads, self.num_key_value_heads, self.head_dim = model.h, model.k, model.e
-        self.max_position_embeddings, self.final_logit_softcapping = model.context, model.softcap
+        self.fit(given=False)
+        self.max_position_embeddings = self.model_config().context
         super().__post_init__(**kwargs)
+
+    def fit(self, given: bool = True) -> None:
+        """Have `lrt` follow the size of the vocabulary and a tied head where they were set here; other numbers cannot be.
+
+        ValueError: another number is not the model's; where it may not have been `given`, 0 and none are no numbers.
+        """
+        model = self.model_config()
+        if self.vocab_size not in (0, model.vocab_size):
+            bos = None if model.bos is None or model.bos >= self.vocab_size else model.bos
+            model = replace(model, vocab_size=self.vocab_size, bos=bos)
+        if self.tie_word_embeddings:
+            model = replace(model, backbone=replace(model.backbone, tied=True))
+        self.lrt = to_dict(model)
+        for name, own in self._sizes(model).items():
+            value = getattr(self, name)
+            other = f"{name} is {value}, but the model's is {own}, by the field lrt: leave {name} out"
+            require(value == own or (not given and value in (0, None)), other)
+            setattr(self, name, own)
+
+    @staticmethod
+    def _sizes(model: ModelConfig) -> dict[str, Any]:
+        """What stands here a second time, by the names that others read."""
+        return {
+            "vocab_size": model.vocab_size, "hidden_size": model.d, "num_hidden_layers": model.layers,
+            "num_attention_heads": model.h, "num_key_value_heads": model.k, "head_dim": model.e,
+            "final_logit_softcapping": model.softcap,
+        }  # fmt: skip
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As the library has it. ValueError: no such mode or schedule; `from_pretrained` sets its options this way."""

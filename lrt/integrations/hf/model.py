@@ -25,7 +25,7 @@ from lrt.integrations.hf.embeds import as_tokens
 from lrt.integrations.hf.fold import Wanted
 from lrt.integrations.hf.forward import Inputs, Outcome, by_schedule, decoded, free_to_look, is_step
 from lrt.integrations.hf.objective import objective
-from lrt.integrations.hf.pretrained import LRTPreTrainedModel, RecomputedBlock
+from lrt.integrations.hf.pretrained import LRTPreTrainedModel, RecomputedBlock, TiedHead
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import check_tokens
 from lrt.model.shapes import StreamBND, TokensBN
@@ -213,6 +213,7 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
     def __init__(self, config: LRTConfig):
         super().__init__(config)
         self.model = LRTModel(config)
+        self.tied_head = TiedHead(self.model.core) if self.model.core.head is None else None
         self.post_init()
 
     @property
@@ -224,11 +225,14 @@ class LRTForCausalLM(LRTPreTrainedModel, GenerationMixin):
     def steps(self, count: int) -> None:
         self.model.steps = count
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.model.core.head
+    def get_output_embeddings(self) -> nn.Module:
+        head = self.tied_head if self.model.core.head is None else self.model.core.head
+        assert head is not None
+        return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.core.head = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+        if new_embeddings is not self.tied_head:
+            self.model.core.head = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -313,6 +317,8 @@ class LRTForSequenceClassification(GenericForSequenceClassification, LRTPreTrain
         self.num_labels = config.num_labels or 1
         self.model = LRTModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        if self.inner.config.document_attention:
+            self.register_forward_pre_hook(_without_closing, with_kwargs=True)
         self.post_init()
 
     @torch.no_grad()
@@ -321,6 +327,23 @@ class LRTForSequenceClassification(GenericForSequenceClassification, LRTPreTrain
         weight = self.score.weight
         if weight.device.type != "meta" and not getattr(weight, "_is_hf_initialized", False):
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+
+def _without_closing(
+    model: LRTForSequenceClassification, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook: rows [B, N] without a BOS at their end, which begins another document and sees nothing of theirs."""
+    kwargs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
+    tokens, bos, pad = kwargs.get("input_ids"), model.inner.config.bos, model.config.pad_token_id
+    if tokens is not None and pad is not None:
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        last = torch.where(tokens != pad, place, 0).amax(1, keepdim=True)
+        others = ((tokens != pad) & (tokens != bos)).any(1, keepdim=True)
+        closing = (place == last) & (tokens == bos) & others
+        mask = kwargs.get("attention_mask")
+        kwargs["input_ids"] = tokens.masked_fill(closing, pad)
+        kwargs["attention_mask"] = (torch.ones_like(tokens) if mask is None else mask).masked_fill(closing, 0)
+    return args[2:], kwargs
 
 
 # By this table the Trainer tells language models, whose labels it shifts itself where it smooths them.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -34,6 +35,25 @@ class RecomputedBlock(GradientCheckpointingLayer, Block):
         return Block.forward(self, x, context)
 
 
+class TiedHead(nn.Module):
+    """The head of a model whose head is its embedding, without weights of its own: what other libraries look for."""
+
+    bias = None
+
+    def __init__(self, core: LRT):
+        super().__init__()
+        self._core = (core,)  # no module of this one: its weights are the model's already
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D], an adapter's part too."""
+        return self._core[0].tied_head()
+
+    def forward(self, hidden: StreamBND) -> Tensor:
+        """Logits [.., V], not capped yet."""
+        return F.linear(hidden, self.weight)
+
+
 class LRTPreTrainedModel(PreTrainedModel):
     """What both classes share."""
 
@@ -47,6 +67,10 @@ class LRTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RecomputedBlock"]  # noqa: RUF012 - the library's own type
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"steps_done"]  # noqa: RUF012 - folders from before it was kept
+
+    def __init__(self, config: LRTConfig):
+        config.fit()
+        super().__init__(config)
 
     @classmethod
     def from_pretrained(
