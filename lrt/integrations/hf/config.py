@@ -76,7 +76,7 @@ class LRTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def fit(self, given: bool = True) -> None:
-        """Have `lrt` follow the size of the vocabulary and a tied head where they were set here; other numbers cannot be.
+        """Have `lrt` follow the size of the vocabulary and a tied head where they were set here; no other number.
 
         ValueError: another number is not the model's; where it may not have been `given`, 0 and none are no numbers.
         """
