@@ -71,14 +71,14 @@ class LRTConfig(PreTrainedConfig):
     """What caps logits, by the name that others read who compute them from the head's input, as TRL does."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.fit(given=False)
+        self.fit(complete=False)
         self.max_position_embeddings = self.model_config().context
         super().__post_init__(**kwargs)
 
-    def fit(self, given: bool = True) -> None:
+    def fit(self, complete: bool = True) -> None:
         """Have `lrt` follow the size of the vocabulary and a tied head where they were set here; no other number.
 
-        ValueError: another number is not the model's; where it may not have been `given`, 0 and none are no numbers.
+        ValueError: another number is not the model's. Unless all are `complete`, 0 and none are numbers that were not told.
         """
         model = self.model_config()
         if self.vocab_size not in (0, model.vocab_size):
@@ -90,7 +90,7 @@ class LRTConfig(PreTrainedConfig):
         for name, own in self._sizes(model).items():
             value = getattr(self, name)
             other = f"{name} is {value}, but the model's is {own}, by the field lrt: leave {name} out"
-            require(value == own or (not given and value in (0, None)), other)
+            require(value == own or (not complete and value in (0, None)), other)
             setattr(self, name, own)
 
     @staticmethod
