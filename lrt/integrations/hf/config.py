@@ -78,7 +78,7 @@ class LRTConfig(PreTrainedConfig):
     def fit(self, complete: bool = True) -> None:
         """Have `lrt` follow the size of the vocabulary and a tied head where they were set here; no other number.
 
-        ValueError: another number is not the model's. Unless all are `complete`, 0 and none are numbers that were not told.
+        ValueError: another number is not the model's. Unless all are `complete`, 0 and none are not told.
         """
         model = self.model_config()
         if self.vocab_size not in (0, model.vocab_size):
