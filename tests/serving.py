@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import torch
@@ -18,7 +22,6 @@ from lrt.config.model import MemoryConfig, ModelConfig
 from lrt.config.run import RunConfig, TrainConfig
 from lrt.data.tokenizer import Tokenizer, train_bpe
 from lrt.inference.generate import generate
-from lrt.inference.prefill import compiled, next_logits
 from lrt.inference.weights import with_weights
 from lrt.model.lrt import LRT
 from lrt.serve.keys import ApiKeys, HostNames
@@ -53,12 +56,11 @@ class Server:
 
     def __init__(
         self, run: Path, *api_keys: str, hosts: tuple[str, ...] = (), drain: float = 30, device: str = "cpu",
-        weights: Weights = "full", compile: bool = False, **settings,
+        weights: Weights = "full", **settings,
     ):  # fmt: skip
         self.loaded = checkpoint.load_model(run, device)
         with_weights(self.loaded.model, weights)
-        run_step = compiled() if compile else next_logits
-        self.served = Served(self.loaded, replace(Settings(), **settings), run=run_step)
+        self.served = Served(self.loaded, replace(Settings(), **settings))
         self.served.intake.seconds = 240.0  # a busy machine takes its time
         names = HostNames("127.0.0.1", hosts)
         self.server = DrainingServer(self.served, ApiKeys(api_keys), names, drain)
@@ -104,6 +106,34 @@ class Server:
         while not self.served.engine.idle:
             assert time.monotonic() < end, "the server does not come to rest"
             time.sleep(0.01)
+
+
+class Process(NamedTuple):
+    """A server in a process of its own."""
+
+    popen: subprocess.Popen
+    url: str
+    log: Path
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+
+@contextlib.contextmanager
+def started(run: Path, log: Path, *flags: str) -> Iterator[Process]:
+    """`lrt serve` with these flags, once it has said its address."""
+    command = [sys.executable, "-m", "lrt", "serve", str(run), "--port", "0", "--threads", "1", *flags]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            yield Process(process, process.stdout.readline().strip().partition(" at ")[2], log)
+        finally:
+            process.kill()
 
 
 def post(server: Server, path: str, body, **options) -> httpx.Response:

@@ -15,6 +15,7 @@ def test_what_cannot_work_says_so():
         "layer": lambda: made(model, ids, cache_implementation="quantized"),
         "from the model's own config": lambda: made(model, ids, past_key_values=transformers.DynamicCache()),
         "one of them": lambda: model(ids, inputs_embeds=torch.zeros(1, 3, 24)),
+        "take transformers<5.24": lambda: model(ids, cache=transformers.DynamicCache()),
         "2 axes, not 4": lambda: model(ids, torch.ones(1, 1, 5, 5)),
         "begin the next document at 0": lambda: model(ids, position_ids=torch.tensor([[0, 1, 2, 4, 5]])),
         "target -1 is no token": lambda: model(ids, labels=ids.new_full(ids.shape, -1)),

@@ -9,49 +9,17 @@ import random
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import psutil
 import pytest
-from serving import Server
+from serving import Server, started
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 LONG = {"prompt": "def", "max_tokens": 250, "seed": 1, "stop": "\x00", "ignore_eos": True}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-
-
-class Process(NamedTuple):
-    """A server in a process of its own."""
-
-    popen: subprocess.Popen
-    url: str
-    log: Path
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.url.removeprefix("http://").partition(":")
-        return host, int(port)
-
-
-@contextlib.contextmanager
-def started(run: Path, log: Path, *flags: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "lrt", "serve", str(run), "--port", "0", "--threads", "1", *flags]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            yield Process(process, process.stdout.readline().strip().partition(" at ")[2], log)
-        finally:
-            process.kill()
 
 
 def test_what_runs_when_the_drain_is_over_is_told_so(run, caplog, monkeypatch):

@@ -46,6 +46,7 @@ EARLY = (
     "assistant_early_exit: early blocks of an LRT write no memory to draft with; give an assistant_model, or "
     "prompt_lookup_num_tokens"
 )
+RENAMED = "from transformers 5.24 on a cache has another name, which LRT does not read: take transformers<5.24"
 PACKED_BY = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
 """What other models are told documents in one row by."""
 
@@ -140,6 +141,7 @@ class LRTModel(LRTPreTrainedModel):
         Raises:
             ValueError: what this model does not compute.
         """
+        require(kwargs.get("cache") is None, RENAMED)
         axes = None if attention_mask is None else attention_mask.dim()
         require(axes in (None, 2), f"LRT takes a padding mask of 2 axes, not {axes}")
         wanted = self._wanted(output_hidden_states, output_attentions)
