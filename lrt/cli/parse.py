@@ -80,7 +80,7 @@ def parse(flags: type[T], args: Sequence[str], command: str, **options: Any) -> 
         if not end.code:
             raise
         message = _pasted(args) or _unknown(_first_line(message_box.getvalue()), command)
-        raise ValueError(f"{message}; see lrt {command} --help") from None
+        raise ValueError(f"{message}{' See' if message.endswith('?') else '; see'} lrt {command} --help") from None
     checked = _checked(parsed, "")
     tell(command, [f"{flag} is given more than once; the last one counts" for flag in _given_twice(args)])
     return checked

@@ -152,7 +152,7 @@ def test_a_folder_that_is_no_run_leads_to_those_it_holds(random_run: Path, tmp_p
 
 SLIPS = [
     ("train book.txt", "book.txt: a text is given as --data.source book.txt"),
-    ("train --data.sorce book.txt", "unknown flag --data.sorce; did you mean --data.source?"),
+    ("train --data.sorce book.txt", "unknown flag --data.sorce; did you mean --data.source? See lrt train --help"),
     ("tokenize book.txt out", "book.txt, out: a text is given as --data.source book.txt"),
     ("demo now", "now: the command takes no more words"),
     ("demo --fast --quiet", "unknown flags --fast, --quiet"),
