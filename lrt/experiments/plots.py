@@ -6,6 +6,7 @@ Every arm has its colour in all pictures.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,18 +36,24 @@ COST: dict[str, Callable[[dict[str, Any]], float]] = {
 
 
 def arm_colours(pictures: Iterable[Iterable[str]]) -> dict[str, str]:
-    """A colour for each arm, the same in all of these pictures; plain is grey.
+    """A colour for each arm, the same in all of these pictures; plain is grey, and those of KNOWN have theirs.
 
-    Arms that share a picture differ, unless they are more than MOST_ARMS.
+    Arms that share a picture differ; of more than MOST_ARMS as few as can be are alike.
     """
     together = [list(dict.fromkeys(names)) for names in pictures]
     colours = {name: KNOWN[name] for names in together for name in names if name in KNOWN}
     for names in sorted(together, key=lambda names: len(names) > MOST_ARMS):
         for name in names:
-            beside = {other for seen in together if name in seen and len(seen) <= MOST_ARMS for other in seen}
-            taken = {colours.get(other) for other in beside}
-            colours.setdefault(name, next((c for c in OTHERS if c not in taken), OTHERS[len(colours) % len(OTHERS)]))
+            colours.setdefault(name, _free_colour([seen for seen in together if name in seen], colours))
     return colours
+
+
+def _free_colour(pictures: Sequence[Sequence[str]], colours: Colours) -> str:
+    """For one more arm of these pictures: free in all uncrowded ones, then rarest, then of no arm in KNOWN."""
+    taken = {colours.get(name) for names in pictures if len(names) <= MOST_ARMS for name in names}
+    used = Counter(colours.get(name) for names in pictures for name in names)
+    free = [colour for colour in OTHERS if colour not in taken] or OTHERS
+    return min(free, key=lambda colour: (used[colour], colour in KNOWN.values()))
 
 
 def decoded(record: dict[str, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,10 +66,16 @@ def report_blocks(groups: Sequence[RunGroup], baseline: str, files: Sequence[Pat
         of_text = members[0] in text
         blocks += _texts(heading, members, baseline, colours) if of_text else _tasks(heading, members, colours)
     for sweep in dict.fromkeys(g.sweep for g in text):
-        last = [g for g in text if g.sweep == sweep][-1].point
+        last = _last_compared([g for g in text if g.sweep == sweep])
         members = [g for g in text if (g.sweep, g.point) == (sweep, last)]
         blocks += _inside((f"{sweep}: {last}" if last else sweep) + _of(members), members, colours)
     return blocks
+
+
+def _last_compared(groups: Sequence[RunGroup]) -> str:
+    """The last point of a sweep's grid at which arms can be compared, or the last."""
+    arms = Counter(g.point for g in groups)
+    return next((point for point in reversed(arms) if arms[point] > 1), groups[-1].point)
 
 
 def _at_several(groups: list[RunGroup]) -> list[RunGroup]:
@@ -108,7 +115,7 @@ def _of(groups: Sequence[RunGroup]) -> str:
 
 
 def _inside(heading: str, groups: list[RunGroup], colours: plots.Colours) -> list[Block]:
-    """What happens within rows, shown for the last point of a sweep's grid, if its arms can be told apart."""
+    """What happens within rows, shown for one point of a sweep's grid, if its arms can be told apart."""
     if len(groups) > MOST_ARMS:
         return []
     blocks: list[Block] = [(f"{heading}: by position", plots.positions(groups, colours))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -242,6 +243,14 @@ def test_points_of_a_grid_come_by_their_numbers(tmp_path):
     assert [line.partition(":")[0].rpartition("=")[2] for line in lines] == ["2.5", "5", "10", "20"]
 
 
+def test_pictures_of_rows_are_of_the_last_point_that_compares(tmp_path):
+    runs = [record(arm, 0, 2.0, budget) for budget in ("compute=10", "compute=5") for arm in ("plain", "late")]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (*runs, record("late", 0, 2.0, "compute=20"))))
+    headings = [heading for heading, _ in report_blocks(read_groups([file]), "plain")]
+    assert [h for h in headings if "by position" in h] == ["p: train.horizon compute=10: by position"]
+
+
 def test_an_arm_of_other_seeds_is_not_compared(tmp_path):
     (line,) = verdicts(tmp_path, record("plain", 0, 2.0), record("other", 1, 1.0))
     assert "other decodes best" in line and "not compared" in line
@@ -270,6 +279,9 @@ def test_an_arm_has_one_colour_and_no_two_of_a_picture_share_one():
     colours = arm_colours([*sweeps, [f"y{k}" for k in range(40)]])
     assert colours["plain"] == GREY and colours["lrt"] == KNOWN["lrt"] and set(colours.values()) <= {GREY, *OTHERS}
     assert all(len({colours[name] for name in names}) == len(names) for names in sweeps)
+    crowd = Counter(colours[f"y{k}"] for k in range(40))
+    assert set(crowd) == set(OTHERS) and max(crowd.values()) == 4
+    assert not set(KNOWN.values()) & {arm_colours([["plain", "a", "b"]])[name] for name in "ab"}
     assert arm_colours([["a", "plain"]])["plain"] == arm_colours([["plain"]])["plain"] == GREY
 
 
