@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 
 import pytest
-from test_faults import home, recorded, require_equal, small
+import torch
+from test_faults import home, recorded, require_equal, session, small
 
 from lrt.training import checkpoint
 from lrt.training import session as training
@@ -84,3 +86,48 @@ def test_a_checkpoint_that_was_not_written_is_told_though_something_else_failed_
         raise OSError("disk full")
 
     assert failing(home, tmp_path / "run", monkeypatch, write) == ["a checkpoint was not written: disk full"]
+
+
+def test_a_stopped_training_says_how_to_go_on_only_once_its_checkpoint_is_written(
+    home: Path, tmp_path: Path, monkeypatch
+):
+    said: list[dict] = []
+
+    def write(*_, **__) -> Path:
+        raise OSError("disk full")
+
+    def stop(event: dict) -> None:
+        said.append(event)
+        if event["kind"] == "train" and event["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(training, "Writer", lambda _: Writer(background=True))
+    monkeypatch.setattr(checkpoint, "save", write)
+    with pytest.raises(OSError, match="disk full"):
+        recorded(small(home), tmp_path / "run", sinks=[stop])
+    assert not [e for e in said if e["kind"] == "warning" and "stopped" in e["text"]]
+
+
+def test_the_checkpoint_to_go_back_to_may_still_be_being_written(home: Path, tmp_path: Path, monkeypatch):
+    """Weights are spoilt after step 4, while the checkpoint of step 3 waits until the diagnosis is made."""
+    diagnosed, save, diagnose = threading.Event(), checkpoint.save, training.not_finite
+
+    def slow(*args, **options) -> Path:
+        assert diagnosed.wait(240)
+        return save(*args, **options)
+
+    def told(*args) -> str:
+        diagnosed.set()
+        return diagnose(*args)
+
+    def poison(event: dict) -> None:
+        if event["kind"] == "train" and event["step"] == 4:
+            with torch.no_grad():
+                s.model.blocks[0].mlp.up.weight.fill_(torch.nan)
+
+    monkeypatch.setattr(training, "Writer", lambda _: Writer(background=True))
+    monkeypatch.setattr(training, "not_finite", told)
+    monkeypatch.setattr(checkpoint, "save", slow)
+    s = session(home, tmp_path, [poison], max_skipped=2)
+    with pytest.raises(ValueError, match=r"up to step 6 .*the last good checkpoint is .*step_00000003:"):
+        s.loop()

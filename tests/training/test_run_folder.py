@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import events
+from helpers import PowerCut, events, power_cut
 from test_faults import ROOT, home, recorded, require_equal, small
 
+from lrt.training import checkpoint, trainer
+from lrt.training.checkpoint import Checkpoint
 from lrt.training.logging import Jsonl
 from lrt.training.run_lock import RunLock
 from lrt.training.trainer import train
@@ -40,6 +42,46 @@ def test_two_trainings_in_one_folder(home: Path, tmp_path: Path):
             recorded(small(home), run, resume=True)
         process.kill()
     recorded(small(home), run, resume=True)
+
+
+def test_the_folder_is_held_before_its_checkpoints_are_read(home: Path, tmp_path: Path, monkeypatch):
+    """Another training would delete them meanwhile."""
+    read, newest = [], checkpoint.newest_valid
+
+    def held(run: Path) -> tuple[Checkpoint | None, list[str]]:
+        with pytest.raises(ValueError, match=rf"is being trained by process {os.getpid()};"):
+            RunLock(run).take()
+        read.append(run)
+        return newest(run)
+
+    shutil.copytree(home / "whole", tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "newest_valid", held)
+    recorded(small(home), tmp_path / "run", resume=True)
+    assert read == [tmp_path / "run"]
+
+
+def test_a_run_that_was_trained_while_the_text_was_read_is_left_alone(home: Path, tmp_path: Path, monkeypatch):
+    run, prepare = tmp_path / "run", trainer.prepare_data
+
+    def meanwhile(*args):
+        shutil.copytree(home / "whole", run)
+        return prepare(*args)
+
+    monkeypatch.setattr(trainer, "prepare_data", meanwhile)
+    with pytest.raises(ValueError, match="run was trained meanwhile by another process; continue it with --resume"):
+        train(small(home), run)
+    require_equal(run, home / "whole")
+
+
+def test_a_run_that_began_from_anothers_weights_goes_on_without_them(home: Path, tmp_path: Path):
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(home / "whole", other)
+    base = checkpoint.open_checkpoint(other).config
+    begun = replace(base, train=replace(base.train, init_from=str(other)))
+    with pytest.raises(PowerCut):
+        recorded(begun, run, sinks=[power_cut(4)])
+    shutil.rmtree(other)
+    assert [e["step"] for e in recorded(begun, run, resume=True)][-1] == 12
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/null", path)])

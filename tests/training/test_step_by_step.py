@@ -55,6 +55,20 @@ def test_every_step_has_its_own_rates_and_the_log_says_them(source: Path, tmp_pa
     assert taken[0] == (pytest.approx(1 / 3), pytest.approx(1 / 6)) and taken[5][0] == pytest.approx(1 / 3)
 
 
+def test_speeds_are_of_the_steps_since_the_last_log(source: Path, tmp_path: Path, monkeypatch):
+    seconds = itertools.count(0, 5)  # a step takes 5 s
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds), process_time=lambda: 0.0, monotonic=lambda: 0.0)
+    monkeypatch.setattr(session, "time", clock)
+    said: list[dict[str, Any]] = []
+    s = begun(tiny(cpu_demo(), source, steps=6, log_every=2, schedule="parallel"), tmp_path / "run", said)
+    s.loop()
+    logged, flops = of_kind(said, "train"), s.progress.flops / 6
+    assert [event["step"] for event in logged] == [2, 4, 6]
+    assert [event["tokens_per_second"] for event in logged] == [8 * 32 / 5] * 3
+    assert [event["flops_per_second"] for event in logged] == pytest.approx([flops / 5] * 3)
+    assert [event["mfu"] for event in logged] == pytest.approx([flops / 5 / s.peak] * 3)
+
+
 def test_a_checkpoint_holds_the_score_of_its_own_step_alone(source: Path, tmp_path: Path):
     """An older score would make it the best one, or not."""
     said: list[dict[str, Any]] = []
