@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrt.config.decoding import DEFAULT_MODE, PrefillOptions
-from lrt.model.kv_cache import KVCache, PerRow
+from lrt.model.kv_cache import KVCache, PerRow, require_state
 from lrt.model.lrt import LRT
 from lrt.model.recurrence import (
     Effort,
@@ -59,10 +59,13 @@ def prefill(
             tokens (the model's context if that is not given).
 
     Raises:
-        ValueError: a token out of range, an empty prompt, or one that does not fit the capacity.
+        ValueError: a token out of range, an empty prompt, or one that does not fit the capacity; a state of other
+            layers, heads or width than the model's.
     """
     plan = prefill_options(model, mode)
     check_tokens(model, tokens)
+    if cache is not None:
+        require_state(model, cache)
     tokens, room = tokens.long(), model.config.context if capacity is None else capacity
     lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else _lengths(lengths, tokens)
     cache = KVCache.empty(model, len(tokens), room) if cache is None else cache
@@ -90,9 +93,11 @@ def decode_step(model: LRT, tokens: Tensor, cache: KVCache, active: Tensor | Non
         Next-token logits [B, V], and the state after.
 
     Raises:
-        ValueError: not one token, a whole number, for each row of the state; on a CPU also one that the model lacks.
+        ValueError: not one token, a whole number, for each row of the state; on a CPU also one that the model lacks; a
+            state of other layers, heads or width than the model's.
     """
     require_ids("tokens", tokens)
+    require_state(model, cache)
     rows = (cache.rows,)
     require(tokens.shape == rows, f"tokens of shape {tuple(tokens.shape)} for {cache.rows} rows: give one a row")
     check_known(model, tokens[None])

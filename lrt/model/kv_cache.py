@@ -255,6 +255,17 @@ class KVCache(NamedTuple):
         return KVCache(keys, values, tensors["memory"], length, last, start, capacity, longest)
 
 
+def require_state(model: Transformer, state: object) -> None:
+    """ValueError unless this is a state whose layers, heads and width are the model's."""
+    if not isinstance(state, KVCache):
+        raise ValueError(f"the state is of type {type(state).__name__}: give a KVCache, such as prefill(..).cache")
+    c, heads = model.config, state.keys[0]
+    own, its = (len(state.keys), heads.shape[1], heads.shape[3], state.memory.shape[1]), (c.layers, c.k, c.e, c.d)
+    if own != its:
+        a, b = ("{} layers, {} key/value heads of {}, width {}".format(*sizes) for sizes in (own, its))
+        raise ValueError(f"the state is another model's ({a}; this one has {b}): begin with KVCache.empty or prefill")
+
+
 def _require_state(tensors: dict[str, Tensor], slots: Any, longest: Any, path: Path | str) -> None:
     """ValueError unless the tensors of a file are a state: of fitting shapes and types, no longer than their slots."""
     counts = isinstance(slots, list) and len(slots) > 0 and type(longest) is int and longest >= 0

@@ -6,8 +6,9 @@ A decoder-only transformer, nanochat-style unless `ModelConfig.backbone` says ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from lrt.model.shapes import HeadsBKNE, PositionsN, StreamBND, TokensBN, check_r
 from lrt.model.state import Buffer, LayerKV, PassInput, PassOutput, Segments, State
 from lrt.utils.compiling import graph_of
 from lrt.utils.dtensor import is_sharded
+from lrt.utils.hardware import torch_device
 from lrt.utils.require import require
 
 BlockOutput = tuple[StreamBND, HeadsBKNE, HeadsBKNE]
@@ -47,7 +49,7 @@ class Transformer(nn.Module):
         super().__init__()
         require(isinstance(config, ModelConfig), f"the model's config is a {type(config).__name__}; give a ModelConfig")
         self.config, self.execution = config, Execution()
-        device = torch.get_default_device() if device is None else torch.device(device)
+        device = torch.get_default_device() if device is None else torch_device(device)
         with torch.device("meta"):  # so that nothing is allocated or drawn twice
             self.embedding = nn.Embedding(config.vocab_size, config.d)
             self.blocks = nn.ModuleList(block(config, i) for i in range(config.depth))
@@ -142,6 +144,17 @@ class Transformer(nn.Module):
             return None
         weight = self.head.weight
         return weight if type(weight) in (Tensor, nn.Parameter) or is_sharded(weight) else None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's. ValueError: the names are those of a model within another, as DDP and torch.compile save it."""
+        name = next(iter(state_dict), "")
+        prefix = next((name[: -len(own)] for own in self.state_dict() if name.endswith(f".{own}")), "")
+        require(
+            not prefix or not all(name.startswith(prefix) for name in state_dict),
+            f"every name begins with {prefix!r}: the weights are those of a model within another; take it off: "
+            f"{{name.removeprefix({prefix!r}): x for name, x in state.items()}}",
+        )
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def stream_dtype(self) -> torch.dtype:

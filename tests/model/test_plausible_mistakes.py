@@ -115,6 +115,35 @@ def test_a_prompts_room_and_lengths_are_whole_numbers(options: dict[str, Any], s
         prefill(MODEL, IDS, **options)
 
 
+OTHERS = {"depth": config(depth=4), "heads": config(kv_heads=1), "width": config(width=48, heads=6)}
+
+
+@pytest.mark.parametrize("call", ["step", "prefill", "generate"])
+@pytest.mark.parametrize("kind", [*OTHERS, "prefill's result", "list"])
+def test_a_state_is_the_models_own(kind: str, call: str):
+    """A state of other layers or heads failed in torch's own words, a result of prefill in Python's."""
+    state: Any = prefill(MODEL, IDS, capacity=9) if kind == "prefill's result" else [0]
+    state = prefill(LRT(OTHERS[kind]), IDS, capacity=9).cache if kind in OTHERS else state
+    calls = {
+        "step": lambda: decode_step(MODEL, IDS[:, 0], state), "prefill": lambda: prefill(MODEL, IDS, cache=state),
+        "generate": lambda: next(generate(MODEL, IDS.tolist(), cache=state)),
+    }  # fmt: skip
+    said = r"another model's \(\d layers" if kind in OTHERS else "the state is of type (Prefill|list): give a KVCache"
+    with pytest.raises(ValueError, match=said):
+        calls[call]()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model_are_named(prefix: str, strict: bool):
+    """Where they need not all be there, nothing was loaded, in silence."""
+    state = {prefix + name: x for name, x in MODEL.state_dict().items()}
+    with pytest.raises(ValueError, match=f"every name begins with '{prefix}': .* take it off") as error:
+        MODEL.load_state_dict(state, strict=strict)
+    assert "\n" not in str(error.value)
+    MODEL.load_state_dict({name.removeprefix(prefix): x for name, x in state.items()})
+
+
 @pytest.mark.parametrize("prompts", [[1, 2, 3], IDS[0], "abc", [IDS], [None], ["abc"]], ids=str)
 def test_one_prompt_is_a_list_within_a_list(prompts: Any):
     with pytest.raises(ValueError, match=r"\[\[1, 2, 3\]\] is one prompt"):
@@ -125,6 +154,9 @@ def test_one_prompt_is_a_list_within_a_list(prompts: Any):
     ("make", "said"),
     [
         (lambda: LRT({"depth": 2}), "config is a dict; give a ModelConfig"),  # pyright: ignore[reportArgumentType]
+        (lambda: LRT(MODEL.config, device="tpu"), "device 'tpu' is not available here; use cpu"),
+        (lambda: LRT(MODEL.config, device="cpux:0"), "device 'cpux:0' is not available here"),
+        (lambda: LRT(MODEL.config, device=[]), "device '\\[\\]' is not"),  # pyright: ignore[reportArgumentType]
         (lambda: ScheduledLoss(MODEL, None), "schedule is a NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: ScheduledLoss(MODEL, "parallel", consistency=-1.0), "consistency is -1.0"),
         (lambda: ScheduledLoss(MODEL, "parallel", consistency=float("nan")), "consistency is nan"),
