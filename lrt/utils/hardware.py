@@ -37,8 +37,8 @@ def torch_device(device: str | torch.device) -> torch.device:
 
 
 def _usable() -> list[str]:
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [name for name, there in found.items() if there]
+    devices = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name, there in devices.items() if there]
 
 
 def widest(device: torch.device) -> torch.dtype:
