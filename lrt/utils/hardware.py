@@ -10,8 +10,6 @@ import time
 
 import torch
 
-from lrt.utils.require import require
-
 PEAKS = {
     "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
@@ -21,10 +19,13 @@ PEAKS = {
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is cuda where there is one, else the CPU; a device that is not there raises ValueError."""
-    usable = _usable()
+    usable = ["cpu"]
+    usable += ["cuda"] if torch.cuda.is_available() else []
+    usable += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
         name = "cuda" if "cuda" in usable else "cpu"
-    require(name in usable, f"device {name!r} is not available here; use {', '.join(usable)}")
+    if name not in usable:
+        raise ValueError(f"device {name!r} is not available here; use {', '.join(usable)}")
     return torch.device(name)
 
 
@@ -33,12 +34,7 @@ def torch_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (AssertionError, RuntimeError, TypeError):  # the first where torch was built without
-        raise ValueError(f"device {str(device)!r} is not available here; use {', '.join(_usable())}") from None
-
-
-def _usable() -> list[str]:
-    devices = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [name for name, there in devices.items() if there]
+        raise ValueError(f"device {str(device)!r} is not available here; use cpu, or cuda where there is one") from None
 
 
 def widest(device: torch.device) -> torch.dtype:
