@@ -175,7 +175,7 @@ def test_parameters_are_those_of_the_model():
     assert {id(p) for p in loss.parameters()} == {id(p) for p in MODEL.parameters()}
 
 
-@pytest.mark.parametrize("wrong", [-1, -99, -101, 10**6])
+@pytest.mark.parametrize("wrong", [-1, -99, -101, 19, 10**6])
 @pytest.mark.parametrize("text", ["parallel", "interleaved-2", "refinement-1:weights=0/1"])
 def test_targets_that_are_no_tokens_are_refused(text: str, wrong: int):
     targets = HOLES.clone()

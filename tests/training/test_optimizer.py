@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CORNERS, VARIANTS, config, fixed, label, packed, randomised
+from helpers import CORNERS, LLAMA, VARIANTS, config, fixed, label, packed, randomised
 from torch import Tensor, nn
 
 from lrt.config.model import ModelConfig
@@ -60,6 +60,13 @@ def test_rates_by_group_scale_with_width():
     assert optimizer.muon.param_groups[0]["weight_decay"] == 0.5
     assert optimizer.muon.param_groups[0]["momentum"] == 0.6
     assert all(group["weight_decay"] == 0 for group in optimizer.adam.param_groups)
+
+
+def test_vectors_have_the_heads_rate():
+    model = LRT(config(backbone=LLAMA))
+    peaks = peak_rates(model, OptimConfig(embedding_lr=0.2, head_lr=0.3))
+    vectors = parameter_groups(model)["vector"]
+    assert vectors and {peaks[p].lr for p in vectors.values()} == {0.3 * (24 / REFERENCE_WIDTH) ** -0.5}
 
 
 def test_the_memorys_and_the_scalars_rates_of_their_own():
