@@ -47,7 +47,8 @@ class Transformer(nn.Module):
         the class of the blocks, where a library wants one of its own.
         """
         super().__init__()
-        require(isinstance(config, ModelConfig), f"the model's config is a {type(config).__name__}; give a ModelConfig")
+        kind = type(config).__name__  # the name: of an exported folder transformers loads each class more than once
+        require(kind == ModelConfig.__name__, f"the model's config is a {kind}; give a ModelConfig")
         self.config, self.execution = config, Execution()
         device = torch.get_default_device() if device is None else torch_device(device)
         with torch.device("meta"):  # so that nothing is allocated or drawn twice
