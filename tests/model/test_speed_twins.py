@@ -13,7 +13,6 @@ from helpers import config, packed, randomised
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import lrt.model.attention
 import lrt.model.blocks
 import lrt.model.state
 import lrt.model.transformer
@@ -47,7 +46,7 @@ def slow(monkeypatch):
         monkeypatch.setattr(
             lrt.model.blocks, "weighted_sum", lambda ws, xs: sum(w * x for w, x in zip(ws, xs, strict=True))
         )
-        monkeypatch.setattr(lrt.model.attention, "rotate", plain_rotation)
+        monkeypatch.setattr(lrt.model.blocks, "apply_rope", plain_rotation)
         monkeypatch.setattr(
             lrt.model.state, "split", lambda x, axis, cuts: [x[(slice(None),) * axis + (c,)] for c in cuts]
         )
