@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lrt.experiments.curves import read_run
 from lrt.experiments.pages import png
-from lrt.experiments.plots import arm_colours
+from lrt.experiments.plots import arm_colours, plain_axes
 from lrt.model.parameters import Role, role
 from lrt.training.checkpoint import checkpoints, open_checkpoint
 from lrt.utils.files import read_jsonl, write_jsonl
@@ -55,8 +55,8 @@ def _row(arm: str, seed: int, event: Row, weights: dict[str, Tensor]) -> Row:
     return {
         "arm": arm, "seed": seed, "step": event["step"], "decoded": bpb["decoded"], "contraction": bpb["contraction"],
         "early_less_late": by_position[EARLY] - by_position[list(by_position)[-1]],
-        "matrices": _root_mean_square(_of_role(weights, "memory matrix")),
-        "gamma": _root_mean_square(_of_role(weights, "gamma"), power=1),
+        "matrices": _power_mean(_of_role(weights, "memory matrix"), 2),
+        "gamma": _power_mean(_of_role(weights, "gamma"), 1),
     }  # fmt: skip
 
 
@@ -66,8 +66,8 @@ def _of_role(weights: dict[str, Tensor], wanted: Role) -> Tensor:
     return torch.cat(found) if found else torch.empty(0)
 
 
-def _root_mean_square(x: Tensor, power: int = 2) -> float | None:
-    """The mean of |x|^power, and its root; None of no numbers."""
+def _power_mean(x: Tensor, power: int) -> float | None:
+    """The root of the mean of |x|^power: 1 is the mean of |x|, 2 the root mean square. None of no numbers."""
     return float(x.double().abs().pow(power).mean() ** (1 / power)) if x.numel() else None
 
 
@@ -96,8 +96,7 @@ def picture(rows: Sequence[Row]) -> Figure:
             first = seed == min(s for a, s in runs if a == arm)
             axes.plot(*zip(*points, strict=True), color=colours[arm], lw=1.2, label=arm if first else None)
         axes.set_title(label, fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
     for axes in grid[3:]:
         axes.set_xlabel("step")
     grid[-1].axis("off")

@@ -120,16 +120,14 @@ class MemoryDynamicLayer(_Memory, DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """As the library has it. ValueError: an earlier slot's state was not recorded."""
-        left = self.get_seq_length() - abs(tokens_to_remove)
+        gone = abs(tokens_to_remove)
+        kept = [x[:, :-gone] for x in self.recorded or ()] if 0 < gone < self.get_seq_length() else None
+        require(kept is None or bool(kept and kept[0].shape[1]), CROP)  # before anything is taken away
         super().crop(tokens_to_remove)
-        if tokens_to_remove and left <= 0:
+        if kept is not None:
+            self.recorded, self.held = kept, [x[:, -1] for x in kept]
+        elif gone:
             self.held = self.recorded = None
-        elif tokens_to_remove:
-            slots = 0 if self.recorded is None else self.recorded[0].shape[1]
-            require(slots > abs(tokens_to_remove), CROP)
-            assert self.recorded is not None
-            self.recorded = [x[:, : -abs(tokens_to_remove)] for x in self.recorded]
-            self.held = [x[:, -1] for x in self.recorded]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._map(change)
